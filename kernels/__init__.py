@@ -1,0 +1,83 @@
+"""Rotary positions and causal sliding-window attention with grouped KV heads: forward, backward and decoding.
+
+    from kernels import sliding_gqa_attention, rope_tables
+    out = sliding_gqa_attention(q, k, v, window=128, rope=rope_tables(T, D))      # (B, Hq, T, D)
+
+Conventions, the same in every function:
+
+layout   (batch, heads, length, head size), any strides whose last one is 1. A projection's output viewed as
+         (B, T, H, D) and transposed to (B, H, T, D) costs nothing, and the result comes back in q's memory layout.
+window   how many keys a query sees, its own included; None sees every earlier key. It is Hugging Face's
+         `sliding_window`; flash-attention's (left, right) is (window - 1, 0).
+groups   query head h reads KV head h // (Hq / Hkv); Hq / Hkv may be any whole number.
+lengths  queries are the *last* T of the S positions ("bottom-right"). T=3, S=5, window=3:
+
+             keys     0 1 2 3 4
+             query 2  1 1 1 . .
+             query 3  . 1 1 1 .
+             query 4  . . 1 1 1
+
+rotary   half-split pairs (x[i], x[i + R/2]) by default, as in LLaMA; `apply_rope` also takes interleaved pairs.
+backend  "auto" is Triton on a GPU and "banded" (PyTorch, linear cost) elsewhere. A named backend never falls back.
+
+Importing this package loads neither torch nor Triton: the names below are imported when they are first used.
+"""
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "sliding_gqa_attention": "attention",
+    "apply_rope": "rope",
+    "rope_tables": "rope",
+    "append_to_cache": "decode",
+    "sliding_gqa_decode": "decode",
+    "resolve_backend": "backend",
+    "why_not_triton": "backend",
+}
+__all__ = sorted(_HOME)
+
+# Hugging Face publishes another package named `kernels`, and transformers imports from whichever comes first on the
+# path. Ours keeps that working: submodules we lack are looked for in later path entries, and so are unknown names.
+_OURS = os.path.realpath(os.path.dirname(__file__))
+__path__ = [__path__[0]] + [p for p in pkgutil.extend_path(__path__, __name__)[1:] if os.path.realpath(p) != _OURS]
+_other_package = None
+
+
+def _load_other_package():
+    """The next package named `kernels` on the path, executed once as a module of its own; None if there is none."""
+    global _other_package
+    if _other_package is None:
+        for directory in __path__[1:]:
+            init = os.path.join(directory, "__init__.py")
+            if os.path.isfile(init):
+                spec = importlib.util.spec_from_file_location(__name__, init, submodule_search_locations=[directory])
+                module = importlib.util.module_from_spec(spec)
+                _other_package = module  # before it runs: its own imports may ask us for names again
+                try:
+                    spec.loader.exec_module(module)
+                except BaseException:
+                    _other_package = None
+                    raise
+                break
+    return _other_package
+
+
+def __getattr__(name):
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        other = _load_other_package()
+        if other is not None and hasattr(other, name):
+            return getattr(other, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,104 @@
+"""`sliding_gqa_attention`: checks its arguments, chooses the backend and calls it."""
+
+import torch
+
+from .backend import resolve_backend
+from .rope import check_tables
+
+
+def sliding_gqa_attention(
+    q, k, v, window=None, *, scale=None, softcap=None, sinks=None, rope=None, return_lse=False, backend="auto"
+):
+    """Causal attention in which each query sees the `window` newest keys, its own included.
+
+    q (B, Hq, T, D); k, v (B, Hkv, S, D), S >= T, Hq % Hkv == 0. Query head h reads KV head h // (Hq / Hkv).
+    Queries are the last T of S positions. window=3, T=3, S=5:      1 1 1 . .
+    window=None sees every earlier key; scale defaults to D**-0.5.  . 1 1 1 .
+                                                                    . . 1 1 1
+    softcap   c bounds the scaled scores to c * tanh(s / c) (Gemma 2).
+    sinks     (Hq,) one more logit a head that takes probability and gives no value (gpt-oss).
+    rope      (cos, sin) of `rope_tables`, at least S long: q and k are rotated inside, half-split, at positions
+              S-T .. S-1 and 0 .. S-1; the gradients are those of the unrotated q and k.
+    backend   "auto" (Triton on a GPU, banded elsewhere), or "triton", "banded", "reference" and no other.
+
+    Returns (B, Hq, T, D) in q's dtype and memory layout, differentiable in q, k, v and sinks; with return_lse also the
+    natural log of the sum of exponentials, (B, Hq, T) fp32, sinks included. Dropout is not offered. Under autocast the
+    inputs are cast to its dtype. Raises ValueError for shapes, dtypes or strides it cannot take.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    check_heads(q, k, v, "k", "v")
+    check_options(q, window, scale, softcap, sinks)
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"q has {q.shape[2]} positions, more than k's {k.shape[2]}: queries are the last T of S positions"
+        )
+    if rope is not None:
+        check_tables(*rope, k.shape[2], q.shape[3])
+    name, _ = resolve_backend(backend, q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if name == "triton":
+        raise ValueError("backend 'triton' has no attention kernel in this version; use backend='banded'")
+    if name == "reference":
+        from .reference import attention
+    else:
+        from .banded import attention
+    out, lse = attention(q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope)
+    out = in_layout_of(q, out)
+    return (out, lse) if return_lse else out
+
+
+def in_layout_of(like, x):
+    """x with its dimensions laid out in memory in the order that `like` has them, copied only if they are not."""
+    order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
+    inverse = sorted(range(like.dim()), key=order.__getitem__)
+    return x.permute(order).contiguous().permute(inverse)
+
+
+def check_heads(q, k, v, k_name, v_name):
+    """Raise ValueError unless q (B, Hq, T, D) and k, v (B, Hkv, S, D) belong together."""
+    for name, x in (("q", q), (k_name, k), (v_name, v)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, expected 4 dimensions (batch, heads, length, head size)"
+            )
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name} has last stride {x.stride(-1)}, expected 1: call .contiguous() on it")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}, expected a floating one")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}, expected q's {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, expected q's {q.device}")
+    if k.shape != v.shape:
+        raise ValueError(f"{v_name} has shape {tuple(v.shape)}, expected {k_name}'s {tuple(k.shape)}")
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"{k_name} has batch size {k.shape[0]}, expected q's {q.shape[0]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"{k_name} has head size {k.shape[3]}, expected q's {q.shape[3]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{k_name} has {k.shape[1]} heads, which do not divide q's {q.shape[1]} "
+            "(grouped KV heads need Hq % Hkv == 0)"
+        )
+
+
+def check_options(q, window, scale, softcap, sinks):
+    """Raise ValueError unless window, scale, softcap and sinks mean something for q (B, Hq, T, D)."""
+    if isinstance(window, tuple | list):
+        raise ValueError(
+            f"window is {window!r}, expected one number: flash-attn's (left, right) = (W - 1, 0) is window=W"
+        )
+    if window is not None and window < 1:
+        raise ValueError(
+            f"window is {window}, expected None or at least 1, the query's own key included (flash-attn's (W - 1, 0))"
+        )
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}, expected a positive number")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, expected None or a positive number")
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or not sinks.is_floating_point()):
+        raise ValueError(
+            f"sinks is {sinks.dtype} {tuple(sinks.shape)}, expected one float for each of q's {q.shape[1]} heads"
+        )

@@ -1,0 +1,52 @@
+"""Which implementation runs: "triton" on a GPU, "banded" (PyTorch, linear cost) elsewhere, "reference" on request."""
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "banded", "reference")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels are run by its interpreter, as the tests do on a machine without a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not_triton(device=None) -> str | None:
+    """Why Triton kernels cannot run on `device` (default: the current CUDA device), in a line; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    device = torch.device("cuda" if device is None else device)
+    if interpreted():
+        return None if device.type in ("cpu", "cuda") else f"Triton's interpreter does not reach {device.type} tensors"
+    if device.type != "cuda":
+        return f"Triton has no {device.type} backend (TRITON_INTERPRET=1 runs its interpreter, slowly)"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"Triton needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def resolve_backend(backend: str, device) -> tuple[str, str]:
+    """The implementation that `backend` means on `device`, and why: ("banded", "Triton has no cpu backend ...").
+
+    "auto" takes Triton where it compiles for the device, else banded; it never picks Triton's interpreter. A named
+    backend is taken as it is. Raises ValueError for an unknown name, and for "triton" where it cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    device = torch.device(device)
+    if backend == "auto":
+        if device.type != "cuda":
+            return "banded", f"Triton has no {device.type} backend"
+        reason = "TRITON_INTERPRET=1 is set" if interpreted() else why_not_triton(device)
+        return ("triton", "it runs on this GPU") if reason is None else ("banded", reason)
+    if backend == "triton":
+        reason = why_not_triton(device)
+        if reason is not None:
+            raise ValueError(f"backend 'triton' cannot run on {device}: {reason}; use backend='auto' or 'banded'")
+    return backend, "named by the caller"

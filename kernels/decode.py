@@ -1,0 +1,95 @@
+"""Decoding with a ring-buffer cache: `append_to_cache` writes the newest tokens, `sliding_gqa_decode` attends to them.
+
+    k_cache, v_cache (B, Hkv, C, D)      position p lives in slot p % C
+    lengths (B,) int32                   tokens of each row so far, those of this call included
+
+C=4, window=3, T_new=1, a row that has seen 6 tokens:   slot      0  1  2  3
+                                                        position  4  5  2  3      the query at 5 sees 3, 4, 5
+
+Memory and time per token do not depend on how much was generated. Positions are read from `lengths` on the device, so
+nothing here waits for it. Rows of different lengths share a call by left padding: a token whose position
+lengths - T_new + i is negative is padding, is not written, and its query returns zeros.
+"""
+
+import torch
+
+from .attention import check_heads, check_options, in_layout_of
+from .backend import resolve_backend
+from .rope import check_tables
+
+
+@torch.no_grad()
+def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
+    """Write k, v (B, Hkv, T_new, D) into the rings at positions lengths - T_new .. lengths - 1, in place.
+
+    rope=(cos, sin) rotates k for its positions first (half-split); the tables must reach the largest of them. Not
+    differentiable. Returns None. Raises ValueError for shapes, dtypes or devices that do not fit, and for T_new > C.
+    """
+    check_heads(k, k_cache, v_cache, "k_cache", "v_cache")
+    _check_ring(k, k_cache, lengths, rope)
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v is {v.dtype} {tuple(v.shape)}, expected k's {k.dtype} {tuple(k.shape)}")
+    if k.shape[1] != k_cache.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads, expected the {k_cache.shape[1]} of k_cache")
+    if k.shape[2] > k_cache.shape[2]:
+        raise ValueError(
+            f"k has {k.shape[2]} tokens, more than the {k_cache.shape[2]} slots of k_cache: append in parts"
+        )
+    _backend(backend, k).append(k, v, k_cache, v_cache, lengths, rope=rope)
+
+
+@torch.no_grad()
+def sliding_gqa_decode(
+    q, k_cache, v_cache, lengths, window=None, *, scale=None, softcap=None, sinks=None, rope=None, backend="auto"
+):
+    """Attention of the newest tokens q (B, Hq, T_new, D) over the rings that `append_to_cache` filled.
+
+    Query i of row b is at position lengths[b] - T_new + i and sees the `window` newest positions up to its own. The
+    other arguments are those of `sliding_gqa_attention`; rope rotates q only, since the keys were rotated when they
+    were written. Slots never written are never read. Not differentiable. Returns (B, Hq, T_new, D) in q's dtype and
+    memory layout.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a ring that is too small: C must be at
+    least window + T_new - 1, or without a window at least every length (on a GPU, that one is a device-side assertion).
+    """
+    check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
+    check_options(q, window, scale, softcap, sinks)
+    _check_ring(q, k_cache, lengths, rope)
+    T, C = q.shape[2], k_cache.shape[2]
+    if window is not None and C < window + T - 1:
+        raise ValueError(f"k_cache has {C} slots, expected at least window + T_new - 1 = {window + T - 1}")
+    if window is None and lengths.numel():
+        message = f"k_cache has {C} slots, fewer than the longest row: without a window it must hold every token"
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            if int(lengths.max()) > C:
+                raise ValueError(message)
+        else:
+            torch._assert_async(lengths.max() <= C, message)  # checked on the device: the host does not wait
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = _backend(backend, q).decode(
+        q, k_cache, v_cache, lengths, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
+    )
+    return in_layout_of(q, out)
+
+
+def _check_ring(x, k_cache, lengths, rope):
+    if lengths.dtype != torch.int32 or tuple(lengths.shape) != (x.shape[0],) or lengths.device != x.device:
+        raise ValueError(
+            f"lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}, "
+            f"expected torch.int32 ({x.shape[0]},) on {x.device}"
+        )
+    if k_cache.shape[2] == 0:
+        raise ValueError("k_cache has no slots")
+    if rope is not None:
+        check_tables(*rope, 1, x.shape[3])
+
+
+def _backend(backend, x):
+    name, _ = resolve_backend(backend, x.device)
+    if name == "triton":
+        raise ValueError("backend 'triton' has no decode kernels in this version; use backend='banded'")
+    if name == "reference":
+        from . import reference as module
+    else:
+        from . import banded as module
+    return module

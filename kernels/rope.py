@@ -1,0 +1,155 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864): the tables of angles and the rotation of q and k.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)     for pair i at position p, angle p * theta ** (-2i / R)
+
+Pairs are half-split, (x[i], x[i + R/2]), or interleaved, (x[2i], x[2i + 1]). R may be smaller than the head size: the
+elements past R are left alone. The backward pass is the same rotation with the sign of sin turned.
+"""
+
+import math
+
+import torch
+
+from .backend import resolve_backend
+
+
+def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None):
+    """cos and sin, each (length, rotary_dim / 2) in fp32: row p holds the angles of position p.
+
+    scaling stretches the tables over contexts longer than the trained one, as Hugging Face's tables do:
+        ("linear", f)    every angle divided by f (arXiv:2306.15595)
+        ("ntk", f)       theta multiplied by f ** (R / (R - 2)): high frequencies stay, low ones stretch by f
+        ("yarn", {...})  a blend of both per frequency, and a temperature (arXiv:2309.00071); keys `factor`,
+                         `original_max_position_embeddings`, optional `beta_fast` 32, `beta_slow` 1, `truncate` True,
+                         `attention_factor`, `mscale`, `mscale_all_dim`
+        ("llama3", {...}) keys `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`
+    Angles are computed in fp32, like the tables that published models were trained with. Raises ValueError for an odd
+    or non-positive rotary_dim, a negative length, and an unknown or incomplete scaling.
+    """
+    if rotary_dim <= 0 or rotary_dim % 2:
+        raise ValueError(f"rotary_dim is {rotary_dim}, expected a positive even number")
+    if length < 0:
+        raise ValueError(f"length is {length}, expected 0 or more")
+    inv_freq, temperature = _inverse_frequencies(rotary_dim, theta, scaling, device)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq
+    return angles.cos() * temperature, angles.sin() * temperature
+
+
+def _inverse_frequencies(dim, theta, scaling, device):
+    """(R / 2,) angle per position of each pair, and the factor that cos and sin are multiplied with."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    if scaling is None:
+        return 1.0 / theta**exponents, 1.0
+    if not (isinstance(scaling, tuple | list) and len(scaling) == 2):
+        raise ValueError(f"scaling is {scaling!r}, expected None or a pair such as ('linear', 2.0)")
+    kind, value = scaling
+    if kind == "linear":
+        return 1.0 / theta**exponents / value, 1.0
+    if kind == "ntk":
+        return 1.0 / (theta * value ** (dim / (dim - 2))) ** exponents, 1.0
+    if kind not in ("yarn", "llama3"):
+        raise ValueError(f"scaling is of kind {kind!r}, expected 'linear', 'ntk', 'yarn' or 'llama3'")
+    needed = {"factor", "original_max_position_embeddings"}
+    needed |= {"low_freq_factor", "high_freq_factor"} if kind == "llama3" else set()
+    missing = sorted(needed - set(value))
+    if missing:
+        raise ValueError(f"scaling {kind!r} lacks {', '.join(missing)}")
+    blend = _yarn if kind == "yarn" else _llama3
+    return blend(1.0 / theta**exponents, dim, theta, value)
+
+
+def _yarn(inv_freq, dim, theta, options):
+    factor, trained = options["factor"], options["original_max_position_embeddings"]
+
+    def pair_with_turns(turns):  # the (fractional) pair that makes this many turns within the trained context
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_with_turns(options.get("beta_fast") or 32), pair_with_turns(options.get("beta_slow") or 1)
+    if options.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 * (low == high)
+    stretched = ((torch.arange(dim // 2, dtype=torch.float32, device=inv_freq.device) - low) / (high - low)).clamp(0, 1)
+
+    def temperature(mscale=1.0):
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    attention_factor = options.get("attention_factor")
+    if attention_factor is None:
+        mscale, all_dim = options.get("mscale"), options.get("mscale_all_dim")
+        attention_factor = temperature(mscale) / temperature(all_dim) if mscale and all_dim else temperature()
+    return inv_freq / factor * stretched + inv_freq * (1 - stretched), attention_factor
+
+
+def _llama3(inv_freq, dim, theta, options):
+    factor, trained = options["factor"], options["original_max_position_embeddings"]
+    low, high = options["low_freq_factor"], options["high_freq_factor"]
+    turns = trained / (2 * math.pi / inv_freq)  # within the trained context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * inv_freq / factor + kept * inv_freq, 1.0
+
+
+def rotate_pairs(x, cos, sin, interleaved=False):
+    """x (..., T, D) rotated in PyTorch by tables that broadcast against (..., T, R / 2); differentiable, x's dtype."""
+    half = cos.shape[-1]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    a, b = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
+    # fp16 and bf16 promote to the tables' fp32 here and are rounded once, in the last line
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    out = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    out = out.to(x.dtype)
+    return torch.cat([out, rest], dim=-1) if rest.shape[-1] else out
+
+
+def check_tables(cos, sin, length, head_dim):
+    """Raise ValueError unless cos and sin are (>= length, R / 2) tables with R <= head_dim."""
+    if cos.dim() != 2 or cos.shape != sin.shape:
+        raise ValueError(
+            f"rope tables cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be of one (length, R/2) shape"
+        )
+    if cos.shape[0] < length:
+        raise ValueError(f"rope tables hold {cos.shape[0]} positions, which is fewer than the {length} of the sequence")
+    if 2 * cos.shape[1] > head_dim:
+        raise ValueError(f"rope tables rotate {2 * cos.shape[1]} elements, more than the head size {head_dim}")
+
+
+def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="auto"):
+    """q (B, Hq, T, D) and k (B, Hkv, T, D) with each token's pairs turned by the angles of its position.
+
+    cos, sin: the tables of `rope_tables`, (positions, R / 2) with R <= D. positions: None for 0 .. T-1, a whole number
+    for an offset, or an integer tensor (T,) or (B, T); the numbers in a tensor are not checked against the tables.
+    interleaved: pairs are (x[2i], x[2i + 1]) instead of (x[i], x[i + R/2]).
+    Returns new tensors (q, k) in their dtypes, computed in fp32, differentiable in q and k. Raises ValueError for
+    shapes that do not fit.
+    """
+    if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, H, T, D) and differ only in their heads"
+        )
+    if q.dtype != k.dtype:
+        raise ValueError(f"k has dtype {k.dtype}, expected q's {q.dtype}")
+    B, T, D = q.shape[0], q.shape[2], q.shape[3]
+    if isinstance(positions, torch.Tensor):
+        if positions.is_floating_point() or tuple(positions.shape) not in ((T,), (B, T)):
+            raise ValueError(
+                f"positions is {positions.dtype} {tuple(positions.shape)}, expected integers ({T},) or ({B}, {T})"
+            )
+        check_tables(cos, sin, 0, D)
+    else:
+        positions = 0 if positions is None else int(positions)
+        if positions < 0:
+            raise ValueError(f"positions is {positions}, expected an offset of 0 or more")
+        check_tables(cos, sin, positions + T, D)
+    name, _ = resolve_backend(backend, q.device)
+    if name == "triton":
+        raise ValueError("backend 'triton' has no rotation kernel in this version; use backend='banded'")
+    if isinstance(positions, torch.Tensor):
+        cos, sin = cos[positions], sin[positions]  # (T, R/2) or (B, T, R/2)
+        cos, sin = (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
+    else:
+        cos, sin = cos[positions : positions + T], sin[positions : positions + T]
+    if name == "reference":
+        from .reference import rotate
+
+        return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+    return rotate_pairs(q, cos, sin, interleaved), rotate_pairs(k, cos, sin, interleaved)

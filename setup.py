@@ -1,0 +1,28 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    # not "kernels": that distribution is Hugging Face's
+    name="sliding-gqa",
+    version="0.1.0",
+    description="RoPE and sliding-window grouped-query attention in Triton, and a GPT that trains and samples on it",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=["kernels", "model", "train"],
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "einops>=0.8",
+        "numpy",
+        "safetensors>=0.4.3",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "test": ["pytest", "ruff", "transformers>=5.0", "tokenizers"],
+        "bench": ["transformers>=5.0", "local-attention"],
+        "hf": ["transformers>=5.0", "tokenizers"],
+    },
+)

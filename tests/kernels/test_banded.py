@@ -1,0 +1,163 @@
+"""The banded backend against the specification, in fp64 to the last digits, and its cost against the length."""
+
+import pytest
+import torch
+
+from kernels import apply_rope, reference, rope_tables, sliding_gqa_attention
+
+B, D = 2, 16
+SHAPES = {  # T, S, Hq, Hkv, window
+    "one token": (1, 1, 2, 1, 3),
+    "window 1": (9, 9, 2, 2, 1),
+    "a block of 16": (16, 16, 4, 2, 16),
+    "off the block by one": (17, 17, 4, 2, 16),
+    "off the block below": (15, 15, 4, 2, 15),
+    "window of S - 1": (33, 33, 2, 1, 32),
+    "window beyond S": (20, 20, 3, 1, 50),
+    "no window": (300, 300, 2, 1, None),
+    "many blocks, group 3": (100, 100, 6, 2, 7),
+    "group 7": (50, 50, 7, 1, 20),
+    "last queries only": (5, 100, 4, 2, 24),
+    "last queries, keys cut at the front": (40, 100, 4, 2, 24),
+    "last queries, padded at the front": (90, 100, 4, 2, 24),
+    "last queries, no window": (5, 100, 4, 2, None),
+    "one query of many keys": (1, 70, 4, 1, 8),
+}
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.7},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": True},
+    "rope": {"rope": D},
+    "partial rope": {"rope": D // 2},
+    "everything": {"scale": 0.7, "softcap": 2.0, "sinks": True, "rope": D // 2},
+}
+
+
+def inputs(shape, options, dtype=torch.float64):
+    T, S, Hq, Hkv, window = shape
+    q = torch.randn(B, T, Hq, D, dtype=dtype).transpose(1, 2).requires_grad_()
+    k = torch.randn(B, S, Hkv, D, dtype=dtype).transpose(1, 2).requires_grad_()
+    v = torch.randn(B, S, Hkv, D, dtype=dtype).transpose(1, 2).requires_grad_()
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.randn(Hq, dtype=dtype, requires_grad=True)
+    if options.get("rope"):
+        options["rope"] = rope_tables(S + 3, options["rope"])
+    return (q, k, v, window), options
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_banded_equals_reference(case, option):
+    arguments, options = inputs(SHAPES[case], OPTIONS[option])
+    leaves = [*arguments[:3], *([options["sinks"]] if "sinks" in options else [])]
+    results = []
+    for backend in ("banded", "reference"):
+        out, lse = sliding_gqa_attention(*arguments, **options, return_lse=True, backend=backend)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        grads = torch.autograd.grad((out * weights).sum() + (lse * lse).sum(), leaves)
+        results.append([out, lse, *grads])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_are_those_of_finite_differences(window):
+    (q, k, v, _), options = inputs((4, 6, 2, 1, window), OPTIONS["everything"])
+    options["rope"] = tuple(t.double() for t in options["rope"])
+    sinks = options.pop("sinks")
+    f = lambda q, k, v, s: sliding_gqa_attention(q, k, v, window, **options, sinks=s, return_lse=True, backend="banded")  # noqa: E731
+    assert torch.autograd.gradcheck(f, (q, k, v, sinks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_stays_within_its_error_budget(dtype):
+    """At most twice the error of the same mathematics in the same dtype, plus one rounding."""
+    (q, k, v, window), _ = inputs((100, 100, 4, 2, 24), {}, dtype)
+    exact, _ = reference.attention(q.double(), k.double(), v.double(), window, scale=D**-0.5)
+    seen = reference.visible(100, 100, window)
+    p = (q @ k.repeat_interleave(2, 1).mT * D**-0.5).masked_fill(~seen, float("-inf")).softmax(-1)
+    naive = p @ v.repeat_interleave(2, 1)
+    ours = sliding_gqa_attention(q, k, v, window, backend="banded")
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert ours.dtype == dtype
+    assert (ours - exact).abs().max() <= 2 * ((naive - exact).abs().max() + rounding)
+
+
+@pytest.mark.parametrize("backend", ["banded", "reference"])
+@pytest.mark.parametrize("window", [None, 8])
+def test_future_and_forgotten_keys_get_zero_gradient(backend, window):
+    (q, k, v, _), _ = inputs((40, 40, 4, 2, window), {})
+    out = sliding_gqa_attention(q, k, v, window, backend=backend)
+    for grad in torch.autograd.grad(out[:, :, 20].square().sum(), (k, v)):
+        oldest = 0 if window is None else 20 - window + 1
+        assert not grad[:, :, :oldest].any() and not grad[:, :, 21:].any()
+        assert grad[:, :, oldest:21].abs().amin(dim=(0, 1, 3)).min() > 0
+
+
+@pytest.mark.parametrize("backend", ["banded", "reference"])
+def test_output_has_the_layout_of_q(backend):
+    (q, k, v, window), _ = inputs((40, 40, 4, 2, 8), {})
+    out = sliding_gqa_attention(q, k, v, window, backend=backend)
+    assert out.stride() == q.stride()
+    flat = sliding_gqa_attention(*(x.contiguous() for x in (q, k, v)), window, backend=backend)
+    assert flat.is_contiguous()
+    torch.testing.assert_close(out, flat)
+
+
+@pytest.mark.parametrize("backend", ["banded", "reference"])
+@pytest.mark.parametrize("B, T, S", [(0, 4, 4), (2, 0, 0), (2, 0, 5)])
+@pytest.mark.parametrize("window", [None, 2])
+def test_empty_inputs_give_empty_outputs(backend, B, T, S, window):
+    q, k = torch.randn(B, 4, T, 8), torch.randn(B, 2, S, 8)
+    out, lse = sliding_gqa_attention(q, k, k, window, return_lse=True, backend=backend)
+    assert out.shape == q.shape and lse.shape == (B, 4, T)
+
+
+def test_memory_is_linear_in_the_length():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class LargestTensor(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+            return out
+
+    sizes = []
+    for T in (512, 1024, 2048):
+        (q, k, v, window), _ = inputs((T, T, 4, 2, 32), {}, torch.float32)
+        with LargestTensor() as largest:
+            sliding_gqa_attention(q, k, v, window, backend="banded").sum().backward()
+        sizes.append(largest.numel)
+    assert sizes[2] <= 2.05 * sizes[1] <= 4.2 * sizes[0]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [16, 6])
+@pytest.mark.parametrize("positions", [None, 5, torch.tensor([3, 1, 4, 1]), torch.tensor([[0, 1, 2, 3], [9, 8, 7, 6]])])
+def test_apply_rope_equals_reference(interleaved, rotary_dim, positions):
+    q, k = torch.randn(2, 3, 4, 16, requires_grad=True), torch.randn(2, 1, 4, 16, requires_grad=True)
+    cos, sin = rope_tables(10, rotary_dim)
+    results = []
+    for backend in ("banded", "reference"):
+        rotated = apply_rope(q, k, cos, sin, positions=positions, interleaved=interleaved, backend=backend)
+        grads = torch.autograd.grad((rotated[0] ** 3).sum() + (rotated[1] ** 3).sum(), (q, k))
+        results.append([*rotated, *grads])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_each_pair_turns_by_the_angle_of_its_position(interleaved):
+    q = torch.randn(1, 1, 3, 8, dtype=torch.float64)
+    cos, sin = (t.double() for t in rope_tables(3, 4))
+    out, _ = apply_rope(q, q, cos, sin, interleaved=interleaved, backend="banded")
+    a, b = ((0, 2), (1, 3)) if interleaved else ((0, 1), (2, 3))
+    turned = torch.complex(q[..., a], q[..., b]) * torch.complex(cos, sin)
+    torch.testing.assert_close(torch.complex(out[..., a], out[..., b]), turned)
+    torch.testing.assert_close(out[..., 4:], q[..., 4:])

@@ -1,0 +1,112 @@
+"""The ring-buffer cache: what is written where, and that decoding equals attention over the whole history."""
+
+import pytest
+import torch
+
+from kernels import append_to_cache, reference, rope_tables, sliding_gqa_attention, sliding_gqa_decode
+
+BACKENDS = ["banded", "reference"]
+Hq, Hkv, D = 6, 2, 16
+
+
+def ring(batch, slots):
+    """An empty cache, poisoned: a slot that was never written must never be read."""
+    return torch.full((2, batch, Hkv, slots, D), float("nan"), dtype=torch.float64).unbind(0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_position_p_lives_in_slot_p_modulo_the_ring(backend):
+    k_cache, v_cache = ring(2, 4)
+    k, v = torch.randn(2, 2, Hkv, 3, D, dtype=torch.float64)
+    append_to_cache(k, v, k_cache, v_cache, torch.tensor([6, 2], dtype=torch.int32), backend=backend)
+    # row 0 writes positions 3, 4, 5; row 1 writes 0, 1, and its first token (position -1) is padding
+    torch.testing.assert_close(k_cache[0, :, [3, 0, 1]], k[0])
+    torch.testing.assert_close(v_cache[1, :, [0, 1]], v[1, :, 1:])
+    assert k_cache[0, :, 2].isnan().all() and v_cache[1, :, 2:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window, slack, step", [(5, 0, 1), (5, 3, 1), (5, 0, 4), (1, 2, 2), (None, 0, 3), (8, 0, 16)])
+@pytest.mark.parametrize("option", ["plain", "everything"])
+def test_decoding_equals_attention_over_the_whole_history(backend, window, slack, step, option):
+    """Rows of different lengths share every call, by left padding, and go round the ring several times."""
+    total, padding = 48, torch.tensor([0, 1, 7], dtype=torch.int32)
+    q = torch.randn(3, Hq, total, D, dtype=torch.float64)
+    k, v = torch.randn(2, 3, Hkv, total, D, dtype=torch.float64)
+    options, rope = {}, None
+    if option == "everything":
+        rope = tuple(t.double() for t in rope_tables(total, D // 2))
+        options = {"scale": 0.5, "softcap": 3.0, "sinks": torch.randn(Hq, dtype=torch.float64)}
+    k_cache, v_cache = ring(3, total if window is None else window + step - 1 + slack)
+    outs, lengths = [], -padding
+    for first in range(0, total, step):
+        part = slice(first, first + step)
+        lengths = lengths + step
+        append_to_cache(k[:, :, part], v[:, :, part], k_cache, v_cache, lengths, rope=rope, backend=backend)
+        outs.append(
+            sliding_gqa_decode(q[:, :, part], k_cache, v_cache, lengths, window, **options, rope=rope, backend=backend)
+        )
+    out = torch.cat(outs, dim=2)
+    for b, pad in enumerate(padding.tolist()):
+        assert not out[b, :, :pad].any()  # queries of the padding see nothing
+        own = (x[b : b + 1, :, pad:] for x in (q, k, v))
+        expected, _ = reference.attention(*own, window, **{"scale": D**-0.5, **options}, rope=rope)
+        torch.testing.assert_close(out[b, :, pad:], expected[0], atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_keeps_dtype_and_layout(dtype):
+    q = torch.randn(2, 1, Hq, D, dtype=dtype).transpose(1, 2)
+    k_cache, v_cache = torch.randn(2, 2, Hkv, 8, D, dtype=dtype)
+    lengths = torch.tensor([20, 3], dtype=torch.int32)
+    out = sliding_gqa_decode(q, k_cache, v_cache, lengths, 8, backend="banded")
+    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+    exact = reference.decode(q.double(), k_cache.double(), v_cache.double(), lengths, 8, scale=D**-0.5)
+    assert (out - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def call(**changed):
+    arguments = {
+        "q": torch.randn(2, 4, 2, 8),
+        "k_cache": torch.randn(2, 2, 6, 8),
+        "v_cache": torch.randn(2, 2, 6, 8),
+        "lengths": torch.tensor([3, 4], dtype=torch.int32),
+        "window": 5,
+        **changed,
+    }
+    return sliding_gqa_decode(**arguments)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"window": 6}, "k_cache has 6 slots, expected at least window \\+ T_new - 1 = 7"),
+        ({"window": None, "lengths": torch.tensor([3, 7], dtype=torch.int32)}, "6 slots, fewer than the longest row"),
+        ({"lengths": torch.tensor([3, 4])}, "lengths is torch.int64 \\(2,\\) on cpu, expected torch.int32 \\(2,\\)"),
+        ({"lengths": torch.tensor([3], dtype=torch.int32)}, "lengths is torch.int32 \\(1,\\)"),
+        ({"q": torch.randn(2, 3, 2, 8)}, "k_cache has 2 heads, which do not divide q's 3"),
+        ({"v_cache": torch.randn(2, 2, 5, 8)}, "v_cache has shape \\(2, 2, 5, 8\\), expected k_cache's"),
+        ({"window": 0}, "window is 0"),
+        ({"backend": "cuda"}, "backend is 'cuda', expected one of"),
+    ],
+)
+def test_bad_decode_calls_are_named(changed, message):
+    call()
+    with pytest.raises(ValueError, match=message):
+        call(**changed)
+
+
+def test_more_tokens_than_slots_cannot_be_appended():
+    k_cache, v_cache = torch.randn(2, 1, 2, 4, 8)
+    k = torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="k has 5 tokens, more than the 4 slots of k_cache"):
+        append_to_cache(k, k, k_cache, v_cache, torch.tensor([5], dtype=torch.int32))
+
+
+def test_a_cache_serves_attention_before_the_ring_turns():
+    """Decoding the last token equals the last row of plain attention: one oracle for both entry points."""
+    q = torch.randn(1, Hq, 10, D)
+    k, v = torch.randn(2, 1, Hkv, 10, D)
+    full = sliding_gqa_attention(q, k, v, 4)
+    lengths = torch.tensor([10], dtype=torch.int32)
+    torch.testing.assert_close(sliding_gqa_decode(q[:, :, -1:], k, v, lengths, 4), full[:, :, -1:])

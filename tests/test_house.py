@@ -1,0 +1,97 @@
+"""Rules of the house: what may import what, and living beside Hugging Face's package of the name `kernels`."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ABOVE = {  # package -> what it must not import
+    "kernels": {"model", "train", "benchmarks", "tests", "torch.distributed"},
+    "model": {"train", "benchmarks", "tests", "torch.distributed"},
+    "train": {"benchmarks", "tests"},
+}
+
+
+def imported_names(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("package", ABOVE)
+def test_packages_import_only_what_lies_below_them(package):
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for name in imported_names(path)
+        if any(within(name, above) for above in ABOVE[package])
+    ]
+    assert not found
+
+
+def test_no_kernel_imports_the_reference():
+    """The specification must stay independent: only the functions that choose a backend may call it."""
+    may = {"attention.py", "decode.py", "rope.py", "reference.py"}
+    for path in (ROOT / "kernels").glob("*.py"):
+        if path.name not in may:
+            assert "reference import" not in path.read_text() and "import reference" not in path.read_text(), path
+
+
+def run_python(code, path=(), cwd=ROOT):
+    # `python -c` puts the working directory first on the path, as `python -m` does
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_kernels_is_cheap():
+    assert run_python("import sys, kernels; print('torch' in sys.modules, 'triton' in sys.modules)") == "False False"
+
+
+def test_kernels_has_a_version_that_transformers_accepts():
+    from packaging.version import Version
+
+    assert Version(run_python("import kernels; print(kernels.__version__)")) < Version("0.9")
+
+
+@pytest.fixture
+def other_kernels(tmp_path):
+    """A package as Hugging Face's: its own `__init__`, a submodule of a name that we lack."""
+    package = tmp_path / "site" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "from kernels.layer import Device\nfrom .layer import use_kernel\n__version__ = '0.10.3'\n"
+    )
+    (package / "layer.py").write_text("class Device: pass\ndef use_kernel(): return 'theirs'\n")
+    return package.parent
+
+
+def test_ours_wins_and_the_other_package_still_serves_its_names(other_kernels):
+    code = """
+import kernels
+from kernels import use_kernel, rope_tables
+from kernels.layer import Device
+assert kernels.Device is Device and use_kernel() == 'theirs'
+try:
+    kernels.no_such_name
+    raise SystemExit('no AttributeError')
+except AttributeError as error:
+    assert "no attribute 'no_such_name'" in str(error)
+print(kernels.__version__, rope_tables(2, 4)[0].shape[0])
+"""
+    assert run_python(code, path=[other_kernels]) == "0.1.0 2"
+
+
+def test_unknown_names_are_attribute_errors_with_nothing_else_installed():
+    assert run_python("import kernels; print(hasattr(kernels, 'use_kernel_forward_from_hub'))") == "False"
