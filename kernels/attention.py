@@ -1,6 +1,11 @@
-"""`sliding_gqa_attention`: checks its arguments, chooses the backend and calls it."""
+"""`sliding_gqa_attention`: its checks, the choice of a backend, and the operators that PyTorch sees.
+
+Forward and backward are an operator each, opaque to torch.compile, with the backend as an argument: fake
+implementations, the FLOP formula and autograd stand here once, and a backend is two functions.
+"""
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from .backend import resolve_backend
 from .rope import check_tables
@@ -41,12 +46,111 @@ def sliding_gqa_attention(
     if name == "triton":
         raise ValueError("backend 'triton' has no attention kernel in this version; use backend='banded'")
     if name == "reference":
-        from .reference import attention
+        from . import reference
+
+        out, lse = reference.attention(q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope)
+        out = in_layout_of(q, out)
     else:
-        from .banded import attention
-    out, lse = attention(q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope)
-    out = in_layout_of(q, out)
+        cos, sin = (None, None) if rope is None else rope
+        out, lse = _Attention.apply(q, k, v, sinks, cos, sin, window, scale, softcap, name)
     return (out, lse) if return_lse else out
+
+
+torch.library.define(
+    "sliding_gqa::attention_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, float scale, "
+    "float? softcap, str backend) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "sliding_gqa::attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sinks, "
+    "Tensor? cos, Tensor? sin, SymInt? window, float scale, float? softcap, str backend) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+)
+
+
+def _module(backend):
+    from . import banded
+
+    return {"banded": banded}[backend]
+
+
+@torch.library.impl("sliding_gqa::attention_forward", "default")
+def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend):
+    rope = None if cos is None else (cos, sin)
+    with torch.autocast(q.device.type, enabled=False):
+        return _module(backend).attention_forward(q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope)
+
+
+@torch.library.register_fake("sliding_gqa::attention_forward")
+def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.impl("sliding_gqa::attention_backward", "default")
+def _backward(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, window, scale, softcap, backend):
+    rope = None if cos is None else (cos, sin)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dsinks = _module(backend).attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
+        )
+    # an operator's result is a tensor: without sinks, one of no elements
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
+
+
+@torch.library.register_fake("sliding_gqa::attention_backward")
+def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, window, scale, softcap, backend):
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        q.new_empty(0) if sinks is None else torch.empty_like(sinks),
+    )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend):
+        return torch.ops.sliding_gqa.attention_forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, sinks, cos, sin, *ctx.options = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, *output, sinks, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, out, lse, sinks, cos, sin = ctx.saved_tensors
+        if grad_out is None:  # only lse was used
+            grad_out = torch.zeros_like(out)
+        dq, dk, dv, dsinks = torch.ops.sliding_gqa.attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, *ctx.options
+        )
+        return dq, dk, dv, None if sinks is None else dsinks, *[None] * 6
+
+
+def visible_pairs(T, S, window):
+    """How many (query, key) pairs of one head a causal window of S positions and the last T queries leave visible."""
+    if window is None or window > S:
+        window = S
+    # queries at positions p < window - 1 see p + 1 keys, all others see window
+    short = min(T, max(0, window - 1 - (S - T)))
+    return window * (T - short) + short * (S - T) + short * (short + 1) // 2
+
+
+@register_flop_formula(torch.ops.sliding_gqa.attention_forward)
+def _forward_flops(q_shape, k_shape, v_shape, sinks, cos, sin, window, *args, **kwargs):
+    B, Hq, T, D = q_shape
+    return 2 * 2 * D * B * Hq * visible_pairs(T, k_shape[2], window)
+
+
+@register_flop_formula(torch.ops.sliding_gqa.attention_backward)
+def _backward_flops(grad_out_shape, grad_lse, q_shape, k_shape, *args, **kwargs):
+    B, Hq, T, D = q_shape
+    window = args[6]  # behind v, out, lse, sinks, cos, sin
+    return 5 * 2 * D * B * Hq * visible_pairs(T, k_shape[2], window)
 
 
 def in_layout_of(like, x):

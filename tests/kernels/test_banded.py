@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import apply_rope, reference, rope_tables, sliding_gqa_attention
+from kernels import apply_rope, banded, reference, rope_tables, sliding_gqa_attention
 
 B, D = 2, 16
 SHAPES = {  # T, S, Hq, Hkv, window
@@ -47,9 +47,54 @@ def inputs(shape, options, dtype=torch.float64):
     return (q, k, v, window), options
 
 
+CUTS = {  # threads and scores per thread: they decide how the work is cut into steps
+    "row blocks of all heads": (1, 2**17),
+    "row blocks of few heads": (1, 1),
+    "many blocks of a head": (64, 2**17),
+    "few blocks of a head": (64, 2**7),
+}
+
+
+def cut(monkeypatch, threads, scores):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(banded, "STEP_SCORES_PER_THREAD", scores)
+    banded.plan.cache_clear()
+
+
 @pytest.mark.parametrize("case", SHAPES)
-@pytest.mark.parametrize("option", OPTIONS)
-def test_banded_equals_reference(case, option):
+def test_every_row_is_in_exactly_one_step_with_every_key_it_sees(case, monkeypatch):
+    T, S, Hq, Hkv, window = SHAPES[case]
+    for threads, scores in CUTS.values():
+        cut(monkeypatch, threads, scores)
+        counts = torch.zeros(B, Hkv, Hq // Hkv, T)
+        for step in banded.plan(B, Hkv, Hq // Hkv, T, S, window if window and window < S else None, threads):
+            step.queries(counts).add_(1)
+            for block in range(step.blocks):
+                row, first = step.first_row + block * step.rows, step.first_key + block * step.rows
+                newest = S - T + row + step.rows - 1
+                assert first + step.keys - 1 == newest
+                assert first == (0 if window is None else max(0, S - T + row - window + 1))
+        assert (counts == 1).all()
+
+
+def test_the_cuts_are_all_taken(monkeypatch):
+    """The cases above are only worth something if each of these ways to cut comes up in them."""
+    steps = {}
+    for name, (threads, scores) in CUTS.items():
+        cut(monkeypatch, threads, scores)
+        steps[name] = banded.plan(B, 2, 3, 400, 400, 7, threads)
+    assert all(s.head is None and s.batch == slice(0, B) for s in steps["row blocks of all heads"])
+    assert all(s.head is None and s.batch != slice(0, B) for s in steps["row blocks of few heads"])
+    assert max(s.blocks for s in steps["many blocks of a head"]) > 4
+    assert 1 < max(s.blocks for s in steps["few blocks of a head"]) <= 4
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize(
+    "option, how", [*((o, "row blocks of all heads") for o in OPTIONS), *(("everything", c) for c in CUTS)]
+)
+def test_banded_equals_reference(case, option, how, monkeypatch):
+    cut(monkeypatch, *CUTS[how])
     arguments, options = inputs(SHAPES[case], OPTIONS[option])
     leaves = [*arguments[:3], *([options["sinks"]] if "sinks" in options else [])]
     results = []
