@@ -51,7 +51,7 @@ CUTS = {  # threads and scores per thread: they decide how the work is cut into 
     "row blocks of all heads": (1, 2**17),
     "row blocks of few heads": (1, 1),
     "many blocks of a head": (64, 2**17),
-    "few blocks of a head": (64, 2**7),
+    "few blocks of a head": (64, 2**9),
 }
 
 
@@ -85,8 +85,8 @@ def test_the_cuts_are_all_taken(monkeypatch):
         steps[name] = banded.plan(B, 2, 3, 400, 400, 7, threads)
     assert all(s.head is None and s.batch == slice(0, B) for s in steps["row blocks of all heads"])
     assert all(s.head is None and s.batch != slice(0, B) for s in steps["row blocks of few heads"])
-    assert max(s.blocks for s in steps["many blocks of a head"]) > 4
-    assert 1 < max(s.blocks for s in steps["few blocks of a head"]) <= 4
+    assert max(s.blocks for s in steps["many blocks of a head"]) > 8
+    assert 1 < max(s.blocks for s in steps["few blocks of a head"]) <= 8
 
 
 @pytest.mark.parametrize("case", SHAPES)
