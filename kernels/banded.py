@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from .rope import rotate_pairs
+from .rope import turn
 
 STEP_SCORES_PER_THREAD = 128 * 1024  # fp32 scores of one step: half a megabyte, which a core's L2 cache holds
 DENSE_BLOCK = 128  # rows of a block where no window bounds the keys
@@ -124,17 +124,6 @@ class _Scratch:
         return self.buffers[name][:size].view(shape)
 
 
-def _turn(x, cos, sin, out):
-    """out = x with its pairs turned, half-split; elements past the tables are copied. Returns out."""
-    half = cos.shape[-1]
-    a, b = x[..., :half], x[..., half : 2 * half]
-    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out[..., half : 2 * half]).addcmul_(a, sin)
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :].copy_(x[..., 2 * half :])
-    return out
-
-
 class _Band:
     """What forward and backward share: the steps, the rotated keys, and one step's rows and probabilities."""
 
@@ -157,7 +146,7 @@ class _Band:
             cos, sin = (table.to(self.dtype) for table in rope)
             self.q_rope = cos[self.S - self.T : self.S], sin[self.S - self.T : self.S]
             self.k_rope = cos[: self.S], sin[: self.S]
-            self.k = _turn(k.to(self.dtype), *self.k_rope, torch.empty(k.shape, dtype=self.dtype, device=k.device))
+            self.k = turn(k.to(self.dtype), *self.k_rope, torch.empty(k.shape, dtype=self.dtype, device=k.device))
         else:
             self.k = k.to(self.dtype)
             if self.B > 1:
@@ -185,7 +174,7 @@ class _Band:
         if self.q_rope is None:
             return self.packed("q", x).mul_(self.scale)
         out = self.scratch("q", x.numel() // (self.G * step.rows * self.D), self.G * step.rows, self.D)
-        _turn(x.to(self.dtype), *self.tables(step), out.view(x.shape))
+        turn(x.to(self.dtype), *self.tables(step), out.view(x.shape))
         return out.mul_(self.scale)
 
     def scores(self, step, q):
@@ -277,11 +266,11 @@ def attention_backward(
         step_dq = step_dq.view(target.shape)
         if rope is not None:
             cos, sin = band.tables(step)
-            step_dq = _turn(step_dq, cos, -sin, band.scratch("turned", *target.shape))
+            step_dq = turn(step_dq, cos, -sin, band.scratch("turned", *target.shape))
         target.copy_(step_dq)
     if rope is not None:
         cos, sin = band.k_rope
-        dk = _turn(dk, cos, -sin, torch.empty_like(dk))
+        dk = turn(dk, cos, -sin, torch.empty_like(dk))
     dsinks = None
     if sinks is not None:
         # the sink's probability times its ds, whose do . v is zero
@@ -289,51 +278,3 @@ def attention_backward(
         ds = (sinks.to(lse.dtype)[:, None] - lse).exp_() * (-delta if grad_lse is None else grad_lse - delta)
         dsinks = ds.sum((0, 2)).to(sinks.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
-
-
-def _softmax(scores, seen, scale, softcap, sinks):
-    """p and lse over the last dimension of scores, in fp32 or fp64; rows that see nothing get p = 0 and lse = -inf."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype))
-    # a finite pivot: -inf - -inf would be NaN in a row that sees nothing
-    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]), lse
-
-
-def append(k, v, k_cache, v_cache, lengths, *, rope=None):
-    """`append_to_cache`: one scatter each for k and v."""
-    T, C = k.shape[2], k_cache.shape[2]
-    positions = lengths[:, None] - T + torch.arange(T, device=k.device)  # (B, T)
-    written = (positions >= 0)[:, None, :, None]
-    if rope is not None:
-        cos, sin = (table[positions.clamp(min=0)][:, None] for table in rope)
-        k = rotate_pairs(k, cos, sin)
-    slots = (positions % C)[:, None, :, None].expand(k.shape).long()
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        # padding writes back what its slot holds: T <= C, so no other token of this call has the same slot
-        cache.scatter_(2, slots, torch.where(written, new, cache.gather(2, slots)))
-
-
-def decode(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None):
-    """`sliding_gqa_decode`: one dense product over the ring, whose slots are told apart by the positions they hold."""
-    B, Hq, T, D = q.shape
-    Hkv, C = k_cache.shape[1], k_cache.shape[2]
-    q_pos = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
-    if rope is not None:
-        cos, sin = (table[q_pos.clamp(min=0)][:, None] for table in rope)
-        q = rotate_pairs(q, cos, sin)
-    newest = lengths[:, None] - 1
-    slot_pos = newest - (newest - torch.arange(C, device=q.device)) % C  # (B, C): newest position of each slot
-    seen = (slot_pos >= 0)[:, None] & (slot_pos[:, None] <= q_pos[:, :, None])
-    if window is not None:
-        seen = seen & (slot_pos[:, None] > q_pos[:, :, None] - window)  # (B, T, C)
-    rows = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, G * T, D)
-    scores = (rows @ k_cache.mT).unflatten(2, (-1, T))
-    p, _ = _softmax(scores, seen[:, None, None], scale, softcap, None if sinks is None else sinks.view(Hkv, -1, 1))
-    # an unwritten slot may hold NaN, and 0 * NaN is NaN: its value is replaced, not only its weight
-    values = torch.where((slot_pos >= 0)[:, None, :, None], v_cache, 0)
-    return (p.to(q.dtype).flatten(2, 3) @ values).unflatten(2, (-1, T)).flatten(1, 2)

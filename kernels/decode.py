@@ -35,7 +35,9 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto
         raise ValueError(
             f"k has {k.shape[2]} tokens, more than the {k_cache.shape[2]} slots of k_cache: append in parts"
         )
-    _backend(backend, k).append(k, v, k_cache, v_cache, lengths, rope=rope)
+    name, _ = resolve_backend(backend, k.device)
+    cos, sin = (None, None) if rope is None else rope
+    torch.ops.sliding_gqa.append(k, v, k_cache, v_cache, lengths, cos, sin, name)
 
 
 @torch.no_grad()
@@ -55,21 +57,15 @@ def sliding_gqa_decode(
     check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
     check_options(q, window, scale, softcap, sinks)
     _check_ring(q, k_cache, lengths, rope)
-    T, C = q.shape[2], k_cache.shape[2]
+    (T, D), C = q.shape[2:], k_cache.shape[2]
     if window is not None and C < window + T - 1:
         raise ValueError(f"k_cache has {C} slots, expected at least window + T_new - 1 = {window + T - 1}")
-    if window is None and lengths.numel():
-        message = f"k_cache has {C} slots, fewer than the longest row: without a window it must hold every token"
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-            if int(lengths.max()) > C:
-                raise ValueError(message)
-        else:
-            torch._assert_async(lengths.max() <= C, message)  # checked on the device: the host does not wait
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = _backend(backend, q).decode(
-        q, k_cache, v_cache, lengths, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
-    )
-    return in_layout_of(q, out)
+    if window is None and lengths.device.type != "cpu":  # on a CPU the operator itself looks
+        torch._assert_async((lengths <= C).all(), _too_small(C))
+    scale = D**-0.5 if scale is None else scale
+    name, _ = resolve_backend(backend, q.device)
+    cos, sin = (None, None) if rope is None else rope
+    return torch.ops.sliding_gqa.decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, name)
 
 
 def _check_ring(x, k_cache, lengths, rope):
@@ -84,12 +80,51 @@ def _check_ring(x, k_cache, lengths, rope):
         check_tables(*rope, 1, x.shape[3])
 
 
-def _backend(backend, x):
-    name, _ = resolve_backend(backend, x.device)
-    if name == "triton":
-        raise ValueError("backend 'triton' has no decode kernels in this version; use backend='banded'")
-    if name == "reference":
-        from . import reference as module
-    else:
-        from . import banded as module
-    return module
+def _too_small(slots):
+    return f"k_cache has {slots} slots, fewer than the longest row: without a window it must hold every token"
+
+
+def _module(backend):
+    from . import banded_decode, reference
+
+    return {"banded": banded_decode, "reference": reference}[backend]
+
+
+torch.library.define(
+    "sliding_gqa::append",
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? cos, Tensor? sin, "
+    "str backend) -> ()",
+)
+torch.library.define(
+    "sliding_gqa::decode",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, Tensor? cos, Tensor? sin, "
+    "SymInt? window, float scale, float? softcap, str backend) -> Tensor",
+)
+
+
+@torch.library.impl("sliding_gqa::append", "default")
+def _append(k, v, k_cache, v_cache, lengths, cos, sin, backend):
+    rope = None if cos is None else (cos, sin)
+    _module(backend).append(k, v, k_cache, v_cache, lengths, rope=rope)
+
+
+@torch.library.register_fake("sliding_gqa::append")
+def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
+    return None
+
+
+@torch.library.impl("sliding_gqa::decode", "default")
+def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, backend):
+    rope = None if cos is None else (cos, sin)
+    C = k_cache.shape[2]
+    if window is None and lengths.device.type == "cpu" and (lengths > C).any():
+        raise ValueError(_too_small(C))
+    out = _module(backend).decode(
+        q, k_cache, v_cache, lengths, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
+    )
+    return in_layout_of(q, out)
+
+
+@torch.library.register_fake("sliding_gqa::decode")
+def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, backend):
+    return torch.empty_like(q)

@@ -101,6 +101,17 @@ def rotate_pairs(x, cos, sin, interleaved=False):
     return torch.cat([out, rest], dim=-1) if rest.shape[-1] else out
 
 
+def turn(x, cos, sin, out):
+    """The same into `out`, which x must not share memory with; half-split, without gradients or copies. Returns out."""
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=out[..., half : 2 * half]).addcmul_(a, sin)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :].copy_(x[..., 2 * half :])
+    return out
+
+
 def check_tables(cos, sin, length, head_dim):
     """Raise ValueError unless cos and sin are (>= length, R / 2) tables with R <= head_dim."""
     if cos.dim() != 2 or cos.shape != sin.shape:

@@ -28,9 +28,10 @@ def test_position_p_lives_in_slot_p_modulo_the_ring(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window, slack, step", [(5, 0, 1), (5, 3, 1), (5, 0, 4), (1, 2, 2), (None, 0, 3), (8, 0, 16)])
 @pytest.mark.parametrize("option", ["plain", "everything"])
-def test_decoding_equals_attention_over_the_whole_history(backend, window, slack, step, option):
+@pytest.mark.parametrize("padding", [[0, 0, 0], [0, 1, 7]], ids=["equal rows", "ragged rows"])
+def test_decoding_equals_attention_over_the_whole_history(backend, window, slack, step, option, padding):
     """Rows of different lengths share every call, by left padding, and go round the ring several times."""
-    total, padding = 48, torch.tensor([0, 1, 7], dtype=torch.int32)
+    total, padding = 48, torch.tensor(padding, dtype=torch.int32)
     q = torch.randn(3, Hq, total, D, dtype=torch.float64)
     k, v = torch.randn(2, 3, Hkv, total, D, dtype=torch.float64)
     options, rope = {}, None
@@ -63,6 +64,47 @@ def test_decode_keeps_dtype_and_layout(dtype):
     assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
     exact = reference.decode(q.double(), k_cache.double(), v_cache.double(), lengths, 8, scale=D**-0.5)
     assert (out - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rope", [None, 8])
+def test_operators_pass_opcheck(backend, rope):
+    q, k = torch.randn(2, 2, Hq, D).transpose(1, 2), torch.randn(2, 2, Hkv, D).transpose(1, 2)
+    k_cache, v_cache = torch.randn(2, 2, Hkv, 9, D)
+    lengths = torch.tensor([12, 1], dtype=torch.int32)
+    cos, sin = (None, None) if rope is None else rope_tables(16, rope)
+    torch.library.opcheck(torch.ops.sliding_gqa.append, (k, k, k_cache, v_cache, lengths, cos, sin, backend))
+    sinks = None if rope is None else torch.randn(Hq)
+    torch.library.opcheck(
+        torch.ops.sliding_gqa.decode, (q, k_cache, v_cache, lengths, sinks, cos, sin, 8, 0.25, None, backend)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_graph_serves_every_step(backend):
+    """Nothing on the host depends on the position, so a compiled step is compiled once."""
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend=count)
+    def step(q, k, v, k_cache, v_cache, lengths):
+        lengths += 1
+        append_to_cache(k, v, k_cache, v_cache, lengths, backend=backend)
+        return sliding_gqa_decode(q, k_cache, v_cache, lengths, 5, backend=backend)
+
+    q, k, v = torch.randn(1, Hq, 20, D), *torch.randn(2, 1, Hkv, 20, D)
+    expected = sliding_gqa_attention(q, k, v, 5)
+    k_cache, v_cache = torch.full((2, 1, Hkv, 5, D), float("nan")).unbind(0)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    for i in range(20):
+        out = step(*(x[:, :, i : i + 1] for x in (q, k, v)), k_cache, v_cache, lengths)
+        torch.testing.assert_close(out, expected[:, :, i : i + 1])
+    assert len(graphs) == 1
 
 
 def call(**changed):
