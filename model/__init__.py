@@ -1,0 +1,31 @@
+"""GPT-2 and the modified GPT-2 (rotary positions, sliding window, grouped KV heads): one class, and how to sample.
+
+    model = GPT(GPTConfig(vocab_size=65, context_length=256, window=64, n_layer=4, n_head=4, n_kv_head=2, d_model=128))
+    logits, loss = model(tokens, targets)
+    for token in generate(model, prompt, 100, top_k=10): ...
+
+gpt.py is the model. kv_cache.py is what it remembers while it writes, sampling.py how it writes, sample.py the command.
+"""
+
+from .checkpoint import CheckpointError, from_pretrained, save_pretrained
+from .config import ARCHITECTURES, GPTConfig
+from .gpt import GPT
+from .kv_cache import KVCache
+from .sampling import generate, sample, top_k_logits, top_p_logits
+from .tokenizer import CharTokenizer, load_tokenizer
+
+__all__ = [
+    "ARCHITECTURES",
+    "GPT",
+    "CharTokenizer",
+    "CheckpointError",
+    "GPTConfig",
+    "KVCache",
+    "from_pretrained",
+    "generate",
+    "load_tokenizer",
+    "sample",
+    "save_pretrained",
+    "top_k_logits",
+    "top_p_logits",
+]

@@ -1,0 +1,148 @@
+"""What a model is made of: `GPTConfig`, and the named steps from GPT-2 to the modified one."""
+
+from dataclasses import dataclass, fields
+
+# Each step adds one change to the one before it; "original" is GPT-2, the last is the modified architecture.
+ARCHITECTURES = ("original", "rope", "rope-window", "rope-window-gqa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a GPT. Every field is checked; a wrong one raises ValueError in one line.
+
+    With the defaults it is StarCoder2's architecture (rotary positions, biases, tanh GELU, LayerNorm), with
+    positions="learned" GPT-2's; window and n_kv_head switch sliding-window attention and grouped KV heads on.
+    """
+
+    vocab_size: int
+    """Different tokens."""
+    context_length: int
+    """Tokens a training sequence holds. Learned positions end here; rotary ones go on past it."""
+    n_layer: int
+    """Transformer blocks."""
+    n_head: int
+    """Query heads of a layer; each has d_model / n_head elements."""
+    n_kv_head: int | None = None
+    """Key and value heads of a layer, a divisor of n_head. None = n_head; 1 is multi-query attention."""
+    d_model: int
+    """Width of the residual stream; the MLP is four times as wide."""
+    positions: str = "rope"
+    """"rope": q and k are rotated by their position. "learned": one vector a position is added to the embedding."""
+    window: int | None = None
+    """Keys a query sees on a sliding layer, its own included (Hugging Face's `sliding_window`). None = all earlier."""
+    window_pattern: str = "S"
+    """A letter a layer, repeated over the layers: S slides by `window`, L sees all earlier keys. "SSSL" is 3 to 1."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths: the longest is about 2 pi * rope_theta tokens."""
+    rope_scaling: tuple | None = None
+    """Stretches rotary positions over longer contexts: the `scaling` of kernels.rope_tables, e.g. ("linear", 2.0)."""
+    rotary_dim: int | None = None
+    """Elements of a head that are rotated, an even number. None = the whole head."""
+    dropout: float = 0.0
+    """Probability that an element of the embeddings, attention weights and residual branches is dropped in training."""
+    tie_weights: bool = True
+    """Whether the output projection is the token embedding."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in every LayerNorm."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
+            _check_count(name, getattr(self, name))
+        if self.d_model % self.n_head:
+            raise ValueError(f"n_head={self.n_head} does not divide d_model={self.d_model}: heads are of equal size")
+        if self.n_kv_head is None:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        _check_count("n_kv_head", self.n_kv_head)
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head} (grouped KV heads need "
+                f"n_head % n_kv_head == 0): take one of {', '.join(map(str, _divisors(self.n_head)))}"
+            )
+        if self.window is not None:
+            _check_count("window", self.window, hint="the query's own key included, or None for all earlier keys")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(
+                f"window_pattern={self.window_pattern!r} is not made of the letters S (slides by window) and L (sees "
+                "all earlier keys): write e.g. 'SSSL'"
+            )
+        if self.positions not in ("rope", "learned"):
+            raise ValueError(f"positions={self.positions!r} is neither 'rope' nor 'learned'")
+        if self.positions == "rope":
+            self._check_rotary()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not a probability below 1")
+        if not self.norm_epsilon > 0:
+            raise ValueError(f"norm_epsilon={self.norm_epsilon} is not positive")
+
+    def _check_rotary(self):
+        if self.rotary_dim is not None:
+            _check_count("rotary_dim", self.rotary_dim)
+        if self.rotated % 2 or self.rotated > self.head_dim:
+            raise ValueError(
+                f"{self.rotated} elements of a head of {self.head_dim} cannot be rotated in pairs: set rotary_dim to "
+                "an even number up to d_model / n_head"
+            )
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta={self.rope_theta} is not positive")
+        if self.rope_scaling is not None:
+            if not (isinstance(self.rope_scaling, tuple | list) and len(self.rope_scaling) == 2):
+                raise ValueError(f"rope_scaling={self.rope_scaling!r} is no pair such as ('linear', 2.0)")
+            object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON has lists only
+
+    @classmethod
+    def for_architecture(cls, name, **fields):
+        """The config of a named step of ARCHITECTURES; of `fields`, what the step does not have is dropped.
+
+        "original" and "rope" have no window, and only "rope-window-gqa" has fewer KV heads than query heads, so one
+        set of fields makes all four. Raises ValueError for an unknown name and for a step that misses its own field.
+        """
+        if name not in ARCHITECTURES:
+            raise ValueError(f"architecture {name!r} is unknown: take one of {', '.join(ARCHITECTURES)}")
+        fields["positions"] = "learned" if name == "original" else "rope"
+        if "window" not in name:
+            fields["window"] = None
+        elif fields.get("window") is None:
+            raise ValueError(f"architecture {name!r} needs a window, the number of keys a query sees")
+        if "gqa" not in name:
+            fields["n_kv_head"] = None
+        elif fields.get("n_kv_head") is None:
+            raise ValueError(f"architecture {name!r} needs n_kv_head, the number of key and value heads")
+        return cls(**fields)
+
+    @property
+    def architecture(self) -> str:
+        """The step's name in ARCHITECTURES, or for another mix its parts joined likewise, as in "rope-gqa"."""
+        parts = ["original" if self.positions == "learned" else "rope"]
+        parts += ["window"] if any(self.layer_window(i) is not None for i in range(self.n_layer)) else []
+        parts += ["gqa"] if self.n_kv_head < self.n_head else []
+        return "-".join(parts)
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self.d_model // self.n_head
+
+    @property
+    def rotated(self) -> int:
+        """Elements of a head that are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def layer_window(self, layer) -> int | None:
+        """Keys a query of this layer sees; None = all earlier ones."""
+        slides = self.window_pattern[layer % len(self.window_pattern)] == "S"
+        return self.window if slides else None
+
+    def differences(self, other) -> str:
+        """The fields in which two configs differ, for a message: "n_layer 4 and 6, window None and 32"; "" if equal."""
+        pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return ", ".join(f"{name} {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs)
+
+
+def _check_count(name, value, hint=None):
+    """Raise ValueError unless value is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} is not a whole number of at least 1" + (f" ({hint})" if hint else ""))
+
+
+def _divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]

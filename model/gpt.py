@@ -1,0 +1,196 @@
+"""The model: GPT-2 and its modified form (rotary positions, sliding window, grouped KV heads), in one class.
+
+    model = GPT(GPTConfig(vocab_size=65, context_length=256, window=64, n_layer=4, n_head=4, n_kv_head=2, d_model=128))
+    logits, loss = model(tokens, targets)          # (B, T, V) and a number
+
+Every block is x = x + attention(norm(x)), x = x + mlp(norm(x)). A config with learned positions and no window is GPT-2
+(Radford et al. 2019, weights in the order of Hugging Face's modules); with rotary positions it is StarCoder2
+(arXiv:2402.19173). Shapes: B rows of T tokens, C = d_model, V = vocab_size, heads of size D, Hq for queries and Hkv for
+keys and values.
+"""
+
+import dataclasses
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import append_to_cache, sliding_gqa_attention, sliding_gqa_decode
+
+from .plain import BandMasks, plain_attention
+from .rotary import RopeTables
+
+
+class Attention(nn.Module):
+    """Causal attention of one layer, over the tokens of the call or, with a cache, over those before it as well."""
+
+    def __init__(self, config, layer, rope, masks, fused_kernels, backend):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.window = config.layer_window(layer)
+        self.dropout = config.dropout
+        self.fused_kernels, self.backend = fused_kernels, backend
+        self.rope, self.masks = rope, masks  # shared by all layers
+        # query, key and value projections of all heads, in one matrix
+        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
+        self.proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        kv_size = self.n_kv_head * self.head_dim
+        q, k, v = self.qkv(x).split([C, kv_size, kv_size], dim=-1)
+        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, Hq, T, D), a view
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        rope = None if self.rope is None else self.rope(T if cache is None else cache.columns, x.device)
+        if cache is not None:
+            out = self.attend_to_cache(q, k, v, rope, cache)
+        elif self.fused_kernels and not (self.training and self.dropout):
+            out = sliding_gqa_attention(q, k, v, self.window, rope=rope, backend=self.backend)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            out = plain_attention(q, k, v, self.window, rope, self.masks, dropout)
+        out = out.transpose(1, 2).reshape(B, T, C)  # a view again: the output has q's memory layout
+        return F.dropout(self.proj(out), self.dropout, self.training)
+
+    def attend_to_cache(self, q, k, v, rope, cache):
+        """Write the new keys and values into this layer's ring and let the new queries look at it: (B, Hq, T, D)."""
+        k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
+        backend = self.backend if self.fused_kernels else "reference"  # which is plain PyTorch too
+        append_to_cache(k, v, k_cache, v_cache, cache.lengths, rope=rope, backend=backend)
+        return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, rope=rope, backend=backend)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.fc = nn.Linear(config.d_model, 4 * config.d_model)
+        self.proj = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x):
+        x = F.gelu(self.fc(x), approximate="tanh")
+        return F.dropout(self.proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer, rope, masks, fused_kernels, backend):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
+        self.attn = Attention(config, layer, rope, masks, fused_kernels, backend)
+        self.ln_2 = nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A language model of the given `GPTConfig`, with GPT-2's random initial weights.
+
+    fused_kernels   run the package `kernels`; False runs plain PyTorch (plain.py) with the same parameters.
+    backend         of the kernels: "auto" is Triton on a GPU, banded PyTorch elsewhere; a named one never falls back.
+    seed            makes the same weights every time and leaves torch's random state alone; None draws from that state,
+                    so that torch.manual_seed before it does the same.
+    """
+
+    def __init__(self, config, fused_kernels=True, backend="auto", seed=None):
+        super().__init__()
+        self.config = config
+        self.fused_kernels = fused_kernels
+        rope = RopeTables(config) if config.positions == "rope" else None
+        masks = BandMasks()
+        # modules draw weights as they are made; a seeded model must not move the caller's random state by it
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            self.wte = nn.Embedding(config.vocab_size, config.d_model)  # token embedding
+            if config.positions == "learned":
+                self.wpe = nn.Embedding(config.context_length, config.d_model)  # position embedding
+            self.blocks = nn.ModuleList(
+                Block(config, layer, rope, masks, fused_kernels, backend) for layer in range(config.n_layer)
+            )
+            self.ln_f = nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
+            if not config.tie_weights:
+                self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.init_weights(seed)
+        self._said_dropout = False
+
+    def init_weights(self, seed=None):
+        """GPT-2's initialisation: N(0, 0.02), smaller by sqrt(2 n_layer) on what enters the residual stream, biases 0.
+
+        The stream sums 2 n_layer branches, so the division keeps its variance independent of the depth.
+        """
+        generator = None if seed is None else torch.Generator(self.wte.weight.device).manual_seed(seed)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(".proj") else 0.02
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens, targets=None, cache=None):
+        """Logits of the next token after each, and the loss against `targets` if they are given.
+
+        tokens    (B, T) integers. Learned positions take at most context_length of them.
+        targets   (B, T) integers, the tokens that follow; -1 is not counted.
+        cache     a `KVCache`: tokens go on where it ends and are added to it. No gradient flows then.
+        Returns logits (B, T, V) and the mean cross-entropy in nats a token (None without targets).
+        """
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(tokens, targets, cache)
+        T = tokens.shape[1]
+        if cache is not None:
+            cache.advance(T, self.config)
+        elif self.config.positions == "learned" and T > self.config.context_length:
+            raise ValueError(
+                f"tokens has {T} positions, but the model learned {self.config.context_length} (context_length): "
+                "shorten them, or train with rotary positions"
+            )
+        self._warn_of_dropout()
+        x = self.wte(tokens)  # (B, T, C)
+        if self.config.positions == "learned":
+            x = x + self._position_vectors(T, cache)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, cache)
+        x = self.ln_f(x)
+        logits = F.linear(x, self.wte.weight if self.config.tie_weights else self.lm_head.weight)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def _position_vectors(self, T, cache):
+        """The learned vectors of the call's positions: (T, C), or with a cache, whose rows may differ, (B, T, C)."""
+        if cache is None:
+            return self.wpe.weight[:T]
+        return self.wpe(cache.positions(T).clamp(min=0))  # padding is before position 0; it is never looked at
+
+    def _warn_of_dropout(self):
+        if self.training and self.config.dropout and self.fused_kernels and not self._said_dropout:
+            self._said_dropout = True
+            warnings.warn(
+                f"dropout={self.config.dropout} while training: attention runs in plain PyTorch, because the fused "
+                "kernels have no dropout (evaluation and sampling use them; dropout=0 trains on them)",
+                stacklevel=3,
+            )
+
+    def set_window(self, window, pattern=None):
+        """Change the window of a trained model (None = all earlier keys), and the pattern of layers that have it.
+
+        Any window works without training, better the closer it is to the trained one. A `KVCache` made before fits no
+        longer. Raises ValueError for what `GPTConfig` does not take.
+        """
+        pattern = self.config.window_pattern if pattern is None else pattern
+        self.config = dataclasses.replace(self.config, window=window, window_pattern=pattern)
+        for layer, block in enumerate(self.blocks):
+            block.attn.window = self.config.layer_window(layer)
+
+    def num_parameters(self) -> int:
+        """Numbers that training changes; tied weights count once."""
+        return sum(p.numel() for p in self.parameters())

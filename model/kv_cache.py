@@ -1,0 +1,114 @@
+"""What the model remembers while it writes: the keys and values of each layer.
+
+A sliding layer needs the last `window` positions and no more, so it has a ring: position p lies in slot p % slots, and
+a new token overwrites the one that has left the window. A layer that sees everything has a slot for every position.
+
+    window=4, after 6 tokens        slot       0  1  2  3
+                                    position   4  5  2  3
+"""
+
+import torch
+
+
+class KVCache:
+    """Empty caches for `batch_size` rows of a model with this config; `GPT.forward(tokens, cache=...)` fills them.
+
+    max_new_tokens_per_call   the most tokens that one forward may bring. Rings have window + this - 1 slots: the first
+                              new query still needs the window before it when the last new key has been written.
+    max_length                slots of layers that see everything: no more tokens than this. Default: context_length.
+    padding                   (B,) how many of the first columns of each row are padding, for prompts of different
+                              lengths: they count from -padding, so that the first real token is at position 0.
+
+    lengths    (B,) int32 on the device: tokens of each row so far, without its padding
+    columns    the same on the host, padding included: an upper limit that no step has to wait for
+    k, v       a tensor (B, Hkv, slots, D) a layer
+    """
+
+    def __init__(
+        self,
+        config,
+        batch_size,
+        *,
+        max_new_tokens_per_call=1,
+        max_length=None,
+        device=None,
+        dtype=torch.float32,
+        padding=None,
+    ):
+        if max_new_tokens_per_call < 1:
+            raise ValueError(f"max_new_tokens_per_call={max_new_tokens_per_call} is below 1")
+        self.config = config
+        self.max_new_tokens_per_call = max_new_tokens_per_call
+        self.max_length = config.context_length if max_length is None else max_length
+        if config.positions == "learned" and self.max_length > config.context_length:
+            raise ValueError(
+                f"max_length={self.max_length} is more than the {config.context_length} positions that the model "
+                "learned (context_length)"
+            )
+        self.k, self.v = [], []
+        for layer in range(config.n_layer):
+            shape = (batch_size, config.n_kv_head, self._slots(layer), config.head_dim)
+            # never read before it is written, so it need not be cleared
+            self.k.append(torch.empty(shape, device=device, dtype=dtype))
+            self.v.append(torch.empty(shape, device=device, dtype=dtype))
+        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
+        self.columns = 0
+        if padding is not None:
+            self.lengths -= torch.as_tensor(padding, device=device, dtype=torch.int32)
+
+    def _slots(self, layer):
+        window = self.config.layer_window(layer)
+        return self.max_length if window is None else window + self.max_new_tokens_per_call - 1
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some layer, or learned positions, end the sequence at max_length; a ring alone never does."""
+        windows = [self.config.layer_window(layer) for layer in range(self.config.n_layer)]
+        return self.config.positions == "learned" or None in windows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values of all layers."""
+        return sum(x.nbytes for x in (*self.k, *self.v))
+
+    def advance(self, new_tokens, config):
+        """Count `new_tokens` columns more, before the layers write them. Only `GPT.forward` calls it, with its config.
+
+        Raises ValueError, and counts nothing, if the cache is of another config or has no room.
+        """
+        if config is not self.config and config != self.config:
+            raise ValueError(
+                f"the cache was made for another config ({self.config.differences(config)}): make a new one"
+            )
+        if new_tokens > self.max_new_tokens_per_call:
+            raise ValueError(
+                f"tokens has {new_tokens} columns, more than the cache's max_new_tokens_per_call="
+                f"{self.max_new_tokens_per_call}: feed them in parts, or make a cache for more"
+            )
+        if self.bounded and self.columns + new_tokens > self.max_length:
+            raise ValueError(
+                f"the cache holds max_length={self.max_length} positions, too few for {self.columns} and {new_tokens} "
+                "more: make a longer one"
+            )
+        self.columns += new_tokens
+        self.lengths += new_tokens
+
+    def positions(self, new_tokens):
+        """(B, new_tokens) position of each of the newest tokens; negative for padding."""
+        return self.lengths[:, None] + torch.arange(-new_tokens, 0, device=self.lengths.device)
+
+    def fit_single_tokens(self):
+        """Shrink the rings to `window` slots, for one token a call from now on.
+
+        A prompt is read many tokens at a time and needs the longer ring; afterwards every step would pay for it.
+        """
+        for layer in range(self.config.n_layer):
+            window = self.config.layer_window(layer)
+            if window is not None and self.max_new_tokens_per_call > 1:
+                # slot s of the new ring holds the newest position p with p % window == s
+                newest = self.lengths[:, None] - 1
+                position = newest - (newest - torch.arange(window, device=newest.device)) % window  # (B, window)
+                slot = (position % self.k[layer].shape[2]).long()[:, None, :, None]
+                slot = slot.expand(-1, self.config.n_kv_head, -1, self.config.head_dim)
+                self.k[layer], self.v[layer] = self.k[layer].gather(2, slot), self.v[layer].gather(2, slot)
+        self.max_new_tokens_per_call = 1

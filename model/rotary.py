@@ -1,0 +1,34 @@
+"""The model's tables of rotary angles: made once for a device, grown when a sequence gets longer than they are."""
+
+import torch
+
+from kernels import rope_tables
+
+
+class RopeTables:
+    """cos and sin of every position so far, one pair a device, shared by the layers of a model.
+
+    They are no buffers on purpose: `model.half()` would round the angles with the weights, and a checkpoint does not
+    need them. They take 4 * rotary_dim bytes a position, and grow by doubling, so that sampling seldom makes new ones.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.tables = {}
+        rope_tables(1, config.rotated, theta=config.rope_theta, scaling=config.rope_scaling, device="cpu")  # checks
+
+    def __call__(self, length, device):
+        """(cos, sin), each (at least `length`, rotary_dim / 2) fp32. `length` is a number that the host knows."""
+        tables = self.tables.get(device)
+        if tables is None or len(tables[0]) < length:
+            have = 0 if tables is None else len(tables[0])
+            tables = self.tables[device] = self._make(max(length, 2 * have, self.config.context_length), device)
+        return tables
+
+    def _make(self, length, device):
+        config = self.config
+        # a table made under inference mode could not be used by a later training step
+        with torch.inference_mode(False):
+            return rope_tables(
+                length, config.rotated, theta=config.rope_theta, scaling=config.rope_scaling, device=device
+            )

@@ -1,0 +1,154 @@
+"""Write text with a trained model.
+
+    python -m model.sample --checkpoint runs/shakespeare/best --prompt "ROMEO:" --max-new-tokens 500
+    python -m model.sample --checkpoint runs/shakespeare/best --temperature 0.8 --top-k 20 --seed 1 --num-samples 3
+
+The text goes to standard output as it is made, everything else to standard error. Exit status: 0; 2 for a wrong
+argument or model directory; 130 after Ctrl-C, which leaves what was written so far.
+"""
+
+import argparse
+import os
+import sys
+import time
+import types
+
+import torch
+
+from kernels import resolve_backend
+
+from .checkpoint import from_pretrained
+from .sampling import generate, sample
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """The one line that helps, without the usage of all flags."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser():
+    parser = _Parser(
+        prog="python -m model.sample",
+        description="Write text with a trained model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="directory with config.json, model.safetensors, tokenizer.json",
+    )
+    add("--prompt", default="\n", help="text to go on from")
+    add("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to write; more than the context is fine")
+    add("--temperature", type=float, default=1.0, metavar="T", help="above 1 more daring, below 1 safer, 0 greedy")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold probability P together")
+    add("--greedy", action="store_true", help="take the likeliest token every time")
+    add("--seed", type=int, metavar="S", help="same text every time; sample i is drawn with seed S + i")
+    add("--num-samples", type=int, default=1, metavar="N", help="texts to write, one after the other")
+    add("--device", default="auto", help="auto is cuda if there is one, else cpu")
+    add("--backend", default="auto", help="of the kernels: auto, triton, banded, reference")
+    add(
+        "--fused-kernels",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the package kernels; without it plain PyTorch",
+    )
+    return parser
+
+
+def main(arguments=None) -> int:
+    """Run the command with these arguments (default: the process's own) and return its exit status."""
+    parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args([_with_hyphens(argument) for argument in arguments])
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal does not have becomes a question mark
+    try:
+        samples = _prepare(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    written, start = 0, time.perf_counter()
+    try:
+        for number, (prompt, pieces) in enumerate(samples, start=1):
+            if options.num_samples > 1:
+                print(f"--- sample {number} of {options.num_samples}", file=sys.stderr, flush=True)
+            print(prompt, end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                written += 1
+            print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)
+        print(f"interrupted after {written} tokens", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough; Python must not try to flush to it on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    seconds = time.perf_counter() - start
+    print(f"{written} tokens in {seconds:.1f} s ({written / max(seconds, 1e-9):,.0f} tokens/s)", file=sys.stderr)
+    return 0
+
+
+def _prepare(options):
+    """[(prompt, iterator over the pieces of text that follow)], a pair a sample. Raises for what the user got wrong."""
+    device = _device(options.device)
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples is {options.num_samples}, expected at least 1")
+    runs = "plain PyTorch"
+    if options.fused_kernels:
+        runs = "backend {} ({})".format(*resolve_backend(options.backend, device))
+    model, tokenizer = from_pretrained(
+        options.checkpoint, fused_kernels=options.fused_kernels, backend=options.backend, device=device
+    )
+    if tokenizer is None:
+        raise ValueError(f"{options.checkpoint} has no tokenizer.json, so no prompt can be read and no text written")
+    prompt = torch.tensor([tokenizer.encode(options.prompt)], dtype=torch.long)
+    streams = [
+        generate(
+            model,
+            prompt,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            greedy=options.greedy,
+            seed=None if options.seed is None else options.seed + i,
+        )
+        for i in range(options.num_samples)
+    ]
+    print(
+        f"{options.checkpoint}: {model.config.architecture}, {model.num_parameters():,} parameters, {runs} on {device}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return [(options.prompt, (tokenizer.decode(token) for token in stream)) for stream in streams]
+
+
+def _device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name}, but no CUDA device is available: use --device cpu")
+    return device
+
+
+def _with_hyphens(argument):
+    """--top_k=5 as --top-k=5: both spellings of a flag work."""
+    name, equals, value = argument.partition("=")
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+
+
+class _CallableModule(types.ModuleType):
+    """Importing this module makes it an attribute of the package, over the function `sample`: so it acts as it too."""
+
+    def __call__(self, *args, **kwargs):
+        return sample(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+sys.modules[__name__].__class__ = _CallableModule

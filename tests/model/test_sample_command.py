@@ -1,0 +1,152 @@
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mixes import FIELDS, lively
+
+import model
+from model import GPT, CharTokenizer, GPTConfig, sample, save_pretrained
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = CharTokenizer("\n" + "".join(map(chr, range(40, 80))))
+COMMAND = [sys.executable, "-m", "model.sample"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    save_pretrained(lively(GPT(GPTConfig(**FIELDS), seed=0)), directory, TOKENIZER)
+    return str(directory)
+
+
+def run(capsys, *arguments):
+    """(exit status, standard output, standard error) of the command with these arguments."""
+    try:
+        status = importlib.import_module("model.sample").main(list(arguments))
+    except SystemExit as exit:
+        status = exit.code
+    return status, *capsys.readouterr()
+
+
+def test_the_command_writes_what_the_library_samples(capsys, checkpoint):
+    arguments = ("--prompt", "ABC", "--max-new-tokens", "70", "--temperature", "0.8", "--top-k", "9", "--seed", "4")
+    status, out, err = run(capsys, "--checkpoint", checkpoint, *arguments)
+    loaded, _ = model.from_pretrained(checkpoint)
+    prompt = torch.tensor([TOKENIZER.encode("ABC")])
+    expected = sample(loaded, prompt, 70, temperature=0.8, sample=True, top_k=9, seed=4)
+    assert (status, out) == (0, TOKENIZER.decode(expected[0]) + "\n")
+    assert "rope-window-gqa" in err and "backend banded (Triton has no cpu backend) on cpu" in err
+    assert "70 tokens in" in err
+
+
+def test_underscores_and_hyphens_are_the_same_in_a_flags_name(capsys, checkpoint):
+    first = run(capsys, "--checkpoint", checkpoint, "--max-new-tokens", "20", "--top-p", "0.9", "--seed", "1")
+    second = run(capsys, "--checkpoint", checkpoint, "--max_new_tokens=20", "--top_p", "0.9", "--seed", "1")
+    assert first[:2] == second[:2]
+    assert len(first[1]) == 22  # the newline that is the default prompt, 20 characters, and a newline
+
+
+def test_the_value_of_a_flag_keeps_its_underscores(capsys, checkpoint):
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--prompt=A_B")
+    assert status == 2 and "'_' not in the vocabulary" in err
+
+
+def test_plain_pytorch_and_every_named_backend_write_the_same(capsys, checkpoint):
+    arguments = ("--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "40", "--greedy", "--device", "cpu")
+    texts = [
+        run(capsys, *arguments, *choice)[1]
+        for choice in ((), ("--no-fused-kernels",), ("--backend", "reference"), ("--backend", "banded"))
+    ]
+    assert len(texts[0]) == 44 and texts == [texts[0]] * 4
+
+
+def test_several_samples_follow_each_other_with_seeds_of_their_own(capsys, checkpoint):
+    arguments = ("--checkpoint", checkpoint, "--prompt", "A", "--max-new-tokens", "10")
+    together = run(capsys, *arguments, "--num-samples", "3", "--seed", "7")
+    alone = [run(capsys, *arguments, "--seed", str(seed))[1] for seed in (7, 8, 9)]
+    assert together[1] == "".join(alone) and len(set(alone)) == 3
+    assert "--- sample 2 of 3" in together[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "A!"], "'!' not in the vocabulary of 41 characters: leave them out"),
+        (["--prompt", ""], "a prompt needs at least one token"),
+        (["--temperature", "-1"], "temperature=-1.0 is not a number of at least 0"),
+        (["--top-p", "1.5"], "top_p=1.5 is not in (0, 1]"),
+        (["--top-k", "0"], "top_k=0 is below 1"),
+        (["--max-new-tokens", "ten"], "argument --max-new-tokens: invalid int value: 'ten'"),
+        (["--num-samples", "0"], "--num-samples is 0, expected at least 1"),
+        (["--device", "toaster"], "toaster"),
+        (["--backend", "cutlass"], "backend is 'cutlass', expected one of"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--max", "5"], "unrecognized arguments: --max 5"),
+        (["--checkpoint", "nowhere"], "nowhere is not a directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, checkpoint, arguments, message):
+    status, out, err = run(capsys, "--checkpoint", checkpoint, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err and err.startswith("python -m model.sample: error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_checkpoint_is_asked_for_and_one_without_tokenizer_refused(capsys, tmp_path):
+    status, _, err = run(capsys)
+    assert status == 2 and "the following arguments are required: --checkpoint" in err
+    save_pretrained(GPT(GPTConfig(**FIELDS)), tmp_path)
+    status, _, err = run(capsys, "--checkpoint", str(tmp_path))
+    assert status == 2 and "has no tokenizer.json" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_gpu_that_is_not_there_is_one_line(capsys, checkpoint):
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--device", "cuda")
+    assert status == 2 and "no CUDA device is available: use --device cpu" in err
+
+
+def test_the_text_comes_as_it_is_made_and_ctrl_c_keeps_what_there_is(checkpoint):
+    process = subprocess.Popen(
+        [*COMMAND, "--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "100000000", "--seed", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        first = os.read(process.stdout.fileno(), 20)
+        second = os.read(process.stdout.fileno(), 20)
+        assert first.startswith(b"ABC") and second  # long before the end, through a pipe
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert rest.endswith(b"\n")
+    assert b"Traceback" not in err and b"interrupted after" in err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(checkpoint):
+    arguments = [*COMMAND, "--checkpoint", checkpoint, "--max-new-tokens", "100000000", "--seed", "1"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert b"Traceback" not in err and b"Exception" not in err
+
+
+def test_importing_the_command_does_not_hide_the_function_of_its_name(checkpoint):
+    importlib.import_module("model.sample")
+    loaded, _ = model.from_pretrained(checkpoint)
+    assert model.sample(loaded, torch.tensor([[1, 2]]), 3).shape == (1, 5)
+    assert model.sample.make_parser().prog == "python -m model.sample"

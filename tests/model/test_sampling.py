@@ -1,0 +1,231 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mixes import FIELDS, MIXES, lively
+
+from model import GPT, GPTConfig, generate, sample, top_k_logits, top_p_logits
+
+
+def make(name="rope-window-gqa", **kwargs):
+    return lively(GPT(MIXES[name], **kwargs)).eval()
+
+
+def tokens_of(iterator):
+    return torch.stack(list(iterator), dim=1)
+
+
+@torch.no_grad()
+def greedy_without_cache(model, tokens, steps, context=None):
+    """The likeliest tokens by a whole forward each, over the last `context` tokens as minGPT does."""
+    for _ in range(steps):
+        logits = model(tokens if context is None else tokens[:, -context:])[0][:, -1]
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("fused_kernels", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("name", ["rope", "rope-window", "rope-window-gqa", "pattern"])
+def test_a_rotary_model_writes_on_past_its_context_as_without_a_cache(name, fused_kernels):
+    model = make(name, fused_kernels=fused_kernels)
+    prompt = torch.randint(41, (2, 5))
+    assert torch.equal(sample(model, prompt, 120), greedy_without_cache(model, prompt, 120))
+
+
+@pytest.mark.parametrize("prompt_length", [1, 40, 48, 60])
+@pytest.mark.parametrize("name", ["original", "learned window"])
+def test_learned_positions_read_the_last_context_anew_as_mingpt_does(name, prompt_length):
+    model = make(name)
+    prompt = torch.randint(41, (2, prompt_length))
+    assert torch.equal(sample(model, prompt, 60), greedy_without_cache(model, prompt, 60, context=48))
+
+
+@pytest.mark.parametrize("name", ["rope-window-gqa", "pattern", "original"])
+def test_prompts_of_different_lengths_are_each_continued_as_alone(name):
+    model = make(name)
+    prompts = [torch.randint(41, (length,)).tolist() for length in (1, 30, 7, 44)]
+    together = tokens_of(generate(model, prompts, 40, greedy=True, prefill_chunk=8))
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row, sample(model, torch.tensor([prompt]), 40)[0, len(prompt) :])
+
+
+@pytest.mark.parametrize("name", ["rope-window-gqa", "pattern", "original"])
+def test_the_prompt_may_be_read_in_chunks_of_any_size(name):
+    model = make(name)
+    prompt = torch.randint(41, (2, 100))  # longer than the window and than the context
+    whole = tokens_of(generate(model, prompt, 10, greedy=True, prefill_chunk=100))
+    for chunk in (1, 7, 9, 64):
+        assert torch.equal(tokens_of(generate(model, prompt, 10, greedy=True, prefill_chunk=chunk)), whole)
+
+
+def test_after_the_prompt_the_rings_hold_the_window_and_no_more():
+    model, slots = make("pattern"), []
+    model.register_forward_hook(
+        lambda module, args, kwargs, result: slots.append([len(k[0, 0]) for k in kwargs["cache"].k]), with_kwargs=True
+    )
+    list(generate(model, torch.randint(41, (1, 40)), 3, prefill_chunk=16))
+    assert slots == [[24, 24, 43]] * 3 + [[9, 9, 43]] * 2
+
+
+def test_a_row_is_finished_by_its_own_stop_token():
+    model = make()
+    prompt = torch.randint(41, (3, 4))
+    free = tokens_of(generate(model, prompt, 30, temperature=20.0, seed=1))  # hardly a token twice in a row
+    stops = {int(free[0, 3]), int(free[1, 11]), int(free[2, 7])}
+    stopped = tokens_of(generate(model, prompt, 30, temperature=20.0, seed=1, stop_tokens=stops))
+    ends = [next(i for i, token in enumerate(row.tolist()) if token in stops) for row in free]
+    assert stopped.shape[1] == max(ends) + 1 < 30
+    assert len(set(ends)) > 1
+    for row, expected, end in zip(stopped, free, ends, strict=True):
+        assert torch.equal(row[: end + 1], expected[: end + 1])
+        assert row[end + 1 :].eq(-1).all()
+
+
+def test_a_seed_repeats_itself_whatever_else_draws():
+    model = make()
+    prompt = torch.randint(41, (2, 4))
+    alone = [tokens_of(generate(model, prompt, 20, seed=seed)) for seed in (1, 2)]
+    assert not torch.equal(*alone)
+    state = torch.get_rng_state()
+    first, second = generate(model, prompt, 20, seed=1), generate(model, prompt, 20, seed=2)
+    pairs = list(zip(first, second, strict=True))  # token by token in turn
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    for drawn, expected in zip(zip(*pairs, strict=True), alone, strict=True):
+        assert torch.equal(torch.stack(drawn, dim=1), expected)
+
+
+def test_without_a_seed_every_text_is_different_and_torchs_state_is_left_alone():
+    model = make()
+    prompt = torch.randint(41, (1, 4))
+    state = torch.get_rng_state()
+    drawn = [tokens_of(generate(model, prompt, 30, temperature=3.0)) for _ in range(2)]
+    assert not torch.equal(*drawn)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    model = lively(GPT(GPTConfig(**{**FIELDS, "vocab_size": 7})), scale=0.1).eval()
+    prompt = torch.randint(7, (1, 4)).expand(20000, 4)
+    temperature, top_k, top_p = 0.7, 6, 0.9
+    logits = model(prompt[:1])[0][0, -1].detach() / temperature
+    expected = F.softmax(top_p_logits(top_k_logits(logits, top_k), top_p), dim=-1)
+    assert 2 <= (expected > 0).sum() <= 6
+    drawn = next(generate(model, prompt, 1, temperature=temperature, top_k=top_k, top_p=top_p, seed=0))
+    found = torch.bincount(drawn, minlength=7) / len(drawn)
+    assert found[expected == 0].eq(0).all()
+    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)  # 4 standard errors
+
+
+@pytest.mark.parametrize(
+    "options", [{"greedy": True}, {"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-40}]
+)
+def test_what_leaves_one_token_to_choose_takes_the_likeliest(options):
+    model = make()
+    prompt = torch.randint(41, (2, 4))
+    assert torch.equal(tokens_of(generate(model, prompt, 20, **options)), sample(model, prompt, 20)[:, 4:])
+
+
+def test_top_k_keeps_the_k_largest_and_what_equals_the_kth():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0], [0.0, -1.0, -5.0, -2.0]])
+    inf = float("inf")
+    assert top_k_logits(logits, 2).tolist() == [[3, -inf, 2, 2], [0, -1, -inf, -inf]]
+    assert torch.equal(top_k_logits(logits, 9), logits)
+    assert logits[0, 1] == 1  # the argument is not changed
+    with pytest.raises(ValueError, match="k=0 is below 1"):
+        top_k_logits(logits, 0)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_probability():
+    logits = torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.3, 0.5]]).log()
+    kept = [(top_p_logits(logits, p) > float("-inf")).tolist() for p in (0.01, 0.55, 0.85, 1.0)]
+    assert kept[0] == [[False, True, False], [False, False, True]]
+    assert kept[1] == [[False, True, False], [False, True, True]]
+    assert kept[2] == [[False, True, True], [True, True, True]]
+    assert kept[3] == [[True, True, True]] * 2
+    with pytest.raises(ValueError, match=r"p=0 is not in \(0, 1\]"):
+        top_p_logits(logits, 0)
+
+
+def test_a_model_in_training_is_in_training_again_between_any_two_tokens():
+    model = GPT(GPTConfig(**FIELDS, dropout=0.5), fused_kernels=False)
+    model.train()
+    model.blocks[1].eval()  # as someone does who freezes a layer
+    before = [module.training for module in model.modules()]
+    prompt = torch.randint(41, (1, 4))
+    iterator = generate(model, prompt, 20, greedy=True)
+    drawn = []
+    for token in itertools.islice(iterator, 10):
+        drawn.append(token)
+        assert [module.training for module in model.modules()] == before
+        assert torch.is_grad_enabled()
+    del iterator  # abandoned half-way
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(torch.stack(drawn, dim=1), sample(model.eval(), prompt, 10)[:, 4:])  # drawn without dropout
+
+
+def test_sampling_between_two_training_steps_changes_neither():
+    losses = []
+    for sampling in (False, True):
+        model = GPT(MIXES["rope-window-gqa"], seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(0)
+        for _ in range(3):
+            tokens, targets = torch.randint(41, (2, 4, 40))
+            loss = model(tokens, targets)[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if sampling:
+                sample(model, tokens[:1], 60, sample=True)
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_tokens_are_made_when_they_are_asked_for():
+    iterator = generate(make(), torch.tensor([[1, 2]]), 10**12, seed=0)
+    assert len(list(itertools.islice(iterator, 3))) == 3
+    assert list(generate(make(), torch.tensor([[1, 2]]), 0)) == []
+
+
+def test_sample_has_mingpts_arguments_and_returns_prompt_and_continuation():
+    model = make()
+    prompt = torch.randint(41, (2, 4), dtype=torch.int32)
+    drawn = sample(model, prompt, 30, 1.0, True, 10, seed=3)
+    assert drawn.shape == (2, 34) and drawn.dtype == torch.int32
+    assert torch.equal(drawn[:, :4], prompt)
+    assert torch.equal(drawn[:, 4:], tokens_of(generate(model, prompt, 30, top_k=10, seed=3)).int())
+    assert torch.equal(sample(model, prompt, 0), prompt)
+
+
+def test_generation_under_autocast_and_in_bfloat16():
+    model = make()
+    prompt = torch.randint(41, (2, 20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sample(model, prompt, 30).shape == (2, 50)
+    assert sample(model.to(torch.bfloat16), prompt, 30).shape == (2, 50)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (torch.tensor([[1, 41]]), {}, "tokens reaches from 1 to 41, outside the vocabulary of 0 to 40"),
+        (torch.tensor([[-1, 4]]), {}, "tokens reaches from -1 to 4, outside"),
+        (torch.tensor([[1.0]]), {}, "tokens has dtype torch.float32, expected integers"),
+        (torch.tensor([1, 2]), {}, r"tokens has shape \(2,\), expected \(B, T\)"),
+        (torch.zeros(2, 0, dtype=torch.long), {}, "tokens has no columns: a prompt needs at least one token"),
+        ([[1], []], {}, "with an empty one: every row needs at least one token"),
+        ([[1]], {"temperature": -1}, "temperature=-1 is not a number of at least 0"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan is not a number"),
+        ([[1]], {"top_k": 0}, "top_k=0 is below 1"),
+        ([[1]], {"top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
+        ([[1]], {"top_p": 1.1}, r"top_p=1.1 is not in \(0, 1\]"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0 is below 1"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_the_call_and_not_at_the_first_token(tokens, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        generate(make(), tokens, **{"max_new_tokens": 1, **options})
+    assert "\n" not in str(error.value)

@@ -1,0 +1,145 @@
+"""What a training run is told: `TrainerConfig` for the trainer, `RunConfig` for what `python -m train` trains on what.
+
+Both make the flags of `python -m train` (train/flags.py): max_steps is --max-steps.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from model import ARCHITECTURES, GPTConfig
+
+from .flags import option
+
+DEFAULT_STEPS = 1500
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How to train. One step is one update of the weights, by batch_size * grad_accumulation examples.
+
+    Raises ValueError, naming the field, for a value that makes no sense.
+    """
+
+    max_steps: int | None = option(
+        None, f"steps to take; beside --max-epochs, whichever ends first; with neither, {DEFAULT_STEPS:,} steps"
+    )
+    max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)")
+    batch_size: int = option(32, "examples in a batch")
+    grad_accumulation: int = option(1, "batches whose gradients make one step")
+    learning_rate: float = option(3e-3, "peak learning rate of AdamW")
+    lr_decay: bool = option(True, "after the warm-up, a cosine down to a tenth of the peak; otherwise the peak stays")
+    warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of the run, at most 100)")
+    warmup_tokens: int | None = option(None, "the same in tokens; give one of the two")
+    final_tokens: int | None = option(None, "tokens after which the cosine has ended (none: those of the whole run)")
+    weight_decay: float = option(0.1, "decay of matrices; biases and normalisation gains are not decayed")
+    betas: tuple[float, float] = option((0.9, 0.99), "AdamW's averaging of gradients and of their squares")
+    grad_clip: float | None = option(1.0, "largest norm of a step's gradient (none: any)")
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the forward pass; weights stay fp32")
+    compile: bool = option(False, "torch.compile the model: faster steps after a minute or so")
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)")
+    seed: int = option(0, "of the initial weights, the order of the examples and the dropout")
+    num_workers: int = option(0, "processes that load items of data sets without a batch method (characters need none)")
+    eval_every: int = option(250, "steps between evaluations on the held-out text")
+    eval_examples: int = option(256, "held-out examples of one evaluation, spread evenly, always the same")
+    save_every: int = option(500, "steps between saves of the last checkpoint")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    out_dir: str | None = option(None, "run directory (none: the command makes runs/DATE-TIME, the library none)")
+
+    def __post_init__(self):
+        for name in ("batch_size", "grad_accumulation", "eval_every", "eval_examples", "save_every", "log_every"):
+            _at_least(1, name, getattr(self, name))
+        for name in ("max_steps", "max_epochs", "final_tokens"):
+            _at_least(1, name, getattr(self, name))
+        for name in ("warmup_steps", "warmup_tokens", "weight_decay", "num_workers", "seed"):
+            _at_least(0, name, getattr(self, name))
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, wanted a number above 0")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"grad_clip is {self.grad_clip}, wanted a norm above 0, or None for no clipping")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}, wanted two numbers from 0 to below 1")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision is {self.precision!r}, wanted fp32, bf16 or fp16")
+        if self.out_dir is not None:
+            object.__setattr__(self, "out_dir", os.fspath(self.out_dir))  # a Path is welcome, the record takes text
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            raise ValueError("warmup_steps and warmup_tokens are both given: one of them says how long the warm-up is")
+
+    def total_steps(self, examples: int) -> int:
+        """Steps of the whole run over a data set of so many examples."""
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.max_epochs is not None:
+            limits.append(-(-self.max_epochs * examples // (self.batch_size * self.grad_accumulation)))
+        return min(limits, default=DEFAULT_STEPS)
+
+    def schedule(self, total_steps: int, tokens_per_step: int) -> dict:
+        """The arguments of `optim.learning_rate_at` that this run fixes."""
+        warmup_steps = min(100, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
+        return {
+            "peak": self.learning_rate,
+            "warmup_tokens": warmup_steps * tokens_per_step if self.warmup_tokens is None else self.warmup_tokens,
+            "final_tokens": self.final_tokens or total_steps * tokens_per_step,
+            "decay": self.lr_decay,
+        }
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `python -m train` trains, and on what text."""
+
+    fused_kernels: bool = option(False, "attention by our kernels: Triton on CUDA, banded PyTorch elsewhere")
+    backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels")
+    data: str = option("shakespeare", "shakespeare (38 plays), tinyshakespeare (9 of them), or a UTF-8 text file")
+    architecture: Literal[ARCHITECTURES] = option(
+        "rope-window-gqa", "GPT-2 as it was, or with rotary positions, a sliding window, grouped KV heads added in turn"
+    )
+    context_size: int = option(128, "characters the model is trained to look back on")
+    window: int | None = option(64, "keys a position sees in one layer, its own included (none: all)")
+    window_pattern: str = option("S", "the layers in turn: S sees the window, L all; SSSL is three short, one long")
+    n_layer: int = option(4, "layers")
+    n_head: int = option(4, "query heads of a layer")
+    n_kv_head: int = option(2, "key-value heads of a layer, each shared by n_head / n_kv_head query heads")
+    d_model: int = option(128, "width of the model")
+    dropout: float = option(0.0, "probability of dropping an activation in training")
+
+    def __post_init__(self):
+        if self.backend != "auto" and not self.fused_kernels:
+            raise ValueError(f"backend {self.backend} is one of the fused kernels: add --fused-kernels")
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The model these flags describe. Raises ValueError for sizes that do not fit together."""
+        return GPTConfig.for_architecture(
+            self.architecture,
+            vocab_size=vocab_size,
+            context_length=self.context_size,
+            window=self.window,
+            window_pattern=self.window_pattern,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            d_model=self.d_model,
+            dropout=self.dropout,
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` means; "auto" is a CUDA device where there is one. ValueError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _at_least(least, name, value):
+    if value is not None and value < least:
+        raise ValueError(f"{name} is {value}, wanted at least {least}")

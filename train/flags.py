@@ -1,0 +1,93 @@
+"""Flags made from dataclasses, so that the code, the help and the log of a run cannot disagree.
+
+    @dataclass
+    class Config:
+        batch_size: int = option(32, "examples per optimizer step")
+
+    parser = Parser(prog="python -m train", description=...)
+    add_flags(parser, Config)                               # --batch-size, also taken as --batch_size
+    config = from_flags(Config, parser.parse_args())
+
+A field's type makes its flag: bool gives --name/--no-name, Literal its choices, tuple[float, float] two values, and
+`X | None` accepts the word "none". A bad command line is one line on stderr and exit status 2.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+import types
+import typing
+
+
+def option(default, meaning: str):
+    """A dataclass field with its default and what it means, units included."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes `_` for `-` in a flag's name, guesses no abbreviations, and errs in one line."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_hyphens(argument) for argument in args], namespace)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class, title: str | None = None) -> None:
+    """Adds one flag for every field of a dataclass made with `option`, under a heading of its own."""
+    group = parser.add_argument_group(title or config_class.__name__)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            help=f"{field.metadata['meaning']} (default: {_shown(field.default)})".replace("%", "%%"),
+            **_argument_for(hints[field.name]),
+        )
+        # not through add_argument: before Python 3.13 BooleanOptionalAction would add the default to the help again
+        parser.set_defaults(**{field.name: field.default})
+
+
+def from_flags(config_class, arguments: argparse.Namespace):
+    """The dataclass filled from parsed flags; its own validation may raise ValueError."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _argument_for(hint) -> dict:
+    """The keywords of add_argument for a field of this type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": kinds}
+    if typing.get_origin(hint) is tuple:
+        return {"type": kinds[0], "nargs": len(kinds), "metavar": tuple(kind.__name__.upper() for kind in kinds)}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (kind,) = (kind for kind in kinds if kind is not type(None))
+        return {"type": _or_none(kind), "metavar": kind.__name__.upper()}
+    return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def _or_none(kind):
+    def parse(word):
+        return None if word.lower() == "none" else kind(word)
+
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+def _shown(default):
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+
+
+def _with_hyphens(argument: str) -> str:
+    """`--context_size=25` as `--context-size=25`; anything that is not a flag as it is."""
+    name = re.match(r"--[A-Za-z0-9_-]+", argument)
+    return name[0].replace("_", "-") + argument[name.end() :] if name else argument

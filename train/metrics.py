@@ -1,0 +1,84 @@
+"""Watching a run: the history (metrics.jsonl), the curves (loss.png) and the progress bar."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class History:
+    """What was measured, a dict at a time: kept in memory, and written to metrics.jsonl where there is a directory.
+
+    Training lines hold step, tokens, loss (the mean since the line before), learning_rate, grad_norm and
+    tokens_per_second; evaluation lines step, tokens and held_out_loss; both hold seconds since the start.
+    """
+
+    def __init__(self, directory: Path | None = None):
+        self.lines = []
+        self.directory = directory
+
+    def add(self, **values) -> None:
+        # JSON has no NaN and no infinity
+        values = {name: None if _is_no_number(value) else value for name, value in values.items()}
+        self.lines.append(values)
+        if self.directory is not None:
+            # opened for each line: a stopped run loses none, and whoever follows the file sees them at once
+            with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def series(self, name: str) -> tuple[list, list]:
+        """(steps, values) of the lines that hold `name`."""
+        lines = [line for line in self.lines if name in line]
+        return [line["step"] for line in lines], [line[name] for line in lines]
+
+    def plot(self) -> None:
+        """Draws loss.png anew; without a directory or without matplotlib, nothing."""
+        if self.directory is None:
+            return
+        try:
+            from matplotlib.figure import Figure  # no pyplot: it would choose a display, and keep every figure
+        except ImportError:
+            return
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*self.series("loss"), color="tab:blue", linewidth=1, alpha=0.6, label="training")
+        axes.plot(*self.series("held_out_loss"), color="tab:red", marker="o", markersize=4, label="held out")
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        partial = self.directory / "loss.png.partial"
+        figure.savefig(partial, format="png", dpi=120)
+        partial.replace(self.directory / "loss.png")
+
+
+def _is_no_number(value):
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class ProgressBar:
+    """A bar on stderr: steps, loss, held-out loss, tokens/s, time left. In a file, a line every ten seconds."""
+
+    def __init__(self, total: int, done: int = 0):
+        interval = 0.2 if sys.stderr.isatty() else 10
+        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=interval)
+        self._shown = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._bar.close()
+
+    def step(self) -> None:
+        self._bar.update(1)
+
+    def show(self, **values: str) -> None:
+        """Values after the bar; they stay until shown anew."""
+        self._shown |= values
+        self._bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in self._shown.items()), refresh=False)
+
+    def say(self, line: str) -> None:
+        """A line on stdout, above the bar."""
+        tqdm.write(line)

@@ -1,0 +1,213 @@
+"""The training loop: `Trainer(model, train_dataset, test_dataset, config).train()`.
+
+    from train import CharDataset, Trainer, TrainerConfig
+    dataset = CharDataset(text, block_size=64)
+    model = GPT(GPTConfig(vocab_size=dataset.vocab_size, context_length=64, n_layer=4, n_head=4, d_model=128))
+    Trainer(model, dataset, None, TrainerConfig(max_steps=500)).train()
+
+A step is one update of the weights; what a run does at step n depends on the seed, n and the weights, nothing else.
+"""
+
+import contextlib
+import math
+import time
+
+import torch
+
+from .checkpoint import open_run_directory, save_checkpoint, versions
+from .config import TrainerConfig, resolve_device
+from .data import evaluation_batches, training_batches
+from .metrics import History, ProgressBar
+from .optim import learning_rate_at, make_optimizer
+from .stop import StopRequest
+
+
+class TrainingFailed(RuntimeError):
+    """A run that cannot go on, such as one whose loss is no longer a number."""
+
+
+class Trainer:
+    """Trains a model on the (x, y) examples of a data set.
+
+    model: forward(x, y) -> (logits, loss); train_dataset, test_dataset: a length and items (x, y), such as CharDataset
+    (test_dataset None: no evaluation); config: TrainerConfig; record: what else run.json shall hold, JSON values.
+    The model is moved to the config's device. Nothing is written unless config.out_dir names a run directory.
+    `history.lines` has what was measured, `interrupted` whether a signal ended the run early.
+    Raises ValueError for settings that this machine cannot run, OSError for a run directory it cannot write.
+    """
+
+    def __init__(self, model, train_dataset, test_dataset=None, config: TrainerConfig | None = None, record=None):
+        self.config = config = config or TrainerConfig()
+        self.device = resolve_device(config.device)
+        if config.precision == "fp16" and self.device.type != "cuda":
+            raise ValueError(f"precision fp16 needs a CUDA device, not {self.device}: take bf16 or fp32")
+        self.train_dataset, self.test_dataset = train_dataset, test_dataset
+        self.tokenizer = getattr(train_dataset, "tokenizer", None)
+
+        self.model = model.to(self.device)
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = make_optimizer(
+            self.model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+
+        self.tokens_per_step = config.batch_size * config.grad_accumulation * len(train_dataset[0][0])
+        self.total_steps = config.total_steps(len(train_dataset))
+        self.schedule = config.schedule(self.total_steps, self.tokens_per_step)
+
+        self.step = 0  # steps taken: with the seed it fixes the data still to come
+        self.best_held_out_loss = math.inf
+        self.interrupted = False
+        self.record = {"versions": versions(), "trainer": config.to_dict(), **(record or {})}
+        self.out_dir = None if config.out_dir is None else open_run_directory(config.out_dir, self.record)
+        self.history = History(self.out_dir)
+
+    def train(self) -> None:
+        """Trains to the end, or until SIGINT (Ctrl-C) or SIGTERM, which saves the last checkpoint and returns.
+
+        Raises TrainingFailed when the loss is no longer finite: the checkpoints of before stay.
+        """
+        config = self.config
+        if self.step == 0:
+            torch.manual_seed(config.seed)
+        batches = training_batches(
+            self.train_dataset,
+            config.batch_size,
+            config.seed,
+            first_batch=self.step * config.grad_accumulation,
+            num_workers=config.num_workers,
+        )
+        self.model.train()
+        self._started = self._meter_started = time.perf_counter()
+        self._loss_sum, self._losses = torch.zeros((), device=self.device), 0
+
+        with StopRequest() as stop, ProgressBar(self.total_steps, self.step) as bar:
+            self._evaluate(bar)
+            while self.step < self.total_steps and not stop.requested:
+                self._take_step(batches)
+                bar.step()
+                last = self.step == self.total_steps
+                if last or self._due(config.log_every) or self._due(config.eval_every) or self._due(config.save_every):
+                    self._log(bar)
+                if last or self._due(config.eval_every):
+                    self._evaluate(bar)
+                if self._due(config.save_every) and not last:
+                    self._save("last")
+            self.interrupted = stop.requested and self.step < self.total_steps
+            self._save("last")
+            if self.interrupted:
+                where = f"saved in {self.out_dir / 'last'}" if self.out_dir else "nothing saved (no out_dir)"
+                bar.say(f"stopped at step {self.step:,} of {self.total_steps:,}: {where}")
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss over the same held-out examples at every call: an estimate, train/evaluate.py takes them all."""
+        self.model.eval()
+        total, examples = 0.0, 0
+        for x, y in evaluation_batches(self.test_dataset, self.config.batch_size, self.config.eval_examples):
+            with self._autocast():
+                _, loss = self.model(*self._on_device(x, y))
+            total, examples = total + loss.item() * len(x), examples + len(x)
+        self.model.train()
+        return total / examples
+
+    def _take_step(self, batches) -> None:
+        """One update of the weights; nothing here waits for the device."""
+        config = self.config
+        rate = learning_rate_at((self.step + 1) * self.tokens_per_step, **self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for _ in range(config.grad_accumulation):
+            x, y = self._on_device(*next(batches))
+            with self._autocast():
+                _, loss = self.forward(x, y)
+            self.scaler.scale(loss / config.grad_accumulation).backward()
+            self._loss_sum += loss.detach()
+            self._losses += 1
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if config.grad_clip is None else config.grad_clip
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._learning_rate = rate
+
+    def _log(self, bar) -> None:
+        """The mean loss since the line before, into history and bar."""
+        loss = self._loss_sum.item() / self._losses
+        now = time.perf_counter()
+        speed = self._losses * self.tokens_per_step / self.config.grad_accumulation / (now - self._meter_started)
+        self.history.add(
+            step=self.step,
+            tokens=self.step * self.tokens_per_step,
+            loss=loss,
+            learning_rate=self._learning_rate,
+            grad_norm=self._grad_norm.item(),
+            tokens_per_second=round(speed),
+            seconds=round(now - self._started, 3),
+        )
+        bar.show(**{"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"})
+        self._loss_sum.zero_()
+        self._losses, self._meter_started = 0, now
+        if not math.isfinite(loss):
+            raise TrainingFailed(
+                f"the loss is {loss} at step {self.step:,}: lower learning_rate (it is {self._learning_rate:.2g}), "
+                f"or lengthen the warm-up"
+            )
+
+    def _evaluate(self, bar) -> None:
+        """Held-out loss into history, bar and curves; the best weights so far into `best`."""
+        if self.test_dataset is not None:
+            began = time.perf_counter()
+            loss = self.held_out_loss()
+            self.history.add(
+                step=self.step,
+                tokens=self.step * self.tokens_per_step,
+                held_out_loss=loss,
+                seconds=round(time.perf_counter() - self._started, 3),
+            )
+            best = loss < self.best_held_out_loss and self.step > 0
+            if best:
+                self.best_held_out_loss = loss
+                self._save("best")
+            bar.show(**{"held out": f"{loss:.3f}"})
+            bar.say(f"step {self.step:>6,}  held-out loss {loss:.4f}{'  best so far' if best else ''}")
+            self._meter_started += time.perf_counter() - began  # tokens/s are those of training
+        self.history.plot()
+
+    def _save(self, name: str) -> None:
+        """Writes the checkpoint `best` (weights) or `last` (also what going on needs)."""
+        if self.out_dir is None:
+            return
+        held_out = self.history.series("held_out_loss")[1]
+        facts = {
+            "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "held_out_loss": held_out[-1] if held_out else None,
+            "best_held_out_loss": self.best_held_out_loss if math.isfinite(self.best_held_out_loss) else None,
+            "run": self.record,
+        }
+        state = None
+        if name == "last":
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            }
+        save_checkpoint(self.out_dir / name, self.model, self.tokenizer, facts, state)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0
+
+    def _on_device(self, *tensors):
+        if self.device.type == "cuda":
+            return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def _autocast(self):
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
