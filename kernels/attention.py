@@ -52,14 +52,16 @@ def sliding_gqa_attention(
         out = in_layout_of(q, out)
     else:
         cos, sin = (None, None) if rope is None else rope
-        out, lse = _Attention.apply(q, k, v, sinks, cos, sin, window, scale, softcap, name)
+        # the banded backward needs no lse, so it is only made where it is asked for
+        with_lse = return_lse or sinks is not None or name != "banded"
+        out, lse = _Attention.apply(q, k, v, sinks, cos, sin, window, scale, softcap, name, with_lse)
     return (out, lse) if return_lse else out
 
 
 torch.library.define(
     "sliding_gqa::attention_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, float scale, "
-    "float? softcap, str backend) -> (Tensor out, Tensor lse)",
+    "float? softcap, str backend, bool with_lse) -> (Tensor out, Tensor lse)",
 )
 torch.library.define(
     "sliding_gqa::attention_backward",
@@ -76,15 +78,18 @@ def _module(backend):
 
 
 @torch.library.impl("sliding_gqa::attention_forward", "default")
-def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend):
+def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
     rope = None if cos is None else (cos, sin)
     with torch.autocast(q.device.type, enabled=False):
-        return _module(backend).attention_forward(q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope)
+        return _module(backend).attention_forward(
+            q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope, with_lse=with_lse
+        )
 
 
 @torch.library.register_fake("sliding_gqa::attention_forward")
-def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
+    lse = q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q), lse
 
 
 @torch.library.impl("sliding_gqa::attention_backward", "default")
@@ -110,12 +115,12 @@ def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, windo
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend):
-        return torch.ops.sliding_gqa.attention_forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend)
+    def forward(*arguments):
+        return torch.ops.sliding_gqa.attention_forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, sinks, cos, sin, *ctx.options = inputs
+        q, k, v, sinks, cos, sin, *ctx.options, ctx.with_lse = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, *output, sinks, cos, sin)
 
@@ -125,10 +130,12 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse, sinks, cos, sin = ctx.saved_tensors
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
+        if not ctx.with_lse:  # torch.compile sends zeros for a result that was not used
+            grad_lse = None
         dq, dk, dv, dsinks = torch.ops.sliding_gqa.attention_backward(
             grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, *ctx.options
         )
-        return dq, dk, dv, None if sinks is None else dsinks, *[None] * 6
+        return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
 
 
 def visible_pairs(T, S, window):

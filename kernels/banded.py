@@ -17,6 +17,7 @@ matrix, the scores of one step are all that ever exists. They fit a core's cache
 """
 
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -28,77 +29,76 @@ DENSE_BLOCK = 128  # rows of a block where no window bounds the keys
 
 
 class Step(NamedTuple):
-    """A batch of products of (G * L) query rows with (N) keys.
-
-    Either one row block of whole sequences `batch` (head = None), or `blocks` row blocks of one sequence and KV head.
-    """
+    """A batch of products of (G * L) query rows with (N) keys: `blocks` row blocks of some sequences and KV heads."""
 
     batch: slice
-    head: int | None
+    heads: slice
     blocks: int
     first_row: int
     rows: int  # L
-    first_key: int
+    first_key: int  # of the first block; the next ones are L further on each
     keys: int  # N
-    left: int  # columns from the left, and from the right, that some row of the block does not see
-    right: int
+    left: int  # columns from the left that some row of the block does not see
 
     def queries(self, x):
-        """The step's part of x (B, Hkv, G, T, ...): a view (..., G, L, ...) whose leading dimensions are its batch."""
-        if self.head is None:
-            return x[self.batch, :, :, self.first_row : self.first_row + self.rows]
-        x = x[self.batch.start, self.head, :, self.first_row : self.first_row + self.blocks * self.rows]
-        return x.unflatten(1, (self.blocks, self.rows)).transpose(0, 1)
+        """The step's part of x (B, Hkv, G, T, ...), as a view (b, h, blocks, G, L, ...)."""
+        x = x[self.batch, self.heads, :, self.first_row : self.first_row + self.blocks * self.rows]
+        return x.unflatten(3, (self.blocks, self.rows)).transpose(2, 3)
 
     def stretches(self, x):
-        """The step's keys of x (B, Hkv, S, D), as a view (n, N, D); those of several blocks overlap."""
-        if self.head is None:
-            return x[self.batch, :, self.first_key : self.first_key + self.keys].flatten(0, 1)
-        row = x.stride(2)
-        x = x[self.batch.start, self.head, self.first_key :]
-        return x.as_strided((self.blocks, self.keys, x.shape[-1]), (self.rows * row, row, 1))
+        """The step's keys of x (B, Hkv, S, D), (b * h * blocks, N, D): overlapping views where b * h is 1."""
+        x = x[self.batch, self.heads, self.first_key : self.first_key + (self.blocks - 1) * self.rows + self.keys]
+        return x.unfold(2, self.keys, self.rows).mT.flatten(0, 2)
 
-    def add_to_stretches(self, x, parts):
-        """x (B, Hkv, S, D) += parts (n, N, D), each at its block's keys; overlaps add up."""
-        if self.head is None:
-            x[self.batch, :, self.first_key : self.first_key + self.keys] += parts.view(
-                -1, x.shape[1], *parts.shape[1:]
-            )
+    def add_product(self, x, rows, keys, scale, scratch):
+        """x (B, Hkv, S, D) += scale * keys^T rows for products' keys (n, G * L, N) and rows (n, G * L, D)."""
+        L, n = self.rows, self.blocks
+        part = x[self.batch, self.heads]
+        if part.shape[:2].numel() == 1 and n > 1:
+            # the stretches overlap, but their m-th pieces of L keys lie side by side: each is added by its product
+            part = part[0, 0]
+            for piece in range(0, self.keys, L):
+                first = self.first_key + piece
+                target = part[first : first + n * L].view(n, L, -1)
+                target.baddbmm_(keys[:, :, piece : piece + L].mT, rows, alpha=scale)
             return
-        L = self.rows
-        x = x[self.batch.start, self.head, self.first_key :]
-        for first in range(0, self.keys, L):  # blocks lie L keys apart: pieces of L never overlap each other
-            piece = parts[:, first : first + L]
-            x[first : first + (self.blocks - 1) * L + piece.shape[1]].unfold(0, piece.shape[1], L).mT.add_(piece)
+        sums = scratch("sums", len(rows), self.keys, rows.shape[-1])
+        sums = torch.baddbmm(sums, keys.mT, rows, beta=0, alpha=scale, out=sums).view(*part.shape[:2], n, self.keys, -1)
+        for piece in range(0, self.keys, L if n > 1 else self.keys):
+            summand = sums[:, :, :, piece : piece + L] if n > 1 else sums
+            width = summand.shape[3]
+            first = self.first_key + piece
+            part[:, :, first : first + (n - 1) * L + width].unfold(2, width, L).mT.add_(summand)
 
 
 @lru_cache(maxsize=256)
 def plan(B, Hkv, G, T, S, window, threads):
-    """The steps of one call, every query row in exactly one."""
+    """The steps of one call: every query row is in exactly one, with every key that it sees."""
     L = block_length(T, G, window)
-    full = S if window is None else L + window - 1  # keys of a whole stretch
+    # whole pieces of L keys: see Step.add_product
+    full = S if window is None else -(-(L + window - 1) // L) * L
     most = max(1, STEP_SCORES_PER_THREAD * threads // max(1, G * L * min(full, S)))  # products in one step
-    by_head = window is not None and B * Hkv < min(most, 2 * threads)
     steps, row = [], 0
     while row < T:
         rows = min(L, T - row)
         last = S - T + row + rows  # one past the newest key of the block
-        first = 0 if window is None else max(0, S - T + row - window + 1)
-        left = 0 if window is None else max(0, S - T + row + rows - window - first)
-        whole = (T - row) // L if by_head and last - first == full and rows == L else 0
-        shape = (row, rows, first, last - first, left, rows - 1)
-        if whole:
-            for b in range(B):
-                for h in range(Hkv):
-                    for i in range(0, whole, most):
-                        blocks = min(most, whole - i)
-                        steps.append(Step(slice(b, b + 1), h, blocks, row + i * L, L, first + i * L, *shape[3:]))
-            row += whole * L
-        else:
-            batches = max(1, most // Hkv)
-            for b in range(0, B, batches):
-                steps.append(Step(slice(b, min(B, b + batches)), None, 1, *shape))
-            row += rows
+        oldest = 0 if window is None else max(0, last - rows - window + 1)
+        first = oldest if window is None or rows < L else max(0, last - full)
+        left = 0 if window is None else max(0, last - window - first)
+        shape = (row, rows, first, last - first, left)
+        blocks = (T - row) // L if window is not None and rows == L and last - first == full else 1
+        if B * Hkv * blocks <= most:  # all in one
+            steps.append(Step(slice(0, B), slice(0, Hkv), blocks, *shape))
+        elif blocks > 1 and B * Hkv < min(most, 2 * threads):  # blocks of one head at a time
+            for b, h in product(range(B), range(Hkv)):
+                for i in range(0, blocks, most):
+                    moved = (min(most, blocks - i), row + i * L, L, first + i * L, full, left)
+                    steps.append(Step(slice(b, b + 1), slice(h, h + 1), *moved))
+        else:  # one block of as many heads as fit
+            blocks, batches, heads = 1, max(1, most // Hkv), min(most, Hkv)
+            for b, h in product(range(0, B, batches), range(0, Hkv, heads)):
+                steps.append(Step(slice(b, min(B, b + batches)), slice(h, min(Hkv, h + heads)), 1, *shape))
+        row += blocks * rows
     return steps
 
 
@@ -125,62 +125,53 @@ class _Scratch:
 
 
 class _Band:
-    """What forward and backward share: the steps, the rotated keys, and one step's rows and probabilities."""
+    """What forward and backward share: the steps, the rotated keys, and one step's rows and scores."""
 
-    def __init__(self, q, k, v, window, scale, softcap, sinks, rope):
+    def __init__(self, q, k, v, window, scale, softcap, rope):
         self.B, Hq, self.T, self.D = q.shape
         self.Hkv, self.S = k.shape[1], k.shape[2]
         self.G = Hq // self.Hkv
         if window is not None and window >= self.S:
             window = None
-        self.window, self.scale, self.softcap = window, scale, softcap
+        self.scale, self.softcap, self.rope = scale, softcap, None
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.steps = plan(self.B, self.Hkv, self.G, self.T, self.S, window, torch.get_num_threads())
         self.scratch = _Scratch(self.dtype, q.device)
-        self.q, self.v = self.grouped(q), v.to(self.dtype)
-        if self.B > 1:  # sequences and heads of a (B, T, H, D) tensor are no single batch dimension of a product
-            self.v = self.v.contiguous()
-        self.sinks = None if sinks is None else sinks.to(self.dtype).view(self.Hkv, self.G, 1)
-        self.q_rope = self.k_rope = None
+        self.q, self.k, self.v = self.grouped(q), k.to(self.dtype), v.to(self.dtype)
         if rope is not None:
-            cos, sin = (table.to(self.dtype) for table in rope)
-            self.q_rope = cos[self.S - self.T : self.S], sin[self.S - self.T : self.S]
-            self.k_rope = cos[: self.S], sin[: self.S]
-            self.k = turn(k.to(self.dtype), *self.k_rope, torch.empty(k.shape, dtype=self.dtype, device=k.device))
-        else:
-            self.k = k.to(self.dtype)
-            if self.B > 1:
-                self.k = self.k.contiguous()
+            self.rope = cos, sin = tuple(table[: self.S].to(self.dtype) for table in rope)
+            self.k = turn(self.k, cos, sin, torch.empty(k.shape, dtype=self.dtype, device=k.device))
+        if self.B > 1:  # sequences and heads of a (B, T, H, D) tensor are no single batch dimension of a product
+            self.k, self.v = self.k.contiguous(), self.v.contiguous()
 
     def grouped(self, x):
         """(B, Hq, ...) viewed as (B, Hkv, G, ...)."""
         return x.unflatten(1, (self.Hkv, self.G))
 
     def tables(self, step):
-        """cos and sin of the step's query rows, broadcastable against its (..., G, L, R / 2)."""
-        part = slice(step.first_row, step.first_row + step.blocks * step.rows)
-        return tuple(table[part].view(step.blocks, 1, step.rows, -1) for table in self.q_rope)
+        """cos and sin of the step's query rows, to go with its (b, h, blocks, G, L, R / 2)."""
+        first = self.S - self.T + step.first_row
+        part = slice(first, first + step.blocks * step.rows)
+        return tuple(table[part].view(step.blocks, 1, step.rows, -1) for table in self.rope)
 
-    def packed(self, name, x):
-        """A step's view (..., G, L, D), copied into (n, G * L, D) scratch of the wide dtype."""
-        G, L, D = x.shape[-3:]
-        out = self.scratch(name, x.numel() // (G * L * D), G * L, D)
-        out.view(x.shape).copy_(x)
+    def rows(self, name, step, x, rotated=False):
+        """The step's rows of x (B, Hkv, G, T, D), stacked: (n, G * L, D) scratch of the wide dtype."""
+        x = step.queries(x)
+        out = self.scratch(name, x.shape[:3].numel(), self.G * step.rows, self.D)
+        if rotated and self.rope is not None:
+            turn(x.to(self.dtype), *self.tables(step), out.view(x.shape))
+        else:
+            out.view(x.shape).copy_(x)
         return out
 
-    def rows(self, step):
-        """The step's query rows, rotated and scaled: (n, G * L, D)."""
-        x = step.queries(self.q)
-        if self.q_rope is None:
-            return self.packed("q", x).mul_(self.scale)
-        out = self.scratch("q", x.numel() // (self.G * step.rows * self.D), self.G * step.rows, self.D)
-        turn(x.to(self.dtype), *self.tables(step), out.view(x.shape))
-        return out.mul_(self.scale)
+    def product(self, name, a, b, scale=1.0):
+        """scale * a b in scratch, batched; the scale rides on the product."""
+        out = self.scratch(name, a.shape[0], a.shape[1], b.shape[2])
+        return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
     def scores(self, step, q):
-        """Masked scores (n, G * L, N) of packed rows q; with a softcap, also its derivative."""
-        s = torch.bmm(q, step.stretches(self.k).mT, out=self.scratch("s", q.shape[0], q.shape[1], step.keys))
-        slope = None
+        """Masked scores (n, G * L, N) of stacked rows q; with a softcap, also their derivative."""
+        s, slope = self.product("s", q, step.stretches(self.k).mT, self.scale), None
         if self.softcap is not None:
             s.div_(self.softcap).tanh_()
             slope = torch.mul(s, s, out=self.scratch("slope", *s.shape)).neg_().add_(1.0)
@@ -189,8 +180,8 @@ class _Band:
         left, right = _triangles(step.rows, step.left, self.dtype, s.device)
         if step.left:
             corners[..., : step.left].add_(left)
-        if step.right:
-            corners[..., step.keys - step.right :].add_(right)
+        if step.rows > 1:
+            corners[..., step.keys - step.rows + 1 :].add_(right)
         return s, slope
 
 
@@ -207,24 +198,25 @@ def _triangles(rows, left, dtype, device):
     return tuple(torch.zeros(x.shape, dtype=dtype, device=device).masked_fill_(x, float("-inf")) for x in (gone, ahead))
 
 
-def attention_forward(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None):
-    """(out, lse) of `sliding_gqa_attention`: out in q's dtype and layout, lse (B, Hq, T) fp32 (fp64 for fp64)."""
-    band = _Band(q, k, v, window, scale, softcap, sinks, rope)
+def attention_forward(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None, with_lse=True):
+    """(out, lse) of `sliding_gqa_attention`: out in q's dtype and layout, lse (B, Hq, T) fp32 (fp64 for fp64).
+
+    Without with_lse, which sinks need, lse has no elements: the backward pass does without.
+    """
+    band = _Band(q, k, v, window, scale, softcap, rope)
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=band.dtype, device=q.device)
-    grouped_out, grouped_lse = band.grouped(out), band.grouped(lse)
+    lse = torch.empty(q.shape[:3] if with_lse else 0, dtype=band.dtype, device=q.device)
     for step in band.steps:
-        rows = band.rows(step)
+        rows = band.rows("q", step, band.q, rotated=True)
         s, _ = band.scores(step, rows)
-        # lse from the largest score and its probability: no second pass of exponentials
-        largest = s.amax(-1)
+        if with_lse:
+            largest = s.amax(-1)
         torch.softmax(s, dim=-1, out=s)
-        step_lse = largest - s.amax(-1).log_()
-        o = torch.bmm(s, step.stretches(band.v), out=band.scratch("o", *rows.shape))
-        target = step.queries(grouped_out)
-        target_lse = step.queries(grouped_lse)
-        target.copy_(o.view(target.shape))
-        target_lse.copy_(step_lse.view(target_lse.shape))
+        target = step.queries(band.grouped(out))
+        target.copy_(band.product("o", s, step.stretches(band.v)).view(target.shape))
+        if with_lse:  # from the largest score and its probability: no second pass of exponentials
+            target = step.queries(band.grouped(lse))
+            target.copy_(largest.sub_(s.amax(-1).log_()).view(target.shape))
     if sinks is not None:
         with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         out.mul_((lse - with_sinks).exp_()[..., None])
@@ -239,42 +231,39 @@ def attention_backward(
 
     ds_ij = p_ij (do_i . v_j - do_i . o_i + dlse_i);  dq = scale ds k,  dk = scale ds^T q,  dv = p^T do
     """
-    band = _Band(q, k, v, window, scale, softcap, sinks, rope)
+    band = _Band(q, k, v, window, scale, softcap, rope)
     dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(x, dtype=band.dtype) for x in (k, v))
-    grouped_dq, grouped_do, grouped_lse = band.grouped(dq), band.grouped(grad_out), band.grouped(lse)
+    dk, dv = (torch.zeros(k.shape, dtype=band.dtype, device=k.device) for _ in range(2))
     for step in band.steps:
-        rows = band.rows(step)
-        do = band.packed("do", step.queries(grouped_do))
+        rows = band.rows("q", step, band.q, rotated=True)
+        do = band.rows("do", step, band.grouped(grad_out))
         p, slope = band.scores(step, rows)
         if sinks is None:
             torch.softmax(p, dim=-1, out=p)
         else:
-            p.sub_(step.queries(grouped_lse).reshape(*p.shape[:2], 1)).exp_()
-        keys, values = step.stretches(band.k), step.stretches(band.v)
-        step.add_to_stretches(dv, torch.bmm(p.mT, do, out=band.scratch("dk", *keys.shape)))
-        ds = torch.bmm(do, values.mT, out=band.scratch("ds", *p.shape))
+            p.sub_(step.queries(band.grouped(lse)).reshape(*p.shape[:2], 1)).exp_()
+        step.add_product(dv, do, p, 1.0, band.scratch)
+        ds = band.product("ds", do, step.stretches(band.v).mT)
         # p * (dp - sum(p * dp)) in one pass; the sum is do . o
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         if grad_lse is not None:
             ds.addcmul_(p, step.queries(band.grouped(grad_lse)).reshape(*p.shape[:2], 1))
         if slope is not None:
             ds.mul_(slope)
-        step.add_to_stretches(dk, torch.bmm(ds.mT, rows, out=band.scratch("dk", *keys.shape)))
-        step_dq = torch.bmm(ds, keys, out=band.scratch("o", *rows.shape)).mul_(scale)
-        target = step.queries(grouped_dq)
-        step_dq = step_dq.view(target.shape)
+        step.add_product(dk, rows, ds, scale, band.scratch)
+        target = step.queries(band.grouped(dq))
+        step_dq = band.product("o", ds, step.stretches(band.k), scale).view(target.shape)
         if rope is not None:
             cos, sin = band.tables(step)
             step_dq = turn(step_dq, cos, -sin, band.scratch("turned", *target.shape))
         target.copy_(step_dq)
     if rope is not None:
-        cos, sin = band.k_rope
-        dk = turn(dk, cos, -sin, torch.empty_like(dk))
+        cos, sin = band.rope
+        dk = turn(dk, cos, -sin, torch.empty_like(k, dtype=band.dtype))
     dsinks = None
     if sinks is not None:
         # the sink's probability times its ds, whose do . v is zero
         delta = (grad_out * out).sum(-1, dtype=lse.dtype)
         ds = (sinks.to(lse.dtype)[:, None] - lse).exp_() * (-delta if grad_lse is None else grad_lse - delta)
         dsinks = ds.sum((0, 2)).to(sinks.dtype)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+    return dq, torch.empty_like(k).copy_(dk), torch.empty_like(v).copy_(dv), dsinks

@@ -48,10 +48,10 @@ def inputs(shape, options, dtype=torch.float64):
 
 
 CUTS = {  # threads and scores per thread: they decide how the work is cut into steps
-    "row blocks of all heads": (1, 2**17),
-    "row blocks of few heads": (1, 1),
-    "many blocks of a head": (64, 2**17),
-    "few blocks of a head": (64, 2**9),
+    "all blocks at once": (1, 2**20),
+    "one block of all heads": (1, 2**15),
+    "one block of one head": (1, 1),
+    "blocks of one head": (64, 2**9),
 }
 
 
@@ -73,25 +73,28 @@ def test_every_row_is_in_exactly_one_step_with_every_key_it_sees(case, monkeypat
                 row, first = step.first_row + block * step.rows, step.first_key + block * step.rows
                 newest = S - T + row + step.rows - 1
                 assert first + step.keys - 1 == newest
-                assert first == (0 if window is None else max(0, S - T + row - window + 1))
+                assert 0 <= first <= (0 if window is None else max(0, S - T + row - window + 1))
         assert (counts == 1).all()
 
 
 def test_the_cuts_are_all_taken(monkeypatch):
     """The cases above are only worth something if each of these ways to cut comes up in them."""
-    steps = {}
+    shapes = {}
     for name, (threads, scores) in CUTS.items():
         cut(monkeypatch, threads, scores)
-        steps[name] = banded.plan(B, 2, 3, 400, 400, 7, threads)
-    assert all(s.head is None and s.batch == slice(0, B) for s in steps["row blocks of all heads"])
-    assert all(s.head is None and s.batch != slice(0, B) for s in steps["row blocks of few heads"])
-    assert max(s.blocks for s in steps["many blocks of a head"]) > 8
-    assert 1 < max(s.blocks for s in steps["few blocks of a head"]) <= 8
+        steps = banded.plan(B, 2, 3, 400, 400, 7, threads)
+        heads = [(s.batch.stop - s.batch.start) * (s.heads.stop - s.heads.start) for s in steps]
+        shapes[name] = max(s.blocks for s in steps), min(heads), max(heads)
+    assert shapes["all blocks at once"][0] > 8
+    assert shapes["one block of all heads"] == (1, 4, 4)
+    assert shapes["one block of one head"] == (1, 1, 1)
+    blocks, fewest_heads, _ = shapes["blocks of one head"]
+    assert 1 < blocks <= 8 and fewest_heads == 1
 
 
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize(
-    "option, how", [*((o, "row blocks of all heads") for o in OPTIONS), *(("everything", c) for c in CUTS)]
+    "option, how", [*((o, "all blocks at once") for o in OPTIONS), *(("everything", c) for c in CUTS)]
 )
 def test_banded_equals_reference(case, option, how, monkeypatch):
     cut(monkeypatch, *CUTS[how])
