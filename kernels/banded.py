@@ -24,8 +24,9 @@ import torch
 
 from .rope import turn
 
-STEP_SCORES_PER_THREAD = 128 * 1024  # fp32 scores of one step: half a megabyte, which a core's L2 cache holds
-DENSE_BLOCK = 128  # rows of a block where no window bounds the keys
+STEP_SCORES_PER_THREAD = 256 * 1024  # fp32 scores of one step: 1 MB, a core's L2 cache; smaller steps cost calls
+WINDOW_BLOCK = 32  # query positions of a block
+DENSE_BLOCK = 128  # the same where no window bounds the keys
 
 
 class Step(NamedTuple):
@@ -50,63 +51,55 @@ class Step(NamedTuple):
         x = x[self.batch, self.heads, self.first_key : self.first_key + (self.blocks - 1) * self.rows + self.keys]
         return x.unfold(2, self.keys, self.rows).mT.flatten(0, 2)
 
-    def add_product(self, x, rows, keys, scale, scratch):
-        """x (B, Hkv, S, D) += scale * keys^T rows for products' keys (n, G * L, N) and rows (n, G * L, D)."""
-        L, n = self.rows, self.blocks
-        part = x[self.batch, self.heads]
-        if part.shape[:2].numel() == 1 and n > 1:
-            # the stretches overlap, but their m-th pieces of L keys lie side by side: each is added by its product
-            part = part[0, 0]
-            for piece in range(0, self.keys, L):
-                first = self.first_key + piece
-                target = part[first : first + n * L].view(n, L, -1)
-                target.baddbmm_(keys[:, :, piece : piece + L].mT, rows, alpha=scale)
-            return
-        sums = scratch("sums", len(rows), self.keys, rows.shape[-1])
-        sums = torch.baddbmm(sums, keys.mT, rows, beta=0, alpha=scale, out=sums).view(*part.shape[:2], n, self.keys, -1)
-        for piece in range(0, self.keys, L if n > 1 else self.keys):
-            summand = sums[:, :, :, piece : piece + L] if n > 1 else sums
-            width = summand.shape[3]
+    def add_to_stretches(self, x, summands):
+        """x (B, Hkv, S, D) += summands (n, N, D), each at its block's keys."""
+        x, L, n = x[self.batch, self.heads], self.rows, self.blocks
+        summands = summands.view(*x.shape[:2], n, self.keys, -1)
+        # stretches overlap, but their first L keys do not, nor do the next L
+        width = L if n > 1 else self.keys
+        for piece in range(0, self.keys, width):
             first = self.first_key + piece
-            part[:, :, first : first + (n - 1) * L + width].unfold(2, width, L).mT.add_(summand)
+            x[:, :, first : first + n * width].unflatten(2, (n, width)).add_(summands[:, :, :, piece : piece + width])
 
 
 @lru_cache(maxsize=256)
 def plan(B, Hkv, G, T, S, window, threads):
     """The steps of one call: every query row is in exactly one, with every key that it sees."""
-    L = block_length(T, G, window)
-    # whole pieces of L keys: see Step.add_product
-    full = S if window is None else -(-(L + window - 1) // L) * L
+    L = block_length(T, window)
+    full = S if window is None else -(-(L + window - 1) // L) * L  # keys of a whole stretch, in pieces of L
+    early = max(0, full - L - (S - T)) if window is not None else T  # rows before the first whole stretch
+    # they are few: longer blocks, which compute more keys in vain, are dearer only where the sequence is short
+    early_block = L if window is None else -(-max(L, window // 2) // L) * L
     most = max(1, STEP_SCORES_PER_THREAD * threads // max(1, G * L * min(full, S)))  # products in one step
     steps, row = [], 0
     while row < T:
-        rows = min(L, T - row)
+        whole = row >= early and T - row >= L
+        rows = L if whole else min(early_block, T - row, early - row if row < early else L)
         last = S - T + row + rows  # one past the newest key of the block
-        oldest = 0 if window is None else max(0, last - rows - window + 1)
-        first = oldest if window is None or rows < L else max(0, last - full)
+        first = last - full if whole else 0 if window is None else max(0, last - rows - window + 1)
         left = 0 if window is None else max(0, last - window - first)
-        shape = (row, rows, first, last - first, left)
-        blocks = (T - row) // L if window is not None and rows == L and last - first == full else 1
+        blocks = (T - row) // L if whole else 1
+        shape = (rows, first, last - first, left)
         if B * Hkv * blocks <= most:  # all in one
-            steps.append(Step(slice(0, B), slice(0, Hkv), blocks, *shape))
-        elif blocks > 1 and B * Hkv < min(most, 2 * threads):  # blocks of one head at a time
+            steps.append(Step(slice(0, B), slice(0, Hkv), blocks, row, *shape))
+        elif min(blocks, most) > B * Hkv:  # blocks of one head at a time
             for b, h in product(range(B), range(Hkv)):
                 for i in range(0, blocks, most):
-                    moved = (min(most, blocks - i), row + i * L, L, first + i * L, full, left)
-                    steps.append(Step(slice(b, b + 1), slice(h, h + 1), *moved))
+                    n, moved = min(most, blocks - i), i * L
+                    shifted = (row + moved, L, first + moved, full, left)
+                    steps.append(Step(slice(b, b + 1), slice(h, h + 1), n, *shifted))
         else:  # one block of as many heads as fit
             blocks, batches, heads = 1, max(1, most // Hkv), min(most, Hkv)
             for b, h in product(range(0, B, batches), range(0, Hkv, heads)):
-                steps.append(Step(slice(b, min(B, b + batches)), slice(h, min(Hkv, h + heads)), 1, *shape))
+                some = slice(b, min(B, b + batches)), slice(h, min(Hkv, h + heads))
+                steps.append(Step(*some, 1, row, *shape))
         row += blocks * rows
     return steps
 
 
-def block_length(T, G, window):
-    """L. Short blocks compute few keys in vain (L of L + window), long ones make efficient products."""
-    if window is None:
-        return min(T, DENSE_BLOCK)
-    return max(1, min(T, 32 if G > 1 else 64))
+def block_length(T, window):
+    """L. Short blocks compute few keys in vain (L of L + window), long ones need fewer and larger products."""
+    return max(1, min(T, DENSE_BLOCK if window is None else WINDOW_BLOCK))
 
 
 class _Scratch:
@@ -242,7 +235,7 @@ def attention_backward(
             torch.softmax(p, dim=-1, out=p)
         else:
             p.sub_(step.queries(band.grouped(lse)).reshape(*p.shape[:2], 1)).exp_()
-        step.add_product(dv, do, p, 1.0, band.scratch)
+        step.add_to_stretches(dv, band.product("sums", p.mT, do))
         ds = band.product("ds", do, step.stretches(band.v).mT)
         # p * (dp - sum(p * dp)) in one pass; the sum is do . o
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
@@ -250,7 +243,7 @@ def attention_backward(
             ds.addcmul_(p, step.queries(band.grouped(grad_lse)).reshape(*p.shape[:2], 1))
         if slope is not None:
             ds.mul_(slope)
-        step.add_product(dk, rows, ds, scale, band.scratch)
+        step.add_to_stretches(dk, band.product("sums", ds.mT, rows, scale))
         target = step.queries(band.grouped(dq))
         step_dq = band.product("o", ds, step.stretches(band.k), scale).view(target.shape)
         if rope is not None:

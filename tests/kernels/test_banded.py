@@ -49,7 +49,7 @@ def inputs(shape, options, dtype=torch.float64):
 
 CUTS = {  # threads and scores per thread: they decide how the work is cut into steps
     "all blocks at once": (1, 2**20),
-    "one block of all heads": (1, 2**15),
+    "one block of all heads": (1, 3 * 2**13),
     "one block of one head": (1, 1),
     "blocks of one head": (64, 2**9),
 }

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import reference, rope_tables, sliding_gqa_attention
 from kernels.attention import visible_pairs
 
-BACKENDS = ["banded"]
+BACKENDS = ["banded", "triton"]
 
 
 def inputs(T=20, S=20, dtype=torch.float32, device="cpu", Hq=4, Hkv=2, D=16):
