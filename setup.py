@@ -14,7 +14,6 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
-        "einops>=0.8",
         "numpy",
         "safetensors>=0.4.3",
         "tqdm",

@@ -8,6 +8,7 @@ a new token overwrites the one that has left the window. A layer that sees every
 """
 
 import torch
+import torch.nn.functional as F
 
 
 class KVCache:
@@ -88,10 +89,18 @@ class KVCache:
         if self.bounded and self.columns + new_tokens > self.max_length:
             raise ValueError(
                 f"the cache holds max_length={self.max_length} positions, too few for {self.columns} and {new_tokens} "
-                "more: make a longer one"
+                "more: make a longer one, or extend it"
             )
         self.columns += new_tokens
         self.lengths += new_tokens
+
+    def extend(self, max_length):
+        """Give the layers that see everything room for `max_length` positions; what they hold stays where it is."""
+        for layer in range(self.config.n_layer):
+            more = max_length - self.max_length
+            if self.config.layer_window(layer) is None:  # a position is its slot there, so new slots go to the end
+                self.k[layer], self.v[layer] = (F.pad(x[layer], (0, 0, 0, more)) for x in (self.k, self.v))
+        self.max_length = max_length
 
     def positions(self, new_tokens):
         """(B, new_tokens) position of each of the newest tokens; negative for padding."""

@@ -19,6 +19,10 @@ def plain_attention(q, k, v, window, rope=None, masks=None, dropout=0.0):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     grouped = k.shape[1] < q.shape[1]
     mask = None if window is None or window >= T else masks(T, window, q.device)
+    if grouped and mask is not None and q.is_cuda:
+        # no fast kernel of SDPA takes grouped heads with a mask: copies of k and v cost less than storing all scores
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=grouped
     )

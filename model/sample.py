@@ -66,12 +66,13 @@ def main(arguments=None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args([_with_hyphens(argument) for argument in arguments])
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal does not have becomes a question mark
+    written = 0
     try:
-        samples = _prepare(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    written, start = 0, time.perf_counter()
-    try:
+        try:
+            samples = _prepare(options)
+        except (ValueError, RuntimeError, OSError) as error:
+            parser.error(" ".join(str(error).split()))
+        start = time.perf_counter()
         for number, (prompt, pieces) in enumerate(samples, start=1):
             if options.num_samples > 1:
                 print(f"--- sample {number} of {options.num_samples}", file=sys.stderr, flush=True)
@@ -124,7 +125,8 @@ def _prepare(options):
         file=sys.stderr,
         flush=True,
     )
-    return [(options.prompt, (tokenizer.decode(token) for token in stream)) for stream in streams]
+    numbers = ((int(token) for token in stream) for stream in streams)
+    return [(options.prompt, tokenizer.stream(tokens, prompt[0].tolist())) for tokens in numbers]
 
 
 def _device(name):

@@ -95,8 +95,10 @@ def top_k_logits(logits, k):
 
 
 def top_p_logits(logits, p):
-    """logits (..., V) with all but the likeliest tokens that hold probability p together set to -inf (nucleus sampling,
-    arXiv:1904.09751). The token that crosses p stays, so that at least one does."""
+    """logits (..., V) with all but the fewest tokens that hold probability p together set to -inf.
+
+    Nucleus sampling, arXiv:1904.09751. The token that crosses p stays, so that at least one does.
+    """
     if not 0 < p <= 1:
         raise ValueError(f"p={p} is not in (0, 1]")
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -124,7 +126,7 @@ class _NextLogits:
     def __init__(self, model, tokens, padding, max_new_tokens, prefill_chunk):
         self.model, self.padding, self.prefill_chunk = model, padding, prefill_chunk
         self.rows, self.columns = tokens.shape
-        self.length = self.columns + max_new_tokens
+        self.most_columns = self.columns + max_new_tokens
         # the prompt; with learned positions always the tokens of one context, which have to be read anew past its end
         self.tokens = tokens
         self.context = model.config.context_length if model.config.positions == "learned" else None
@@ -142,8 +144,7 @@ class _NextLogits:
 
     @torch.no_grad()
     def _read(self):
-        """Read self.tokens, or of more than learned positions go round the last ones, into a new cache."""
-        self.cache = None  # its memory is free before the next one is made
+        """The logits after self.tokens (with learned positions the last context of them), read into a new cache."""
         dropped = 0 if self.context is None else max(0, self.columns - self.context)
         self.tokens = self.tokens[:, -self.context :] if self.context else self.tokens
         device = self.tokens.device
@@ -152,7 +153,7 @@ class _NextLogits:
             self.model.config,
             self.rows,
             max_new_tokens_per_call=min(self.tokens.shape[1], self.prefill_chunk),
-            max_length=self.context or self.length,
+            max_length=self.context or min(self.most_columns, self.columns + 64),  # grows as the text does
             device=device,
             dtype=torch.get_autocast_dtype(device.type) if autocast else self.model.wte.weight.dtype,
             padding=(self.padding - dropped).clamp(min=0),
@@ -165,6 +166,8 @@ class _NextLogits:
 
     @torch.no_grad()
     def _forward(self, tokens):
+        if self.cache.bounded and self.cache.columns == self.cache.max_length:
+            self.cache.extend(min(self.most_columns, 2 * self.cache.max_length))
         with _evaluating(self.model):
             return self.model(tokens, cache=self.cache)[0][:, -1]
 

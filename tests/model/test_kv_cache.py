@@ -95,6 +95,19 @@ def test_a_shrunk_ring_goes_on_where_the_longer_one_was(prompt):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["rope", "pattern"])
+def test_an_extended_cache_goes_on_with_what_it_holds(name):
+    model = lively(GPT(MIXES[name])).eval()
+    tokens = torch.randint(41, (2, 90))
+    cache = KVCache(model.config, 2, max_new_tokens_per_call=30, max_length=30)
+    logits = [model(tokens[:, :30], cache=cache)[0]]
+    for start in (30, 60):
+        cache.extend(start + 30)
+        logits.append(model(tokens[:, start : start + 30], cache=cache)[0])
+    close(torch.cat(logits, dim=1), model(tokens)[0])
+
+
+@torch.no_grad()
 def test_slots_that_were_never_written_are_never_read():
     model = lively(GPT(MIXES["pattern"])).eval()
     tokens = torch.randint(41, (2, 30))

@@ -1,9 +1,9 @@
 import importlib
+import io
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -112,22 +112,36 @@ def test_a_gpu_that_is_not_there_is_one_line(capsys, checkpoint):
     assert status == 2 and "no CUDA device is available: use --device cpu" in err
 
 
-def test_the_text_comes_as_it_is_made_and_ctrl_c_keeps_what_there_is(checkpoint):
+def test_the_text_comes_as_it_is_made(checkpoint, monkeypatch):
+    received = []
+
+    class Terminal(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            received.append(bytes(data).decode())
+            return len(data)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Terminal())))
+    command = importlib.import_module("model.sample")
+    assert command.main(["--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "9"]) == 0
+    assert [len(piece) for piece in received] == [3, *[1] * 9, 1]
+
+
+def test_ctrl_c_keeps_what_there_is(checkpoint):
     process = subprocess.Popen(
         [*COMMAND, "--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "100000000", "--seed", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
     try:
-        first = os.read(process.stdout.fileno(), 20)
-        second = os.read(process.stdout.fileno(), 20)
-        assert first.startswith(b"ABC") and second  # long before the end, through a pipe
-        time.sleep(0.2)
+        start = os.read(process.stdout.fileno(), 20)
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert rest.endswith(b"\n")
+    assert start.startswith(b"ABC") and rest.endswith(b"\n")
     assert b"Traceback" not in err and b"interrupted after" in err
 
 

@@ -183,8 +183,9 @@ def test_sampling_between_two_training_steps_changes_neither():
     assert losses[0] == losses[1]
 
 
-def test_tokens_are_made_when_they_are_asked_for():
-    iterator = generate(make(), torch.tensor([[1, 2]]), 10**12, seed=0)
+@pytest.mark.parametrize("name", ["rope-window-gqa", "pattern", "original"])
+def test_tokens_are_made_and_memory_taken_when_they_are_asked_for(name):
+    iterator = generate(make(name), torch.tensor([[1, 2]]), 10**12, seed=0)
     assert len(list(itertools.islice(iterator, 3))) == 3
     assert list(generate(make(), torch.tensor([[1, 2]]), 0)) == []
 
