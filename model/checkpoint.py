@@ -54,7 +54,7 @@ def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cp
     """
     directory = Path(directory)
     config = _read_config(directory)
-    tokenizer = _read_tokenizer(directory, config)
+    tokenizer = read_tokenizer(directory, config)
     with torch.device("meta"):  # shapes only: no weights are drawn that would be thrown away
         model = GPT(config, fused_kernels=fused_kernels, backend=backend)
     weights = _read_weights(directory, config, model.state_dict())
@@ -80,7 +80,10 @@ def _config_from(values):
     if not isinstance(values, dict):
         raise ValueError("it does not hold the fields of a config")
     if "model_type" in values:
-        raise ValueError(f"it describes a {values['model_type']!r} model of Hugging Face, which is not read here")
+        raise ValueError(
+            f"it describes a {values['model_type']!r} model of Hugging Face: python -m model.huggingface import makes "
+            "a directory for this package of one"
+        )
     known = {field.name for field in fields(GPTConfig)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"it has unknown fields: {', '.join(unknown)}")
@@ -91,7 +94,8 @@ def _config_from(values):
     return GPTConfig(**values)
 
 
-def _read_tokenizer(directory, config):
+def read_tokenizer(directory, config):
+    """The tokenizer of a directory, None if it has none. Raises CheckpointError if it cannot be that of the config."""
     if not (directory / TOKENIZER).exists():
         return None
     try:
@@ -123,6 +127,12 @@ def _read_weights(directory, config, expected):
             f"{CONFIG} and {WEIGHTS} in {directory} are of different models: {different} "
             "(to change a model, load it, change it and save it again)"
         )
+    check_weights(path, weights, expected)
+    return weights
+
+
+def check_weights(source, weights, expected):
+    """Raise CheckpointError unless `weights` has the names and shapes of `expected`, both {name: tensor}."""
     wrong = [f"{name} is missing" for name in expected if name not in weights]
     wrong += [f"{name} is not of this model" for name in weights if name not in expected]
     wrong += [
@@ -132,5 +142,4 @@ def _read_weights(directory, config, expected):
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{path} does not fit {CONFIG}: {', '.join(wrong[:3])}{more}")
-    return weights
+        raise CheckpointError(f"{source} does not fit {CONFIG}: {', '.join(wrong[:3])}{more}")

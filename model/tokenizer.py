@@ -1,7 +1,8 @@
-"""Characters as tokens, stored so that Hugging Face's AutoTokenizer reads them too.
+"""Text to numbers and back: characters, stored so that Hugging Face's AutoTokenizer reads them too, or subwords.
 
 tokenizer = CharTokenizer.from_text(text)
 tokenizer.decode(tokenizer.encode("When are you going"))
+tokenizer = load_tokenizer("imported/gpt2")          # any tokenizer.json; what is not characters needs `tokenizers`
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from .files import replacing
 
 FILE = "tokenizer.json"
+EVERY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
 class CharTokenizer:
@@ -52,6 +54,10 @@ class CharTokenizer:
         except KeyError as error:
             raise ValueError(f"token {error} is outside the vocabulary of {self.vocab_size} characters") from None
 
+    def stream(self, tokens, prompt=()):
+        """The text of each token as it comes, after those of `prompt`."""
+        return (self.decode([token]) for token in tokens)
+
     def save(self, directory):
         """Write tokenizer.json, atomically: a word-level vocabulary over a split into single characters."""
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -66,12 +72,7 @@ class CharTokenizer:
             "padding": None,
             "added_tokens": [],
             "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": r"[\s\S]"},
-                "behavior": "Isolated",
-                "invert": False,
-            },
+            "pre_tokenizer": EVERY_CHARACTER,
             "post_processor": None,
             "decoder": {"type": "Fuse"},
             # the unknown token is not in the vocabulary, so an unknown character is an error there as it is here
@@ -82,24 +83,88 @@ class CharTokenizer:
     @classmethod
     def from_json(cls, text):
         """The tokenizer of a file's text. Raises ValueError if it is not one of characters."""
-        try:
-            model = json.loads(text)["model"]
-            kind, vocab = model["type"], model["vocab"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError("it is damaged, or not in the format of Hugging Face's tokenizers") from None
-        if kind != "WordLevel" or any(len(word) != 1 for word in vocab):
-            raise ValueError(f"it holds a {kind} vocabulary of words or pieces, and only characters are known here")
+        vocab = _characters(text)
+        if vocab is None:
+            raise ValueError("it holds words or pieces of words, not characters: load_tokenizer reads it")
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError("its vocabulary does not number the characters from 0 without gaps")
         return cls(sorted(vocab, key=vocab.get))
 
 
-def load_tokenizer(directory) -> CharTokenizer:
-    """The tokenizer that `save` wrote into a directory. Raises ValueError that names the file if it cannot be read."""
+class SubwordTokenizer:
+    """A tokenizer.json of any other kind (BPE, Unigram, WordPiece), run by Hugging Face's library `tokenizers`.
+
+    Special tokens are tokens like others: written out in a text they are encoded as such, and none is added.
+    """
+
+    def __init__(self, text):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError("it does not hold characters, and others need a package: pip install tokenizers") from None
+        self.text = text
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"it is damaged, or newer than the installed tokenizers ({error})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest number: files may leave gaps."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The number of <|endoftext|>, with which GPT-2 and StarCoder2 begin and end a document; None without it."""
+        return self._tokenizer.token_to_id("<|endoftext|>")
+
+    def encode(self, text) -> list[int]:
+        """The numbers of the text's pieces. Raises ValueError for what the vocabulary has no piece for."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:
+            raise ValueError(f"the text cannot be encoded: {error}") from None
+
+    def decode(self, tokens) -> str:
+        """The text of a sequence (or 1-D tensor) of numbers."""
+        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def stream(self, tokens, prompt=()):
+        """The text of each token as it comes, after those of `prompt`: "" while a character is not yet whole."""
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=False)
+        for token in prompt:  # what a token says can depend on the one before it, such as whether a space comes first
+            decoder.step(self._tokenizer, token)
+        return (decoder.step(self._tokenizer, token) or "" for token in tokens)
+
+    def to_json(self) -> str:
+        """The file's text, as it was read."""
+        return self.text
+
+
+def load_tokenizer(directory) -> CharTokenizer | SubwordTokenizer:
+    """The tokenizer of a directory's tokenizer.json. Raises ValueError that names the file if it cannot be read."""
     path = Path(directory) / FILE
     try:
-        return CharTokenizer.from_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return SubwordTokenizer(text) if _characters(text) is None else CharTokenizer.from_json(text)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _characters(text):
+    """{character: number} of a file such as `CharTokenizer.to_json` writes; None for one of another kind."""
+    try:
+        description = json.loads(text)
+        if description["model"].get("type") != "WordLevel":  # GPT-2's own file does not say what it is
+            return None
+        vocab = description["model"]["vocab"]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError("it is damaged, or not in the format of Hugging Face's tokenizers") from None
+    plain = description.get("pre_tokenizer") == EVERY_CHARACTER and all(len(word) == 1 for word in vocab)
+    return vocab if plain and not description.get("normalizer") and not description.get("added_tokens") else None

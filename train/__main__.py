@@ -3,11 +3,13 @@
     python -m train --fused-kernels                       # Shakespeare's plays, minutes on two CPU cores
     python -m train --fused-kernels --data my.txt --context-size 256 --window 64 --max-steps 5000 --out-dir runs/mine
     python -m train --architecture original               # GPT-2 in plain PyTorch, to compare with
+    python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # train a model on
 
 The run directory holds the best and the last checkpoint, the curves and the settings (train/checkpoint.py). Ctrl-C
 saves the last checkpoint and ends.
 """
 
+import dataclasses
 import shlex
 import sys
 from datetime import datetime
@@ -19,12 +21,12 @@ from kernels import resolve_backend
 from model import GPT, CharTokenizer, from_pretrained, generate
 
 from .config import RunConfig, TrainerConfig, resolve_device
-from .data import HELD_OUT, CharDataset, fingerprint, load_text, split
-from .flags import Parser, add_flags, from_flags
+from .data import CharDataset, fingerprint, load_text, split
+from .flags import Parser, add_flags, from_flags, given
 from .shakespeare import COLLECTIONS
 from .trainer import Trainer, TrainingFailed
 
-SAMPLE_CHARACTERS = 500
+SAMPLE_TOKENS = 500
 TEMPERATURE, TOP_K = 0.8, 40
 
 
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "train", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         run, config = from_flags(RunConfig, flags), from_flags(TrainerConfig, flags)
-        trainer = prepare(run, config, command)
+        trainer = prepare(run, config, command, given(parser, arguments))
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
     try:
@@ -52,14 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(run: RunConfig, config: TrainerConfig, command: str) -> Trainer:
-    """Everything up to the first step; the run directory is made last, when nothing else can be wrong."""
+def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str] = frozenset()) -> Trainer:
+    """Everything up to the first step; the run directory is made last, when nothing else can be wrong.
+
+    stated: the flags that the command line has, which --init-from asks for.
+    """
     device = resolve_device(config.device)
     backend = resolve_backend(run.backend, device) if run.fused_kernels else None
     text = load_text(run.data)
     training_text, held_out_text = split(text)
-    tokenizer = CharTokenizer.from_text(text)
-    model_config = run.model_config(tokenizer.vocab_size)
+    if run.init_from is None:
+        tokenizer = CharTokenizer.from_text(text)
+        model = GPT(run.model_config(tokenizer.vocab_size), run.fused_kernels, run.backend, seed=config.seed)
+    else:
+        model, tokenizer, run = load_to_train(run, stated)
     if len(held_out_text) <= run.context_size:
         raise ValueError(
             f"data {run.data} has {len(text):,} characters, and its held-out last 10 % ({len(held_out_text):,}) is "
@@ -67,13 +75,40 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str) -> Trainer:
         )
     training_set = CharDataset(training_text, run.context_size, tokenizer)
     held_out_set = CharDataset(held_out_text, run.context_size, tokenizer)
-    model = GPT(model_config, fused_kernels=run.fused_kernels, backend=run.backend, seed=config.seed)
     source = run.data if run.data in COLLECTIONS else str(Path(run.data).resolve())
     data = {"source": source, "characters": len(text), "sha256": fingerprint(text)}
     trainer = Trainer(model, training_set, held_out_set, config, record={"command": command, "data": data})
     for name, value in _first_lines(run, trainer, backend, data):
         print(f"{name:<10} {value}")
     return trainer
+
+
+def load_to_train(run: RunConfig, stated: set[str]):
+    """(model, tokenizer, run) of --init-from: the weights as fp32, with the run's window, dropout and context size.
+
+    The window stays the model's unless the flag is stated, and so does the context size where the model's is shorter.
+    Raises ValueError for flags that contradict the model, and for one without a tokenizer.
+    """
+    if contradicting := stated & {"architecture", "n_layer", "n_head", "n_kv_head", "d_model"}:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(contradicting))
+        raise ValueError(f"{flags}: not with --init-from, whose model is as large as it is; leave it out")
+    loaded, tokenizer = from_pretrained(run.init_from)
+    if tokenizer is None:
+        raise ValueError(f"{run.init_from} has no tokenizer.json, which says how text becomes the model's tokens")
+    config, size = loaded.config, run.context_size
+    if "context_size" not in stated:
+        size = min(size, config.context_length)
+    elif size > config.context_length and config.positions == "learned":
+        raise ValueError(f"context_size is {size}, but {run.init_from} learned {config.context_length} positions")
+    config = dataclasses.replace(
+        config,
+        context_length=max(size, config.context_length),
+        dropout=run.dropout,
+        **{name: getattr(run, name) for name in ("window", "window_pattern") if name in stated},
+    )
+    model = GPT(config, run.fused_kernels, run.backend)
+    model.load_state_dict(loaded.state_dict())
+    return model, tokenizer, dataclasses.replace(run, context_size=size)
 
 
 def best_checkpoint(trainer: Trainer) -> Path:
@@ -83,14 +118,16 @@ def best_checkpoint(trainer: Trainer) -> Path:
 
 
 def write_passage(checkpoint: Path, trainer: Trainer) -> None:
-    """Lets a checkpoint write, as it comes."""
+    """Lets a checkpoint write, as it comes, after a line break if the vocabulary has one."""
     model, tokenizer = from_pretrained(checkpoint, device=trainer.device)
-    prompt = "\n" if "\n" in tokenizer.stoi else tokenizer.decode([0])
-    tokens = torch.tensor([tokenizer.encode(prompt)], device=trainer.device)
+    characters = isinstance(tokenizer, CharTokenizer)
+    prompt = [0] if characters and "\n" not in tokenizer.stoi else tokenizer.encode("\n") or [0]
+    tokens = torch.tensor([prompt], device=trainer.device)
     seed = trainer.config.seed
-    print(f"\n{SAMPLE_CHARACTERS} characters by {checkpoint}:\n" + "-" * 80)
-    for token in generate(model, tokens, SAMPLE_CHARACTERS, temperature=TEMPERATURE, top_k=TOP_K, seed=seed):
-        print(tokenizer.decode(token), end="", flush=True)
+    print(f"\n{SAMPLE_TOKENS} {'characters' if characters else 'tokens'} by {checkpoint}:\n" + "-" * 80)
+    written = generate(model, tokens, SAMPLE_TOKENS, temperature=TEMPERATURE, top_k=TOP_K, seed=seed)
+    for piece in tokenizer.stream((int(token) for token in written), prompt):
+        print(piece, end="", flush=True)
     print("\n" + "-" * 80)
 
 
@@ -116,9 +153,11 @@ def _first_lines(run, trainer, backend, data):
         yield "attention", "plain PyTorch (--fused-kernels runs ours)"
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     yield "device", f"{trainer.device}{threads}, {config.precision}" + (", compiled" if config.compile else "")
-    size = data["characters"]
-    yield "data", f"{data['source']}: {size:,} characters, {model.vocab_size} different; the last 10 % are held out"
-    reading = trainer.total_steps * trainer.tokens_per_step / (size * (1 - HELD_OUT))
+    if run.init_from is not None:
+        yield "weights", f"those of {run.init_from}, and its vocabulary"
+    size, vocabulary = data["characters"], f"{model.vocab_size:,} {'different' if run.init_from is None else 'tokens'}"
+    yield "data", f"{data['source']}: {size:,} characters, {vocabulary}; the last 10 % are held out"
+    reading = trainer.total_steps * trainer.tokens_per_step / len(trainer.train_dataset.tokens)
     yield "run", f"{trainer.total_steps:,} steps of {trainer.tokens_per_step:,} tokens ({reading:.1f} times the text)"
     yield "", f"in {trainer.out_dir}"
 

@@ -13,7 +13,7 @@ from model import ARCHITECTURES, GPTConfig
 
 from .flags import option
 
-DEFAULT_STEPS = 1500
+DEFAULT_STEPS = 2000
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TrainerConfig:
         None, f"steps to take; beside --max-epochs, whichever ends first; with neither, {DEFAULT_STEPS:,} steps"
     )
     max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)")
-    batch_size: int = option(32, "examples in a batch")
+    batch_size: int = option(16, "examples in a batch")
     grad_accumulation: int = option(1, "batches whose gradients make one step")
     learning_rate: float = option(3e-3, "peak learning rate of AdamW")
     lr_decay: bool = option(True, "after the warm-up, a cosine down to a tenth of the peak; otherwise the peak stays")
@@ -96,6 +96,9 @@ class RunConfig:
     fused_kernels: bool = option(False, "attention by our kernels: Triton on CUDA, banded PyTorch elsewhere")
     backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels")
     data: str = option("shakespeare", "shakespeare (38 plays), tinyshakespeare (9 of them), or a UTF-8 text file")
+    init_from: str | None = option(
+        None, "model directory to train on from: its weights, sizes and vocabulary (none: a new model)"
+    )
     architecture: Literal[ARCHITECTURES] = option(
         "rope-window-gqa", "GPT-2 as it was, or with rotary positions, a sliding window, grouped KV heads added in turn"
     )

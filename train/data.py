@@ -74,7 +74,12 @@ class CharDataset:
             )
         self.block_size = block_size
         self.tokenizer = CharTokenizer.from_text(text) if tokenizer is None else tokenizer
-        self.tokens = encode_fast(text, self.tokenizer)  # (len(text),)
+        self.tokens = encode_fast(text, self.tokenizer)  # (len(text),), fewer if the tokenizer has longer pieces
+        if len(self.tokens) <= block_size:
+            raise ValueError(
+                f"text has {len(self.tokens)} tokens, one example of context size {block_size} needs {block_size + 1}: "
+                f"give a longer text or a smaller context"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -106,11 +111,13 @@ class CharDataset:
         return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
 
-def encode_fast(text: str, tokenizer: CharTokenizer) -> torch.Tensor:
-    """`tokenizer.encode(text)` as one table look-up: token ids (len(text),), uint8 or int32, whichever is enough.
+def encode_fast(text: str, tokenizer) -> torch.Tensor:
+    """`tokenizer.encode(text)`, of characters as one table look-up: token ids, uint8 or int32, whichever is enough.
 
     Raises the tokenizer's own ValueError for characters that it does not have.
     """
+    if not isinstance(tokenizer, CharTokenizer):
+        return torch.tensor(tokenizer.encode(text), dtype=torch.int32)
     table = np.full(0x110000, -1, dtype=np.int32)
     for character, token in tokenizer.stoi.items():
         table[ord(character)] = token

@@ -1,13 +1,14 @@
-"""How good is a checkpoint? Its loss over the whole held-out text, every character predicted exactly once.
+"""How good is a checkpoint? Its loss over the whole held-out text, every token predicted exactly once.
 
     python -m train.evaluate --checkpoint runs/first/best
     python -m train.evaluate --checkpoint runs/first/best --stride 16 --data other.txt
+    python -m train.evaluate --checkpoint imported/gpt2 --data my.txt --context-size 256
 
-The held-out text is the last 10 % of the text the checkpoint was trained on, or of --data. It is read in contexts of
-the model's own length, `stride` characters apart. By default they do not overlap, as in nanoGPT's estimate: the first
-character of a context is predicted from one character only, the last from all of them. A smaller stride gives every
-character at least (context - stride + 1) characters to look back on, and a lower loss, for context / stride times the
-work. The last line of stdout is one JSON object.
+The held-out text is the last 10 % of the text the checkpoint was trained on, or of --data. A token is a character, or
+what an imported vocabulary has. They are read in contexts of the model's own length, `stride` tokens apart. By default
+these do not overlap, as in nanoGPT's estimate: the first token of a context is predicted from one token only, the last
+from all of them. A smaller stride gives every token at least (context - stride + 1) to look back on, and a lower loss,
+for context / stride times the work. The last line of stdout is one JSON object.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import from_pretrained
+from model import CharTokenizer, from_pretrained
 
 from .checkpoint import read_facts
 from .config import resolve_device
@@ -34,31 +35,42 @@ class EvaluateConfig:
 
     checkpoint: str | None = option(None, "model directory, such as runs/first/best")
     data: str | None = option(None, "text whose last 10 % is read, as in training (none: that of the training run)")
-    stride: int | None = option(None, "characters from one context to the next (none: the context size, no overlap)")
-    batch_size: int = option(64, "contexts in a batch")
+    stride: int | None = option(None, "tokens from one context to the next (none: the context size, no overlap)")
+    context_size: int | None = option(None, "tokens in a context (none: the model's own context length)")
+    batch_size: int = option(64, "contexts in a batch, fewer where their logits would take more than 1 GB")
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)")
     fused_kernels: bool = option(True, "attention by our kernels; otherwise plain PyTorch")
 
     def __post_init__(self):
         if self.checkpoint is None:
             raise ValueError("--checkpoint is missing: name a model directory, such as runs/first/best")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, wanted at least 1")
+        for name in ("batch_size", "context_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
 
 
 @torch.no_grad()
-def evaluate(model, tokens, *, stride: int | None = None, batch_size: int = 64, progress: bool = False) -> dict:
+def evaluate(
+    model,
+    tokens,
+    *,
+    stride: int | None = None,
+    context_size: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict:
     """Mean loss of predicting tokens[1:], each exactly once, from the tokens before it in its context.
 
-    tokens (N,) integers, N >= 2; stride 1 .. context length. Returns targets (their number), loss (nats), perplexity
-    and bits per token. The model is left in the mode it was in.
+    tokens (N,) integers, N >= 2; context_size defaults to the model's context length; stride 1 .. context_size.
+    Returns targets (their number), loss (nats), perplexity and bits per token. The model is left in the mode it was in.
     """
-    length = model.config.context_length
+    length = model.config.context_length if context_size is None else context_size
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
-        raise ValueError(f"stride is {stride}, wanted 1 to the context size of the model, {length}")
+        raise ValueError(f"stride is {stride}, wanted 1 to the context size, {length}")
     if len(tokens) < 2:
-        raise ValueError(f"text has {len(tokens)} characters, at least 2 are needed to predict one from another")
+        raise ValueError(f"text has {len(tokens)} tokens, at least 2 are needed to predict one from another")
+    batch_size = max(1, min(batch_size, 2**28 // (length * model.config.vocab_size)))
     device = next(model.parameters()).device
     starts = torch.arange(0, max(1, len(tokens) - 1 - (length - stride)), stride)
     was_training = model.training
@@ -100,19 +112,31 @@ def main(arguments: list[str] | None = None) -> int:
         if tokenizer is None:
             raise ValueError(f"checkpoint {config.checkpoint} has no tokenizer.json, which turns text into tokens")
         source, text = _text(config)
-        tokens = encode_fast(split(text)[1], tokenizer)
+        text = split(text)[1]
+        tokens = encode_fast(text, tokenizer)
         began = time.perf_counter()
-        result = evaluate(model, tokens, stride=config.stride, batch_size=config.batch_size, progress=True)
+        result = evaluate(
+            model,
+            tokens,
+            stride=config.stride,
+            context_size=config.context_size,
+            batch_size=config.batch_size,
+            progress=True,
+        )
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
     seconds = time.perf_counter() - began
-    stride = config.stride or model.config.context_length
-    print(f"{config.checkpoint} on the held-out part of {source}: {result['targets']:,} characters, each once, in")
-    print(f"contexts of {model.config.context_length}, {stride} apart, in {seconds:.1f} s")
+    length = config.context_size or model.config.context_length
+    stride = config.stride or length
+    # what the tokens spell that were predicted: all but the first
+    characters = len(text) - len(tokenizer.decode(tokens[:1]))
+    result["bits_per_character"] = result.pop("bits_per_token") * result["targets"] / characters
+    unit = "characters" if isinstance(tokenizer, CharTokenizer) else f"tokens ({characters:,} characters)"
+    print(f"{config.checkpoint} on the held-out part of {source}: {result['targets']:,} {unit}, each once, in")
+    print(f"contexts of {length}, {stride} apart, in {seconds:.1f} s")
     print(f"loss {result['loss']:.4f} nats, perplexity {result['perplexity']:.3f}, ", end="")
-    print(f"{result['bits_per_token']:.4f} bits per character")
-    result["bits_per_character"] = result.pop("bits_per_token")  # a token is a character
-    about = {"checkpoint": str(config.checkpoint), "data": source, "context_length": model.config.context_length}
+    print(f"{result['bits_per_character']:.4f} bits per character")
+    about = {"checkpoint": str(config.checkpoint), "data": source, "context_length": length}
     print(json.dumps(about | {"stride": stride} | result | {"seconds": round(seconds, 2)}))
     return 0
 

@@ -60,6 +60,14 @@ def from_flags(config_class, arguments: argparse.Namespace):
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
+def given(parser: argparse.ArgumentParser, arguments: list[str] | None) -> set[str]:
+    """The names of the flags that a command line states, be it with their default."""
+    absent = object()
+    names = vars(parser.parse_args([]))
+    parsed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name for name, value in vars(parsed).items() if value is not absent}
+
+
 def _argument_for(hint) -> dict:
     """The keywords of add_argument for a field of this type."""
     if hint is bool:

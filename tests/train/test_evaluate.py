@@ -72,12 +72,12 @@ def test_the_model_keeps_its_mode(model):
 
 @pytest.mark.parametrize("stride", [0, LENGTH + 1])
 def test_a_stride_beyond_the_context_is_refused(model, stride):
-    with pytest.raises(ValueError, match=f"stride is {stride}, wanted 1 to the context size of the model, 8"):
+    with pytest.raises(ValueError, match=f"stride is {stride}, wanted 1 to the context size, 8"):
         evaluate(model, torch.randint(14, (20,)), stride=stride)
 
 
 def test_a_text_without_a_pair_is_refused(model):
-    with pytest.raises(ValueError, match="text has 1 characters, at least 2"):
+    with pytest.raises(ValueError, match="text has 1 tokens, at least 2"):
         evaluate(model, torch.tensor([1]))
 
 

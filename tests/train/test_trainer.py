@@ -67,6 +67,12 @@ def test_training_lowers_the_held_out_loss():
     assert trainer.held_out_loss() == held_out[-1] == trainer.best_held_out_loss < 0.5 * held_out[0]
 
 
+def test_the_held_out_loss_is_the_mean_over_examples_however_they_are_batched():
+    trainers = [tiny_trainer(batch_size=batch_size, eval_examples=10) for batch_size in (1, 4, 10)]
+    found = [trainer.held_out_loss() for trainer in trainers]
+    assert found == pytest.approx([found[0]] * 3, abs=1e-6)
+
+
 def test_two_runs_of_one_seed_have_the_same_losses_and_another_seed_has_not():
     first, second, other = tiny_trainer(seed=1), tiny_trainer(seed=1), tiny_trainer(seed=2)
     for trainer in (first, second, other):
@@ -85,12 +91,22 @@ def test_watching_a_run_does_not_change_it(tmp_path, settings):
     assert torch.equal(weights(plain.model), weights(watched.model))
 
 
+def test_a_training_line_holds_the_mean_loss_since_the_line_before():
+    every_step, every_fifth = tiny_trainer(held_out=False), tiny_trainer(held_out=False, log_every=5, eval_every=100)
+    for trainer in (every_step, every_fifth):
+        trainer.train()
+    means = [sum(losses(every_step)[i : i + 5]) / 5 for i in range(0, 20, 5)]
+    assert losses(every_fifth) == pytest.approx(means, rel=1e-5)
+
+
 def test_accumulated_gradients_are_those_of_the_larger_batch():
     large, accumulated = tiny_trainer(batch_size=8), tiny_trainer(batch_size=4, grad_accumulation=2)
     for trainer in (large, accumulated):
         trainer.train()
     assert large.tokens_per_step == accumulated.tokens_per_step == 128
     assert losses(accumulated) == pytest.approx(losses(large), rel=1e-4)
+    norms = [trainer.history.series("grad_norm")[1] for trainer in (accumulated, large)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_the_first_step_is_adamw_on_the_clipped_gradient_at_the_scheduled_rate():
@@ -304,3 +320,17 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
         trainer.train()
     assert trainer.model.training
     assert trainer.held_out_loss() == trainer.held_out_loss()
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+def test_dropout_repeats_with_the_seed_whatever_was_drawn_before():
+    train_set = CharDataset(TEXT, block_size=16)
+    found = []
+    for _ in range(2):
+        model = GPT(GPTConfig(vocab_size=train_set.vocab_size, dropout=0.5, **TINY), seed=0)
+        config = TrainerConfig(max_steps=3, batch_size=4, log_every=1, device="cpu")
+        trainer = Trainer(model, train_set, None, config)
+        torch.rand(17)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == found[1]
