@@ -43,8 +43,6 @@ def sliding_gqa_attention(
         check_tables(*rope, k.shape[2], q.shape[3])
     name, _ = resolve_backend(backend, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if name == "triton":
-        raise ValueError("backend 'triton' has no attention kernel in this version; use backend='banded'")
     if name == "reference":
         from . import reference
 
@@ -71,17 +69,22 @@ torch.library.define(
 )
 
 
-def _module(backend):
+def _modules(backend):
+    """The modules that hold attention_forward and attention_backward of a backend."""
+    if backend == "triton":
+        from . import attention_bwd, attention_fwd
+
+        return attention_fwd, attention_bwd
     from . import banded
 
-    return {"banded": banded}[backend]
+    return banded, banded
 
 
 @torch.library.impl("sliding_gqa::attention_forward", "default")
 def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
     rope = None if cos is None else (cos, sin)
     with torch.autocast(q.device.type, enabled=False):
-        return _module(backend).attention_forward(
+        return _modules(backend)[0].attention_forward(
             q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope, with_lse=with_lse
         )
 
@@ -96,7 +99,7 @@ def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend, wit
 def _backward(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, window, scale, softcap, backend):
     rope = None if cos is None else (cos, sin)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, dsinks = _module(backend).attention_backward(
+        dq, dk, dv, dsinks = _modules(backend)[1].attention_backward(
             grad_out, grad_lse, q, k, v, out, lse, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
         )
     # an operator's result is a tensor: without sinks, one of no elements
@@ -115,8 +118,11 @@ def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, windo
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments):
-        return torch.ops.sliding_gqa.attention_forward(*arguments)
+    def forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
+        # not *arguments: where no gradient is needed, torch.compile counts the parameters to tell that there is no ctx
+        return torch.ops.sliding_gqa.attention_forward(
+            q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):

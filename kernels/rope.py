@@ -153,7 +153,10 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="au
         check_tables(cos, sin, positions + T, D)
     name, _ = resolve_backend(backend, q.device)
     if name == "triton":
-        raise ValueError("backend 'triton' has no rotation kernel in this version; use backend='banded'")
+        by_token = isinstance(positions, torch.Tensor)
+        return _Rotation.apply(
+            q, k, cos, sin, positions if by_token else None, 0 if by_token else positions, interleaved, False
+        )
     if isinstance(positions, torch.Tensor):
         cos, sin = cos[positions], sin[positions]  # (T, R/2) or (B, T, R/2)
         cos, sin = (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
@@ -164,3 +167,40 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="au
 
         return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
     return rotate_pairs(q, cos, sin, interleaved), rotate_pairs(k, cos, sin, interleaved)
+
+
+torch.library.define(
+    "sliding_gqa::rotate",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse) "
+    "-> (Tensor q, Tensor k)",
+)
+
+
+@torch.library.impl("sliding_gqa::rotate", "default")
+def _rotate(q, k, cos, sin, positions, offset, interleaved, inverse):
+    from .rope_kernel import rotate
+
+    positions = offset if positions is None else positions
+    return rotate(q, k, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
+
+
+@torch.library.register_fake("sliding_gqa::rotate")
+def _rotate_fake(q, k, cos, sin, positions, offset, interleaved, inverse):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, cos, sin, positions, offset, interleaved, inverse):  # torch.compile counts these: no *arguments
+        return torch.ops.sliding_gqa.rotate(q, k, cos, sin, positions, offset, interleaved, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, *tensors, ctx.offset, ctx.interleaved, ctx.inverse = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_q, grad_k):
+        options = ctx.offset, ctx.interleaved, not ctx.inverse
+        return *torch.ops.sliding_gqa.rotate(grad_q, grad_k, *ctx.saved_tensors, *options), *[None] * 6

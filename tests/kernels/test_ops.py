@@ -77,6 +77,14 @@ def test_a_full_graph_serves_every_length(backend, device):
     assert len(graphs) <= 2
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_full_graph_without_gradients(backend, device):
+    torch._dynamo.reset()
+    q, k, v = (x.detach() for x in inputs(device=device))
+    attend = torch.compile(sliding_gqa_attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(attend(q, k, v, 7, backend=backend), reference.attention(q, k, v, 7, scale=0.25)[0])
+
+
 @pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("c++")), reason="inductor needs a C++ compiler")
 def test_inductor_compiles_a_step(device):
     """The default compiler, with gradients, on the default backend."""

@@ -1,0 +1,291 @@
+"""Causal sliding-window attention, backward. FlashAttention-2, arXiv:2307.08691, Alg. 2, without atomics.
+
+    p_ij = exp(s_ij - lse_i)          dp_ij = do_i . v_j          delta_i = do_i . o_i - dlse_i
+    ds_ij = p_ij (dp_ij - delta_i)                          (softcap: times 1 - tanh^2)
+    dq_i = scale * sum_j ds_ij k_j     dk_j = scale * sum_i ds_ij q_i     dv_j = sum_i p_ij do_i
+    dsink = -sum_i exp(sink - lse_i) delta_i
+
+The dq kernel owns rows and walks keys, like the forward. Since it loads do and q anyway, it also writes delta and, with
+rope, the rotated q: no pass of their own reads them. The dk/dv kernel owns keys and walks the rows that see them, all
+heads of the group within one program, so that nothing is summed afterwards and nothing is added atomically. Both turn
+their fp32 accumulators back by the angles before the store: RoPE's backward has no pass of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .rope_kernel import rotary_tables, rotate
+from .tiles import (
+    LOG2_E,
+    dot,
+    head_block,
+    head_columns,
+    key_spans,
+    load_rotated,
+    load_tile,
+    packed_heads,
+    packed_rows,
+    query_spans,
+    rotate_back,
+    row_offset,
+    row_program,
+    softmax_scales,
+    tanh,
+    visible,
+    walk_start,
+    walk_step,
+    wide_dtype,
+)
+
+
+@triton.jit
+def _add_dq(
+    dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The walk of one row block over the key tiles of `span`."""
+    K_PADDED: tl.constexpr = head_block(HEAD_DIM, ROTARY_DIM) != HEAD_DIM
+    V_PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
+    k_element, k_in_head = head_columns(HEAD_DIM, ROTARY_DIM)
+    v_element, v_in_head = head_columns(HEAD_DIM)
+    start = walk_start(span, MASKED)
+    key = start.to(tl.int64) + tl.arange(0, BLOCK_K)
+    k_ptrs = k_ptr + key[:, None] * k_stride + k_element[None, :]
+    v_ptrs = v_ptr + key[None, :] * v_stride + v_element[:, None]
+    for _ in range(span[3]):
+        k_pos = start + tl.arange(0, BLOCK_K)
+        in_keys = k_pos < num_keys
+        k = load_tile(k_ptrs, in_keys[:, None], k_in_head[None, :], MASKED, K_PADDED)
+        v = load_tile(v_ptrs, in_keys[None, :], v_in_head[:, None], MASKED, V_PADDED)
+        scores = dot(q, tl.trans(k), None, PRECISION)
+        if cap_scale is not None:
+            scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
+        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        if MASKED:
+            p = tl.where(visible(q_pos[:, None], k_pos[None, :], window), p, 0.0)
+        ds = p * (dot(do, v, None, PRECISION) - delta[:, None])
+        if cap_scale is not None:
+            ds *= 1 - scores * scores
+        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+        step = walk_step(start, span, BLOCK_K, MASKED)
+        start += step
+        k_ptrs += step * k_stride.to(tl.int64)
+        v_ptrs += step * v_stride.to(tl.int64)
+    return dq
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
+def attention_dq_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, dq_ptr, delta_ptr, rotated_ptr,
+    do_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, rotated_strides,  # of batch, head, position
+    num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, EDGE_K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, delta and, with rope, the rotated q. k is rotated already; dlse_ptr and cap_scale may be None."""
+    WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
+    BLOCK_Q: tl.constexpr = BLOCK_M // PACK
+    batch, kv_head, first_head, block = row_program(num_queries, num_kv_heads, GROUP, PACK, BLOCK_Q)
+    query, head = packed_rows(block * BLOCK_Q, first_head, PACK, BLOCK_M)
+    offset = num_keys - num_queries
+    q_pos = query + offset
+    in_queries = query < num_queries
+
+    element, in_head = head_columns(HEAD_DIM)
+    ok = in_queries[:, None] & in_head[None, :]
+    do_row = row_offset(batch, head, query, do_strides)
+    out_row = row_offset(batch, head, query, out_strides)
+    lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + query
+    do = tl.load(do_ptr + do_row[:, None] + element[None, :], mask=ok, other=0.0)
+    out = tl.load(out_ptr + out_row[:, None] + element[None, :], mask=ok, other=0.0)
+    lse_log2 = tl.load(lse_ptr + lse_row, mask=in_queries, other=0.0) * LOG2_E
+    delta = tl.sum(out.to(WIDE) * do.to(WIDE), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + lse_row, mask=in_queries, other=0.0)
+    tl.store(delta_ptr + lse_row, delta, mask=in_queries)
+
+    element, in_head = head_columns(HEAD_DIM, ROTARY_DIM)
+    ok = in_queries[:, None] & in_head[None, :]
+    q_row = row_offset(batch, head, query, q_strides)
+    q = load_rotated(q_ptr + q_row[:, None], element[None, :], ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    if ROTARY_DIM > 0:
+        rotated_row = row_offset(batch, head, query, rotated_strides)
+        tl.store(rotated_ptr + rotated_row[:, None] + element[None, :], q, mask=ok)
+
+    k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
+    v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
+    first_pos = block * BLOCK_Q + offset
+    last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_K, BLOCK_K)
+    dq = tl.zeros((BLOCK_M, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
+    dq = _add_dq(
+        dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window,
+        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, EDGE_K, PRECISION, True,
+    )  # fmt: skip
+    dq = _add_dq(
+        dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window,
+        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_K, PRECISION, False,
+    )  # fmt: skip
+    dq *= scale
+    if ROTARY_DIM > 0:
+        dq = rotate_back(dq, q_pos, in_queries, cos_ptr, sin_ptr, ROTARY_DIM)
+    dq_row = row_offset(batch, head, query, dq_strides)
+    tl.store(dq_ptr + dq_row[:, None] + element[None, :], dq.to(dq_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _add_dkdv(
+    state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, span,
+    num_queries, offset, window, scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The walk of one key block over the row tiles of `span`, BLOCK_Q queries of PACK heads each."""
+    Q_PADDED: tl.constexpr = head_block(HEAD_DIM, ROTARY_DIM) != HEAD_DIM
+    DO_PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
+    dk, dv = state
+    q_element, q_in_head = head_columns(HEAD_DIM, ROTARY_DIM)
+    do_element, do_in_head = head_columns(HEAD_DIM)
+    start = walk_start(span, MASKED)
+    query, head = packed_rows(start, first_head, PACK, BLOCK_Q * PACK)
+    do_ptrs = do_ptr + row_offset(batch, head, query, do_strides)[:, None] + do_element[None, :]
+    q_ptrs = q_ptr + row_offset(batch, head, query, q_strides)[:, None] + q_element[None, :]
+    lse_row = head.to(tl.int64) * num_queries + query
+    lse_ptrs = lse_ptr + lse_row
+    delta_ptrs = delta_ptr + lse_row
+    for _ in range(span[3]):
+        row_query = start + tl.arange(0, BLOCK_Q * PACK) // PACK
+        in_queries = row_query < num_queries
+        q = load_tile(q_ptrs, in_queries[:, None], q_in_head[None, :], MASKED, Q_PADDED)
+        do = load_tile(do_ptrs, in_queries[:, None], do_in_head[None, :], MASKED, DO_PADDED)
+        lse = load_tile(lse_ptrs, in_queries, None, MASKED, False)
+        delta = load_tile(delta_ptrs, in_queries, None, MASKED, False)
+        scores = dot(k, tl.trans(q), None, PRECISION)
+        if cap_scale is not None:
+            scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
+        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
+        if MASKED:
+            p = tl.where(visible((row_query + offset)[None, :], k_pos[:, None], window), p, 0.0)
+        dv = dot(p.to(do.dtype), do, dv, PRECISION)
+        ds = p * (dot(v, tl.trans(do), None, PRECISION) - delta[None, :])
+        if cap_scale is not None:
+            ds *= 1 - scores * scores
+        dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+        step = walk_step(start, span, BLOCK_Q, MASKED)
+        start += step
+        do_ptrs += step * do_strides[2].to(tl.int64)
+        q_ptrs += step * q_strides[2].to(tl.int64)
+        lse_ptrs += step
+        delta_ptrs += step
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
+def attention_dkdv_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
+    do_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides,  # of batch, head, position
+    num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv, summed over the GROUP query heads of each KV head. q and k are rotated already."""
+    WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
+    EDGE_Q: tl.constexpr = EDGE_M // PACK
+    BLOCK_Q: tl.constexpr = BLOCK_M // PACK
+    num_blocks = tl.cdiv(num_keys, BLOCK_N)
+    pair = tl.program_id(0) // num_blocks
+    block = tl.program_id(0) % num_blocks
+    batch = pair // num_kv_heads
+    kv_head = pair % num_kv_heads
+
+    k_pos = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_keys = k_pos < num_keys
+    k_element, k_in_head = head_columns(HEAD_DIM, ROTARY_DIM)
+    v_element, v_in_head = head_columns(HEAD_DIM)
+    k_ok = in_keys[:, None] & k_in_head[None, :]
+    v_ok = in_keys[:, None] & v_in_head[None, :]
+    k_row = row_offset(batch, kv_head, k_pos, k_strides)
+    v_row = row_offset(batch, kv_head, k_pos, v_strides)
+    k = tl.load(k_ptr + k_row[:, None] + k_element[None, :], mask=k_ok, other=0.0)
+    v = tl.load(v_ptr + v_row[:, None] + v_element[None, :], mask=v_ok, other=0.0)
+
+    offset = num_keys - num_queries
+    last_key = tl.minimum(block * BLOCK_N + BLOCK_N, num_keys) - 1
+    edges, interior = query_spans(block * BLOCK_N, last_key, window, offset, num_queries, EDGE_Q, BLOCK_Q)
+    lse_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
+    delta_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
+    dk = tl.zeros((BLOCK_N, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
+    dv = tl.zeros((BLOCK_N, head_block(HEAD_DIM)), dtype=WIDE)
+    state = (dk, dv)
+    for pack in range(GROUP // PACK):
+        first_head = kv_head * GROUP + pack * PACK
+        state = _add_dkdv(
+            state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, edges,
+            num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, EDGE_Q, PRECISION, True,
+        )  # fmt: skip
+        state = _add_dkdv(
+            state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, interior,
+            num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, BLOCK_Q, PRECISION, False,
+        )  # fmt: skip
+    dk, dv = state
+    dk *= scale
+    if ROTARY_DIM > 0:
+        dk = rotate_back(dk, k_pos, in_keys, cos_ptr, sin_ptr, ROTARY_DIM)
+    dk_row = row_offset(batch, kv_head, k_pos, dk_strides)
+    dv_row = row_offset(batch, kv_head, k_pos, dv_strides)
+    tl.store(dk_ptr + dk_row[:, None] + k_element[None, :], dk.to(dk_ptr.dtype.element_ty), mask=k_ok)
+    tl.store(dv_ptr + dv_row[:, None] + v_element[None, :], dv.to(dv_ptr.dtype.element_ty), mask=v_ok)
+
+
+def attention_backward(
+    grad_out, grad_lse, q, k, v, out, lse, window, *, scale, softcap=None, sinks=None, rope=None, configs=(None, None)
+):
+    """(dq, dk, dv, dsinks) of `attention_forward`, each in the memory layout of what it is the gradient of.
+
+    grad_lse (B, Hq, T) may be None; dsinks is None without sinks. k is rotated again, not kept since the forward.
+    configs: TileConfigs of the dq and the dk/dv pass in place of the table's.
+    """
+    B, Hq, T, D = q.shape
+    Hkv, S = k.shape[1], k.shape[2]
+    group = Hq // Hkv
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_(), None if sinks is None else torch.zeros_like(sinks)
+    if grad_out.stride(3) != 1:  # that of an expanded sum, or of a transpose
+        grad_out = grad_out.contiguous()
+    if grad_lse is not None:
+        grad_lse = grad_lse.to(lse.dtype).contiguous()
+    delta = torch.empty_like(lse)
+    cos, sin, rotary_dim = rotary_tables(rope)
+    q_rotated = q
+    if rotary_dim:
+        k, _ = rotate(k, None, cos, sin)
+        q_rotated = torch.empty_like(q)
+    arch = tuning.architecture(q.device)
+    by_row = configs[0] or tuning.tile_config("dq", D, q.dtype, arch)
+    by_key = configs[1] or tuning.tile_config("dkdv", D, q.dtype, arch)
+    pack = packed_heads(group, by_row.own)
+    window = S if window is None else min(window, S)
+    scalars = (T, S, Hkv, window, scale, *softmax_scales(scale, softcap))
+    shape = dict(HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PRECISION=tuning.dot_precision(q.dtype, arch))
+    with torch.cuda.device_of(q):
+        attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.own // pack),)](
+            grad_out, q, k, v, out, lse, grad_lse, cos, sin, dq, delta, q_rotated,
+            *(x.stride()[:3] for x in (grad_out, q, k, v, out, dq, q_rotated)), *scalars,
+            **shape, PACK=pack, BLOCK_M=by_row.own, EDGE_K=by_row.edge, BLOCK_K=by_row.step,
+            num_warps=by_row.num_warps, num_stages=by_row.num_stages,
+        )  # fmt: skip
+        attention_dkdv_kernel[(B * Hkv * triton.cdiv(S, by_key.own),)](
+            grad_out, q_rotated, k, v, lse, delta, cos, sin, dk, dv,
+            *(x.stride()[:3] for x in (grad_out, q_rotated, k, v, dk, dv)), *scalars,
+            **shape, PACK=packed_heads(group, by_key.edge), BLOCK_N=by_key.own, EDGE_M=by_key.edge, BLOCK_M=by_key.step,
+            num_warps=by_key.num_warps, num_stages=by_key.num_stages,
+        )  # fmt: skip
+    dsinks = None
+    if sinks is not None:
+        weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # what the sink takes of each row
+        dsinks = (weight * delta).sum((0, 2)).neg().to(sinks.dtype)
+    return dq, dk, dv, dsinks

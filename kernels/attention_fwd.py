@@ -1,0 +1,156 @@
+"""Causal sliding-window attention, forward. FlashAttention-2, arXiv:2307.08691, Alg. 1, in base 2.
+
+    s_ij = scale * q_i . k_j          (softcap: c * tanh(s_ij / c))        over  i - window < j <= i
+    lse_i = log(sum_j exp(s_ij) + exp(sink))
+    o_i = sum_j exp(s_ij - lse_i) v_j
+
+One program owns BLOCK_M rows (BLOCK_M / PACK queries of PACK heads, see tiles.py) and walks the keys of their band:
+first the edges, masked, then the interior, without a mask. acc, row_sum and row_max stay in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .rope_kernel import rotary_tables, rotate
+from .tiles import (
+    LN_2,
+    LOG2_E,
+    dot,
+    head_block,
+    head_columns,
+    key_spans,
+    load_rotated,
+    load_tile,
+    packed_heads,
+    packed_rows,
+    row_offset,
+    row_program,
+    softmax_scales,
+    softmax_step,
+    tanh,
+    visible,
+    walk_start,
+    walk_step,
+    wide_dtype,
+)
+
+
+@triton.jit
+def _attend(
+    state, q, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The walk of one row block over the key tiles of `span`."""
+    PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
+    element, in_head = head_columns(HEAD_DIM)
+    start = walk_start(span, MASKED)
+    key = start.to(tl.int64) + tl.arange(0, BLOCK_K)
+    # pointers are carried, not computed: a 64-bit product a tile costs 10 to 20 instructions
+    k_ptrs = k_ptr + key[None, :] * k_stride + element[:, None]
+    v_ptrs = v_ptr + key[:, None] * v_stride + element[None, :]
+    for _ in range(span[3]):
+        k_pos = start + tl.arange(0, BLOCK_K)
+        in_keys = k_pos < num_keys
+        k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
+        scores = dot(q, k, None, PRECISION)
+        if cap_scale is not None:
+            scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
+        if MASKED:
+            scores = tl.where(visible(q_pos[:, None], k_pos[None, :], window), scores, float("-inf"))
+        v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
+        state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
+        step = walk_step(start, span, BLOCK_K, MASKED)
+        start += step
+        k_ptrs += step * k_stride.to(tl.int64)
+        v_ptrs += step * v_stride.to(tl.int64)
+    return state
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
+def attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cos_ptr, sin_ptr,
+    q_strides, k_strides, v_strides, out_strides,  # of batch, head, position; the last stride is 1
+    num_queries, num_keys, num_kv_heads, window, scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, EDGE_K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """k is rotated already, q is rotated here. sinks_ptr and cap_scale are None where there are none."""
+    WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
+    BLOCK_Q: tl.constexpr = BLOCK_M // PACK
+    batch, kv_head, first_head, block = row_program(num_queries, num_kv_heads, GROUP, PACK, BLOCK_Q)
+    query, head = packed_rows(block * BLOCK_Q, first_head, PACK, BLOCK_M)
+    offset = num_keys - num_queries
+    q_pos = query + offset
+    in_queries = query < num_queries
+    element, in_head = head_columns(HEAD_DIM)
+    ok = in_queries[:, None] & in_head[None, :]
+    q_row = row_offset(batch, head, query, q_strides)
+    q = load_rotated(q_ptr + q_row[:, None], element[None, :], ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+
+    k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
+    v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
+    first_pos = block * BLOCK_Q + offset
+    last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_K, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
+    row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
+    row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
+    state = (acc, row_sum, row_max)
+    state = _attend(
+        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window, scale_log2, cap_scale,
+        HEAD_DIM, EDGE_K, PRECISION, True,
+    )  # fmt: skip
+    state = _attend(
+        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window, scale_log2, cap_scale,
+        HEAD_DIM, BLOCK_K, PRECISION, False,
+    )  # fmt: skip
+    acc, row_sum, row_max = state
+
+    has_keys = row_sum > 0
+    lse_log2 = tl.where(has_keys, row_max * scale_log2 + tl.log2(row_sum), float("-inf"))
+    norm = tl.where(has_keys, 1 / row_sum, 0.0)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(WIDE) * LOG2_E
+        larger = tl.maximum(lse_log2, sink)
+        with_sink = larger + tl.log2(tl.exp2(lse_log2 - larger) + tl.exp2(sink - larger))
+        norm *= tl.exp2(lse_log2 - with_sink)
+        lse_log2 = with_sink
+
+    lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + query
+    tl.store(lse_ptr + lse_row, lse_log2 * LN_2, mask=in_queries)
+    out_row = row_offset(batch, head, query, out_strides)
+    out = (acc * norm[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_row[:, None] + element[None, :], out, mask=ok)
+
+
+def attention_forward(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None, with_lse=True, config=None):
+    """(out, lse) of `sliding_gqa_attention`: out in q's memory layout, lse (B, Hq, T) in wide precision.
+
+    With rope, k is rotated into a temporary first: in the loop it would be done again for every row block. lse is a
+    by-product, made whatever with_lse says. config: a TileConfig in place of the table's.
+    """
+    B, Hq, T, D = q.shape
+    Hkv, S = k.shape[1], k.shape[2]
+    group = Hq // Hkv
+    out = torch.empty_like(q)
+    lse = torch.empty((B, Hq, T), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    cos, sin, rotary_dim = rotary_tables(rope)
+    if rotary_dim:
+        k, _ = rotate(k, None, cos, sin)
+    arch = tuning.architecture(q.device)
+    config = config or tuning.tile_config("forward", D, q.dtype, arch)
+    pack = packed_heads(group, config.own)
+    scale_log2, cap_scale = softmax_scales(scale, softcap)
+    with torch.cuda.device_of(q):
+        attention_forward_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, config.own // pack),)](
+            q, k, v, out, lse, sinks, cos, sin, *(x.stride()[:3] for x in (q, k, v, out)),
+            T, S, Hkv, S if window is None else min(window, S), scale_log2, cap_scale,
+            HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack,
+            BLOCK_M=config.own, EDGE_K=config.edge, BLOCK_K=config.step, PRECISION=tuning.dot_precision(q.dtype, arch),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,273 @@
+"""What the attention kernels share: rows and columns of a tile, the tiles of a band, loads, rotation, one softmax step.
+
+A tile's rows are queries. The query heads of one KV head are packed into them, so that each key tile is read once for
+PACK heads and a row block spans BLOCK_Q = BLOCK_M / PACK positions, which keeps the band tight:
+
+    row      0        1        2        3        4        5     ...     PACK = 2
+    query    t        t        t + 1    t + 1    t + 2    t + 2
+    head     h        h + 1    h        h + 1    h        h + 1
+
+Its columns are keys. A row block needs the tiles between the window's edge and the diagonal. Those that all of its rows
+see whole are its interior, and need no mask; `e` are its edges. BLOCK_Q = 2, BLOCK_K = 2, window = 5:
+
+    keys        0 1   2 3   4 5   6 7   8 9
+    query 6     . .   1 1   1 1   1 .   . .
+    query 7     . .   . 1   1 1   1 1   . .
+    tiles              e     i     e
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # log2(e)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.constexpr_function
+def wide_dtype(dtype):
+    """What sums are kept in: fp32, or fp64 for fp64 inputs."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
+@triton.constexpr_function
+def pair_block(rotary_dim):
+    """Columns that one half of the rotary pairs takes in a tile: a power of two, 0 without rotation."""
+    return triton.next_power_of_2(rotary_dim // 2) if rotary_dim else 0
+
+
+@triton.constexpr_function
+def head_block(head_dim, rotary_dim=0):
+    """Columns of a tile that holds q or k: a power of two, at least the 16 that a matrix product needs."""
+    return max(16, triton.next_power_of_2(2 * pair_block(rotary_dim) + head_dim - rotary_dim))
+
+
+@triton.jit
+def head_columns(HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr = 0):
+    """The element of the head that each column of a q or k tile holds, and whether it holds one.
+
+    Both halves of the rotary pairs are padded to a power of two, so that partners lie that far apart. D = R = 6:
+        column   0  1  2  3  4  5  6  7
+        element  0  1  2  .  3  4  5  .
+    """
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    HALF_BLOCK: tl.constexpr = pair_block(ROTARY_DIM)
+    column = tl.arange(0, head_block(HEAD_DIM, ROTARY_DIM))
+    if HALF == HALF_BLOCK:
+        element = column
+        in_head = column < HEAD_DIM
+    else:
+        in_first = column < HALF_BLOCK
+        in_second = column < 2 * HALF_BLOCK
+        past_first = column - (HALF_BLOCK - HALF)
+        past_pairs = column - (2 * HALF_BLOCK - ROTARY_DIM)
+        element = tl.where(in_first, column, tl.where(in_second, past_first, past_pairs))
+        in_head = tl.where(in_first, element < HALF, tl.where(in_second, element < ROTARY_DIM, element < HEAD_DIM))
+    return element, in_head
+
+
+@triton.jit
+def row_program(num_queries, num_kv_heads, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """What this program owns: (batch, KV head, first of PACK query heads, block of BLOCK_Q queries).
+
+    The programs of one (batch, KV head) are neighbours, so the keys of overlapping bands are found in L2. Without a
+    window the last rows cost most: they start first.
+    """
+    PACKS: tl.constexpr = GROUP // PACK
+    num_blocks = tl.cdiv(num_queries, BLOCK_Q)
+    pair = tl.program_id(0) // (num_blocks * PACKS)
+    rest = tl.program_id(0) % (num_blocks * PACKS)
+    kv_head = pair % num_kv_heads
+    first_head = kv_head * GROUP + rest % PACKS * PACK
+    return pair // num_kv_heads, kv_head, first_head, num_blocks - 1 - rest // PACKS
+
+
+@triton.jit
+def packed_rows(first_query, first_head, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(query, head) of each row of a tile."""
+    row = tl.arange(0, BLOCK_M)
+    return first_query + row // PACK, first_head + row % PACK
+
+
+@triton.jit
+def row_offset(batch, head, position, strides):
+    """Elements before a row, in 64 bits: each product with a stride may pass 2**31."""
+    batch, head, position = batch.to(tl.int64), head.to(tl.int64), position.to(tl.int64)
+    return batch * strides[0] + head * strides[1] + position * strides[2]
+
+
+@triton.jit
+def key_spans(first_pos, last_pos, window, EDGE_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The keys that queries first_pos .. last_pos need, as two walks: (edges, interior). See `walk_start`.
+
+    The interior is whole tiles of BLOCK_K that every query sees, the edges are tiles of EDGE_K to the left and to the
+    right of it. Needed is the union over the queries, unmasked their intersection.
+    """
+    begin = tl.maximum(first_pos - window + 1, 0) // EDGE_K * EDGE_K
+    end = (last_pos // EDGE_K + 1) * EDGE_K
+    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_pos - window + 1, 0), EDGE_K) * EDGE_K, end)
+    full_end = tl.maximum((first_pos + 1) // EDGE_K * EDGE_K, full_begin)
+    return _spans(begin, full_begin, full_end, end, EDGE_K, BLOCK_K)
+
+
+@triton.jit
+def query_spans(first_key, last_key, window, offset, num_queries, EDGE_Q: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """The transpose of `key_spans`: the queries that see keys first_key .. last_key. offset: the position of query 0.
+
+    A tile that runs past the last query is an edge, so that the interior's loads need no mask either.
+    """
+    begin = tl.maximum(first_key - offset, 0) // EDGE_Q * EDGE_Q
+    past_last = tl.maximum(tl.minimum(last_key + window - offset, num_queries), 0)
+    end = tl.maximum(tl.cdiv(past_last, EDGE_Q) * EDGE_Q, begin)
+    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_key - offset, 0), EDGE_Q) * EDGE_Q, end)
+    past_full = tl.maximum(tl.minimum(first_key + window - offset, num_queries), 0)
+    full_end = tl.maximum(past_full // EDGE_Q * EDGE_Q, full_begin)
+    return _spans(begin, full_begin, full_end, end, EDGE_Q, BLOCK_Q)
+
+
+@triton.jit
+def _spans(begin, full_begin, full_end, end, EDGE: tl.constexpr, BLOCK: tl.constexpr):
+    full_end -= (full_end - full_begin) % BLOCK
+    edges = (begin, full_begin, full_end, (full_begin - begin + end - full_end) // EDGE)
+    interior = (full_begin, full_end, full_end, (full_end - full_begin) // BLOCK)
+    return edges, interior
+
+
+@triton.jit
+def walk_start(span, MASKED: tl.constexpr):
+    """Where a walk over span = (first, end_first, second, number of tiles) begins.
+
+    It goes from `first` on, and where it comes to end_first, from `second` on: both edges are one loop. The interior
+    (not MASKED) is in one piece.
+    """
+    first, end_first, second, _ = span
+    if MASKED:
+        first = tl.where(first == end_first, second, first)
+    return first
+
+
+@triton.jit
+def walk_step(start, span, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """How far the tile after the one at `start` is."""
+    _, end_first, second, _ = span
+    step = BLOCK
+    if MASKED:
+        step += tl.where(start + BLOCK == end_first, second - end_first, 0)
+    return step
+
+
+@triton.jit
+def visible(q_pos, k_pos, window):
+    """Causal sliding window: a query sees the `window` newest keys, its own included."""
+    return (k_pos <= q_pos) & (k_pos > q_pos - window)
+
+
+@triton.jit
+def load_tile(ptrs, row_ok, column_ok, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Load a tile with zeros outside of it. ROWS, COLUMNS: whether that mask is needed; without, it costs nothing."""
+    if ROWS and COLUMNS:
+        return tl.load(ptrs, mask=row_ok & column_ok, other=0.0)
+    elif ROWS:
+        return tl.load(ptrs, mask=row_ok, other=0.0)
+    elif COLUMNS:
+        return tl.load(ptrs, mask=column_ok, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
+    """Load the elements (1, columns) of rows (rows, 1), each turned by the angle of its row's position.
+
+    (a, b) -> (a cos - b sin, b cos + a sin) in wide precision, rounded once. The partner of every element is loaded
+    beside it: a second read of lines that are in L1 by then, instead of moving elements between threads.
+    """
+    x = tl.load(row_ptrs + element, mask=ok, other=0.0)
+    if ROTARY_DIM > 0:
+        HALF: tl.constexpr = ROTARY_DIM // 2
+        is_first = element < HALF
+        turned = ok & (element < ROTARY_DIM)
+        partner = tl.load(row_ptrs + tl.where(is_first, element + HALF, element - HALF), mask=turned, other=0.0)
+        angle = position.to(tl.int64) * HALF + element % HALF
+        cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+        wide = wide_dtype(x.dtype)
+        x = (x.to(wide) * cos + partner.to(wide) * tl.where(is_first, -sin, sin)).to(x.dtype)
+    # The select changes no value. It stops the compiler from seeing a plain load, whose tile a Hopper matrix product
+    # would address in shared memory by descriptors: through registers, the loop is 15 instructions shorter.
+    return tl.where(ok, x, 0.0)
+
+
+@triton.jit
+def rotate_back(tile, position, row_ok, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
+    """The transpose of the rotation, for a wide gradient tile (rows, columns of `head_columns`) of given positions.
+
+    (a, b) -> (a cos + b sin, b cos - a sin). Columns past the pairs are turned by the angle 0.
+    """
+    BLOCK_M: tl.constexpr = tile.shape[0]
+    BLOCK_D: tl.constexpr = tile.shape[1]
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    HALF_BLOCK: tl.constexpr = pair_block(ROTARY_DIM)
+    PAIRS: tl.constexpr = BLOCK_D // (2 * HALF_BLOCK)
+    pair = tl.arange(0, BLOCK_D // 2)
+    angle = position.to(tl.int64)[:, None] * HALF + pair[None, :]
+    turned = row_ok[:, None] & (pair < HALF)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+    # (rows, PAIRS, 2, half): bring the 2 to the end, where split and join work
+    halves = tl.permute(tl.reshape(tile, (BLOCK_M, PAIRS, 2, HALF_BLOCK)), (0, 1, 3, 2))
+    a, b = tl.split(tl.reshape(halves, (BLOCK_M, BLOCK_D // 2, 2)))
+    halves = tl.reshape(tl.join(a * cos + b * sin, b * cos - a * sin), (BLOCK_M, PAIRS, HALF_BLOCK, 2))
+    return tl.reshape(tl.permute(halves, (0, 1, 3, 2)), (BLOCK_M, BLOCK_D))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, summed in wide precision; acc may be None."""
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=wide_dtype(a.dtype))
+
+
+@triton.jit
+def tanh(x, ACCURATE: tl.constexpr):
+    """tanh(x) = 1 - 2 / (1 + e^2x), in 6 instructions; ACCURATE, for fp32 inputs and wider, takes 20."""
+    denominator = 1 + tl.exp2(x * (2 * LOG2_E))
+    if ACCURATE:
+        x2 = x * x
+        # near 0 the difference cancels: Taylor series to x^13, within an ulp of fp32 below 0.45
+        tail = 62 / 2835 + x2 * (-1382 / 155925 + x2 * (21844 / 6081075))
+        series = x + x * x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * tail)))
+        near = 0.45 if x.dtype == tl.float32 else 0.01
+        return tl.where(tl.abs(x) < near, series, 1 - 2 / denominator)
+    else:
+        root = tl.rsqrt(denominator)  # its square is the quotient without a division's range checks
+        return 1 - 2 * (root * root)
+
+
+@triton.jit
+def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+    """Fold one tile of scores and its values into state = (acc, row_sum, row_max) of the online softmax.
+
+    Weights are 2^(scale_log2 * (score - row_max)): the scale costs nothing, since it rides on the subtraction's FMA.
+    """
+    acc, row_sum, row_max = state
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    pivot = new_max * scale_log2
+    if MASKED:
+        # a row that has seen no key yet has the maximum -inf, and -inf - -inf is NaN: subtract 0 instead
+        pivot = tl.where(new_max == float("-inf"), 0.0, pivot)
+    p = tl.exp2(scores * scale_log2 - pivot[:, None])
+    rescale = tl.exp2(row_max * scale_log2 - pivot)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+    return acc, row_sum, new_max
+
+
+def packed_heads(group, rows):
+    """How many heads of a group share a tile of `rows` rows: the largest power of two that divides both."""
+    return math.gcd(group & -group, rows)
+
+
+def softmax_scales(scale, softcap):
+    """(scale_log2, cap_scale) with which a score s weighs 2 ** (scale_log2 * t), t = s or tanh(s * cap_scale)."""
+    return (scale * LOG2_E.value, None) if softcap is None else (softcap * LOG2_E.value, scale / softcap)
