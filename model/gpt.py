@@ -59,7 +59,7 @@ class Attention(nn.Module):
     def attend_to_cache(self, q, k, v, rope, cache):
         """Write the new keys and values into this layer's ring and let the new queries look at it: (B, Hq, T, D)."""
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
-        backend = self.backend if self.fused_kernels else "reference"  # which is plain PyTorch too
+        backend = self.backend if self.fused_kernels else "banded"  # which is plain PyTorch too
         append_to_cache(k, v, k_cache, v_cache, cache.lengths, rope=rope, backend=backend)
         return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, rope=rope, backend=backend)
 

@@ -13,7 +13,7 @@ from model import ARCHITECTURES, GPTConfig
 
 from .flags import option
 
-DEFAULT_STEPS = 2000
+DEFAULT_STEPS = 2500
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainerConfig:
     max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)")
     batch_size: int = option(16, "examples in a batch")
     grad_accumulation: int = option(1, "batches whose gradients make one step")
-    learning_rate: float = option(3e-3, "peak learning rate of AdamW")
+    learning_rate: float = option(4e-3, "peak learning rate of AdamW")
     lr_decay: bool = option(True, "after the warm-up, a cosine down to a tenth of the peak; otherwise the peak stays")
     warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of the run, at most 100)")
     warmup_tokens: int | None = option(None, "the same in tokens; give one of the two")
@@ -108,7 +108,7 @@ class RunConfig:
     n_layer: int = option(4, "layers")
     n_head: int = option(4, "query heads of a layer")
     n_kv_head: int = option(2, "key-value heads of a layer, each shared by n_head / n_kv_head query heads")
-    d_model: int = option(128, "width of the model")
+    d_model: int = option(96, "width of the model")
     dropout: float = option(0.0, "probability of dropping an activation in training")
 
     def __post_init__(self):
