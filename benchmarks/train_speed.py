@@ -1,0 +1,290 @@
+"""How many tokens a second does a training step take, with our kernels and without, and in Hugging Face's StarCoder2?
+
+    python benchmarks/train_speed.py                      # two minutes on two CPU cores; --quick: under one
+    python benchmarks/train_speed.py --compile            # the same models under torch.compile as well
+
+A step is what the trainer does: forward, backward, clipping, fused AdamW. The three models have the same weights and
+see the same batches; their losses and gradients must agree before they are timed. Steps take turns. Columns:
+
+    tokens/s   of the median step (20th to 80th percentile of the step's milliseconds in the next column)
+    x plain    how many times as fast as the same model with --no-fused-kernels; x HF: as Hugging Face's
+    MB         what a step allocates at its peak beside weights, gradients and optimizer: activations, mostly
+    MFU        on a GPU: FLOPs that the step needs (visible pairs only), of the card's bf16 peak (cards.py)
+"""
+
+import contextlib
+import copy
+import sys
+from functools import partial
+
+import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
+import starcoder2
+import torch
+import torch.nn.functional as F
+from cards import peak_of
+from measure import alternate, peak_memory, shown, three_digits
+
+from kernels.attention import visible_pairs
+from model import GPT, GPTConfig
+from train.config import RunConfig, TrainerConfig
+from train.optim import make_optimizer
+
+VOCABULARY = 76  # different characters of Shakespeare's plays, which `python -m train` trains on
+LONG_CONTEXT, LONG_WINDOW = 2048, 128
+SECONDS = {"quick": 15.0, "default": 90.0}
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+CARD_MODEL = dict(  # GPT-2's size, with grouped heads
+    vocab_size=50304, context_length=2048, window=128, n_layer=12, n_head=12, n_kv_head=4, d_model=768
+)
+
+
+def workloads(device, quick):
+    """{name: (GPTConfig, rows of a batch)}; the defaults are asked of the trainer, so that they cannot disagree."""
+    run, trainer = RunConfig(), TrainerConfig()
+    default = run.model_config(VOCABULARY)
+    tokens = trainer.batch_size * run.context_size
+    long = dict(vocab_size=VOCABULARY, context_length=LONG_CONTEXT, window=LONG_WINDOW)
+    long |= {name: getattr(run, name) for name in ("n_layer", "n_head", "n_kv_head", "d_model")}
+    named = {
+        f"context {LONG_CONTEXT}, window {LONG_WINDOW}": (GPTConfig(**long), max(1, tokens // LONG_CONTEXT)),
+        f"python -m train (context {default.context_length}, window {default.window})": (default, trainer.batch_size),
+    }
+    if device.type == "cuda":
+        named["GPT-2 size, context 2048, window 128"] = (GPTConfig(**CARD_MODEL), 4 if quick else 8)
+        if not quick:
+            wide = GPTConfig(**{**CARD_MODEL, "context_length": 8192, "window": 1024})
+            named["GPT-2 size, context 8192, window 1024"] = (wide, 2)
+    return named
+
+
+def main(arguments=None):
+    flags = harness.parser("train_speed", __doc__)
+    flags.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="fp32 on a CPU, bf16 (autocast) on a GPU by default"
+    )
+    flags.add_argument("--compile", action="store_true", help="time each model under torch.compile as well")
+    for name, meaning in {
+        "context_size": "tokens of a row",
+        "window": "keys a query sees",
+        "n_layer": "layers",
+        "n_head": "query heads",
+        "n_kv_head": "KV heads",
+        "d_model": "width",
+        "batch_size": "rows of a batch",
+    }.items():
+        flags.add_argument("--" + name.replace("_", "-"), type=int, help=f"{meaning}: one model of your own instead")
+    return harness.run(flags, prepare, arguments)
+
+
+def prepare(options, device):
+    precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
+    asked = {
+        name: getattr(options, name)
+        for name in ("context_size", "window", "n_layer", "n_head", "n_kv_head", "d_model", "batch_size")
+        if getattr(options, name) is not None
+    }
+    if asked:
+        batch_size = asked.pop("batch_size", TrainerConfig().batch_size)
+        try:
+            config = RunConfig(**asked).model_config(VOCABULARY)
+            TrainerConfig(batch_size=batch_size)
+        except ValueError as error:
+            raise harness.BadInput(str(error)) from None
+        chosen = {f"context {config.context_length}, window {config.window}": (config, batch_size)}
+    else:
+        chosen = workloads(device, options.quick)
+    if options.compile and (reason := harness.why_not_compile(device)):
+        raise harness.BadInput(f"--compile: {reason}")
+    seconds = options.seconds or SECONDS["quick" if options.quick else "default"]
+    points = {name: (name, *workload) for name, workload in chosen.items()}
+    budget = harness.Budget(points, seconds, options.deadline)
+    return partial(measure, budget, device, precision, options.compile)
+
+
+def measure(budget, device, precision, compiled):
+    rows = []
+    for name, config, batch_size in budget:
+        rows += measure_point(name, config, batch_size, device, precision, compiled, budget.share())
+    return {
+        "settings": {"precision": precision, "compile": compiled},
+        "rows": rows,
+        "tables": [table(rows, device)],
+        "plots": [plot(rows)],
+        "left_out": budget.left_out,
+        "failed": [
+            f"{row['contestant']} at {row['shape']}: {row['not_timed']}"
+            for row in rows
+            if row["contestant"].startswith("ours") and row["not_timed"]
+        ],
+    }
+
+
+def models(config, device):
+    """{name: why not, or (model, its loss function)}, all with the same weights."""
+    fused = GPT(config, fused_kernels=True, seed=0).to(device)
+    plain = GPT(config, fused_kernels=False).to(device)
+    plain.load_state_dict(fused.state_dict())
+    made = {
+        "ours, fused kernels": (fused, lambda model, x, y: model(x, y)[1]),
+        "ours, --no-fused-kernels": (plain, lambda model, x, y: model(x, y)[1]),
+    }
+    reason = starcoder2.why_not(config)
+    if reason is None:
+        theirs = starcoder2.starcoder2_of(fused, config.context_length)
+    # the loss of all three is the same call, which is cheaper than theirs: it keeps no fp32 copy of the logits
+    made["Hugging Face StarCoder2"] = reason or (theirs, hugging_face_loss)
+    return made
+
+
+def hugging_face_loss(model, x, y):
+    logits = model(input_ids=x, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
+
+
+class Step:
+    """One step of training on the batch that it holds; calling it takes the step."""
+
+    def __init__(self, model, loss_of, x, y, precision):
+        self.model, self.loss_of, self.x, self.y = model.train(), loss_of, x, y
+        self.autocast = (
+            (lambda: torch.autocast(x.device.type, torch.bfloat16)) if precision == "bf16" else contextlib.nullcontext
+        )
+        config = TrainerConfig()
+        self.clip = config.grad_clip
+        self.optimizer = make_optimizer(
+            model, learning_rate=1e-5, weight_decay=config.weight_decay, betas=config.betas
+        )  # the models stay near each other: as many steps as one likes
+
+    def loss_and_gradient_norm(self):
+        """Of the batch, as two numbers; nothing is updated."""
+        loss, norm = self._backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), norm.item()
+
+    def __call__(self):
+        self._backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self):
+        with self.autocast():
+            loss = self.loss_of(self.model, self.x, self.y)
+        loss.backward()
+        return loss.detach(), torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+
+
+def measure_point(name, config, batch_size, device, precision, compiled, seconds):
+    """Check that the models agree, then time their steps: a row each."""
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randint(
+        config.vocab_size, (batch_size, config.context_length + 1), generator=generator, device=device
+    )
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    contestants = models(config, device)
+    if compiled:
+        for who, made in list(contestants.items()):
+            if not isinstance(made, str):
+                twin = copy.deepcopy(made[0])
+                contestants[f"{who}, compiled"] = (twin, torch.compile(made[1], dynamic=False))
+    calls, rows, expected = {}, [], None
+    for who, made in contestants.items():
+        row = {
+            "contestant": who,
+            "shape": name,
+            "tokens": x.numel(),
+            "parameters": GPT.num_parameters(contestants["ours, fused kernels"][0]),
+            "not_timed": made if isinstance(made, str) else None,
+        }
+        rows.append(row)
+        if row["not_timed"]:
+            continue
+        step = Step(*made, x, y, precision)
+        try:
+            row["loss"], row["gradient_norm"] = step.loss_and_gradient_norm()
+        except Exception as failure:  # a contestant may fail in any way of its own: its line says so
+            row["not_timed"] = f"failed the check: {harness.in_a_line(failure)}"
+            continue
+        if "--no-fused" in who and expected is None:
+            expected = row
+        calls[who] = step
+    for row in rows:  # all against plain PyTorch
+        if not row["not_timed"] and (objection := disagreement(row, expected, LOSS_TOLERANCE[precision])):
+            row["not_timed"] = f"failed the check: {objection}"
+            del calls[row["contestant"]]
+    for row in rows:
+        if row["contestant"] in calls:
+            calls[row["contestant"]]()  # the optimizer's state is made by the first step
+            row["peak_mb"] = peak_memory(calls[row["contestant"]], device) / 1e6
+    times = alternate(calls, device, seconds)
+    # the peak is that of bf16 products
+    known = device.type == "cuda" and precision == "bf16"
+    add_figures(rows, times, config, peak_of(torch.cuda.get_device_name(device)) if known else None)
+    return rows
+
+
+def disagreement(row, expected, tolerance):
+    """In a few words, how loss or gradient norm differ from those of plain PyTorch; None if they do not."""
+    if expected is None:
+        return "plain PyTorch, which it is compared with, did not run"
+    for key, allowed in (("loss", tolerance), ("gradient_norm", 10 * tolerance)):
+        if not abs(row[key] - expected[key]) <= allowed:
+            return f"{key.replace('_', ' ')} {row[key]:.6f}, that of plain PyTorch is {expected[key]:.6f}"
+    return None
+
+
+def flops_a_token(config):
+    """Of forward and backward: 6 a weight that is multiplied with, and the visible pairs' products."""
+    C, D, T = config.d_model, config.head_dim, config.context_length
+    weights = config.vocab_size * C
+    pairs = 0
+    for layer in range(config.n_layer):
+        weights += C * (config.n_head + 2 * config.n_kv_head) * D + C * C + 8 * C * C
+        pairs += config.n_head * visible_pairs(T, T, config.layer_window(layer))
+    return 6 * weights + 3 * 4 * D * pairs / T
+
+
+def add_figures(rows, times, config, peak):
+    for row in rows:
+        if time := times.get(row["contestant"]):
+            row |= time.as_dict()
+            row["tokens_per_second"] = row["tokens"] / time.median
+            row["flops_per_second"] = row["tokens_per_second"] * flops_a_token(config)
+            for name, key in (("ours, --no-fused-kernels", "x_plain"), ("Hugging Face StarCoder2", "x_hugging_face")):
+                if name in times:
+                    row[key] = times[name].median / time.median
+            if peak is not None:
+                row["mfu"] = row["flops_per_second"] / (peak.tflops * 1e12)
+
+
+def table(rows, device):
+    cuda = device.type == "cuda"
+    lines = [
+        [
+            row["shape"],
+            row["contestant"],
+            f"{row['tokens_per_second']:.0f}",
+            shown(row),
+            f"{row['x_plain']:.2f}" if "x_plain" in row else "",
+            f"{row['x_hugging_face']:.2f}" if "x_hugging_face" in row else "",
+            three_digits(row["peak_mb"]),
+            *([f"{row['mfu']:.1%}" if "mfu" in row else "-"] if cuda else []),
+        ]
+        for row in rows
+        if "median_ms" in row
+    ]
+    columns = ["workload", "model", "tokens/s", "ms a step", "x plain", "x HF", "MB", *(["MFU"] if cuda else [])]
+    sizes = {row["shape"]: f"{row['parameters']:,} parameters, {row['tokens']:,} tokens a step" for row in rows}
+    notes = [f"{shape}: {size}" for shape, size in sizes.items()] + harness.not_timed(rows)
+    return {"title": "Training steps", "columns": columns, "rows": lines, "notes": notes}
+
+
+def plot(rows):
+    bars = {}
+    for row in rows:
+        if "median_ms" in row:
+            bars.setdefault(row["shape"], {})[row["contestant"]] = row["tokens_per_second"]
+    return {"title": "Training", "x": "tokens/s", "bars": bars}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Each benchmark as it is run, on a tiny grid, without the contestants that are compiled for ten seconds first."""
+
+import json
+import os
+import subprocess
+import sys
+
+import harness
+import pytest
+
+TINY = {
+    "attn_speed": "--shapes 64,8,4,2,16 --only ours SDPA_masked SDPA_causal local-attention xFormers flash-attn",
+    "rope_speed": "--shapes 16,4,2,8 --only ours eager Hugging_Face Liger",
+    "train_speed": "--context-size 16 --window 4 --n-layer 1 --d-model 32 --batch-size 2",
+    "decode_speed": "--positions 20 40 --windows 8 --batch-sizes 2 --n-layer 1 --d-model 32 --long-run 4 9",
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_benchmark_runs_end_to_end(name, tmp_path):
+    plot, file = tmp_path / "plot.png", tmp_path / "document.json"
+    tiny = [word.replace("_", " ") for word in TINY[name].split()]
+    arguments = [*tiny, "--seconds", "0.1", "--plot", str(plot), "--json", str(file), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py", *arguments],
+        cwd=harness.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # small tensors: a second thread costs more than it brings
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document == json.loads(file.read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert document["benchmark"] == name and document["machine"]["device"] == "cpu"
+    timed = [row for row in document["rows"] if "median_ms" in row]
+    assert any(row["contestant"].startswith("ours") for row in timed)
+    assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["calls"] >= 3 for row in timed)
+    for row in document["rows"]:  # whoever was not timed is named, with the reason
+        assert ("median_ms" in row) != bool(row["not_timed"])
+        assert row["not_timed"] is None or row["not_timed"] in done.stdout
+    for table in document["tables"]:
+        assert table["title"] in done.stdout and all(len(row) == len(table["columns"]) for row in table["rows"])
+    assert len(document["tables"][0]["rows"]) > 0
+
+
+@pytest.mark.parametrize("name", [*TINY, "report", "gpu_check"])
+def test_help_says_what_it_is(name):
+    script = __import__(name)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--help"])
+    assert stopped.value.code == 0
