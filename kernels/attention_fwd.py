@@ -128,8 +128,8 @@ def attention_forward_kernel(
 def attention_forward(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None, with_lse=True, config=None):
     """(out, lse) of `sliding_gqa_attention`: out in q's memory layout, lse (B, Hq, T) in wide precision.
 
-    With rope, k is rotated into a temporary first: in the loop it would be done again for every row block. lse is a
-    by-product, made whatever with_lse says. config: a TileConfig in place of the table's.
+    With rope, k is rotated into a temporary first: in the loop it would be done again for every row block. lse costs
+    nothing, without with_lse it is merely not returned. config: a TileConfig in place of the table's.
     """
     B, Hq, T, D = q.shape
     Hkv, S = k.shape[1], k.shape[2]
@@ -137,7 +137,8 @@ def attention_forward(q, k, v, window, *, scale, softcap=None, sinks=None, rope=
     out = torch.empty_like(q)
     lse = torch.empty((B, Hq, T), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     if out.numel() == 0:
-        return out, lse
+        return out, lse if with_lse else lse.new_empty(0)
+    sinks = None if sinks is None else sinks.contiguous()
     cos, sin, rotary_dim = rotary_tables(rope)
     if rotary_dim:
         k, _ = rotate(k, None, cos, sin)
@@ -153,4 +154,4 @@ def attention_forward(q, k, v, window, *, scale, softcap=None, sinks=None, rope=
             BLOCK_M=config.own, EDGE_K=config.edge, BLOCK_K=config.step, PRECISION=tuning.dot_precision(q.dtype, arch),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return out, lse
+    return out, lse if with_lse else lse.new_empty(0)

@@ -85,6 +85,11 @@ def _too_small(slots):
 
 
 def _module(backend):
+    """The module that holds append and decode of a backend."""
+    if backend == "triton":
+        from . import decode_kernels
+
+        return decode_kernels
     from . import banded_decode, reference
 
     return {"banded": banded_decode, "reference": reference}[backend]

@@ -29,7 +29,7 @@ AMPERE, HOPPER = 80, 90
 CONFIGS = {
     ("forward", 2): {
         AMPERE: {
-            64: TileConfig(64, 32, 64, 4, 3),
+            64: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(128, 32, 64, 8, 2),
             256: TileConfig(64, 32, 32, 8, 2),
         },
@@ -62,6 +62,20 @@ CONFIGS = {
             64: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(128, 32, 32, 8, 2),
             256: TileConfig(32, 32, 32, 8, 2),
+        },
+    },
+    ("decode", 2): {
+        AMPERE: {
+            64: TileConfig(64, 64, 64, 4, 3),
+            128: TileConfig(64, 64, 64, 4, 2),
+            256: TileConfig(64, 32, 32, 4, 2),
+        },
+    },
+    ("decode", 4): {
+        AMPERE: {
+            64: TileConfig(16, 32, 32, 4, 2),
+            128: TileConfig(16, 32, 32, 4, 2),
+            256: TileConfig(16, 16, 16, 4, 2),
         },
     },
     ("forward", 4): {
@@ -102,7 +116,7 @@ def architecture(device):
 
 
 def tile_config(name, head_dim, dtype, arch):
-    """The TileConfig of pass `name` ("forward", "dq", "dkdv") for heads of head_dim elements of dtype on arch."""
+    """The TileConfig of pass `name` ("forward", "dq", "dkdv", "decode") for heads of head_dim elements on arch."""
     if arch == 0 or dtype.itemsize > 4:
         return INTERPRETED
     by_arch = CONFIGS[name, dtype.itemsize]

@@ -1,0 +1,162 @@
+"""How fast does a Mistral of transformers read a prompt on our attention, against its own `sdpa` and `eager`?
+
+    python benchmarks/hf_prefill.py                      # prompts of 1,024 to 8,192 tokens, window 256; --quick: fewer
+    python benchmarks/hf_prefill.py --lengths 16384 --window 1024 --dtype bf16
+
+A small model with random weights (4 layers, width 256, 8 heads on 2 KV heads), the same for all; the logits of the last
+64 tokens must agree with eager's before anybody is timed. Calls take turns. Columns:
+
+    ms        a whole forward pass that fills the cache and gives the last token's logits (20th to 80th percentile)
+    tokens/s  of the prompt
+    x sdpa    how many times as fast as transformers' default
+    MB        what a call allocates at its peak, the masks of T x T included
+"""
+
+import sys
+from functools import partial
+
+import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
+import torch
+from measure import alternate, peak_memory, shown, three_digits
+
+from kernels import resolve_backend
+from model.huggingface import register_attention
+
+LENGTHS = {"quick": [2048, 8192], "default": [1024, 2048, 4096, 8192]}
+SECONDS = {"quick": 30.0, "default": 90.0}
+COMPARED = 64  # logits of so many last tokens
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+CONTESTANTS = {"ours (sliding_gqa)": "sliding_gqa", "sdpa": "sdpa", "eager": "eager"}
+SIZES = dict(
+    vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+
+def main(arguments=None):
+    flags = harness.parser("hf_prefill", __doc__)
+    flags.add_argument("--lengths", type=int, nargs="+", metavar="T", help="tokens of the prompt")
+    flags.add_argument("--window", type=int, default=256, help="keys a query sees (default: 256)")
+    flags.add_argument("--batch-size", type=int, default=1, help="prompts (default: 1)")
+    flags.add_argument("--dtype", choices=harness.DTYPES, help="fp32 on a CPU, bf16 on a GPU by default")
+    harness.add_only(flags, CONTESTANTS)
+    return harness.run(flags, prepare, arguments)
+
+
+def prepare(options, device):
+    if reason := harness.not_installed("transformers"):
+        raise harness.BadInput(f"{reason}: pip install 'transformers>=5.4'")
+    lengths = options.lengths or LENGTHS["quick" if options.quick else "default"]
+    for name, value in (("lengths", min(lengths)), ("window", options.window), ("batch-size", options.batch_size)):
+        if value < 1:
+            raise harness.BadInput(f"--{name} is {value}, wanted at least 1")
+    dtype = harness.DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    chosen = harness.chosen(options.only, CONTESTANTS)
+    seconds = options.seconds or SECONDS["quick" if options.quick else "default"]
+    points = {f"{options.batch_size} x {length:,} tokens": length for length in lengths}
+    budget = harness.Budget(points, seconds, options.deadline)
+    return partial(measure, budget, options.window, options.batch_size, dtype, device, chosen)
+
+
+def measure(budget, window, batch_size, dtype, device, chosen):
+    models = make_models(window, dtype, device, chosen)
+    rows = []
+    for length in budget:
+        rows += measure_point(models, batch_size, length, device, budget)
+    backend, reason = resolve_backend("auto", device)
+    return {
+        "settings": {"window": window, "batch_size": batch_size, "dtype": harness.name_of(dtype), "backend": backend},
+        "rows": rows,
+        "tables": [table(rows, f"Prompts read by a small Mistral, window {window}; ours on {backend}: {reason}")],
+        "plots": [plot(rows, window)],
+        "left_out": budget.left_out,
+        "failed": [
+            f"{row['contestant']} at {row['shape']}: {row['not_timed']}"
+            for row in rows
+            if row["contestant"].startswith("ours") and row["not_timed"]
+        ],
+    }
+
+
+def make_models(window, dtype, device, chosen):
+    """{name: model} with the same weights, each on its own attention."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    register_attention()
+    torch.manual_seed(0)
+    models, weights = {}, None
+    for name, implementation in chosen.items():
+        config = MistralConfig(**SIZES, sliding_window=window, attn_implementation=implementation)
+        models[name] = MistralForCausalLM(config).to(device, dtype).eval()
+        weights = weights or models[name].state_dict()
+        models[name].load_state_dict(weights)
+    return models
+
+
+@torch.inference_mode()
+def read(model, tokens, last=1):
+    """The logits of the last tokens; a cache is filled on the way, as `generate` does."""
+    return model(tokens, use_cache=True, logits_to_keep=last).logits
+
+
+def measure_point(models, batch_size, length, device, budget):
+    """Check that the models agree, then time them: a row each."""
+    generator = torch.Generator(device).manual_seed(length)
+    tokens = torch.randint(SIZES["vocab_size"], (batch_size, length), generator=generator, device=device)
+    shape, rows, logits = f"{batch_size} x {length:,}", [], {}
+    for name, model in models.items():
+        row = {"contestant": name, "shape": shape, "tokens": tokens.numel(), "length": length, "not_timed": None}
+        rows.append(row)
+        try:
+            logits[name] = read(model, tokens, COMPARED).float()
+        except Exception as failure:  # most likely the memory for T x T scores
+            row["not_timed"] = f"failed the check: {harness.in_a_line(failure)}"
+    expected = logits.get("eager", logits.get("sdpa"))
+    for row in rows:
+        if row["not_timed"] is None and expected is not None:
+            row["error"] = (logits[row["contestant"]] - expected).abs().max().item()
+            if not row["error"] <= TOLERANCE[models[row["contestant"]].dtype]:
+                row["not_timed"] = f"failed the check: logits differ by {row['error']:.1e}"
+    calls = {
+        row["contestant"]: partial(read, models[row["contestant"]], tokens) for row in rows if not row["not_timed"]
+    }
+    for row in rows:
+        if row["contestant"] in calls:
+            row["peak_mb"] = peak_memory(calls[row["contestant"]], device) / 1e6
+    times = alternate(calls, device, budget.share())
+    for row in rows:
+        if time := times.get(row["contestant"]):
+            row |= time.as_dict()
+            row["tokens_per_second"] = row["tokens"] / time.median
+            if "sdpa" in times:
+                row["x_sdpa"] = times["sdpa"].median / time.median
+    return rows
+
+
+def table(rows, title):
+    lines = [
+        [
+            row["shape"],
+            row["contestant"],
+            shown(row),
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['x_sdpa']:.2f}" if "x_sdpa" in row else "",
+            three_digits(row["peak_mb"]),
+        ]
+        for row in rows
+        if "median_ms" in row
+    ]
+    columns = ["prompt", "attention", "ms", "tokens/s", "x sdpa", "MB"]
+    return {"title": title, "columns": columns, "rows": lines, "notes": harness.not_timed(rows)}
+
+
+def plot(rows, window):
+    series = {}
+    for row in rows:
+        if "median_ms" in row:
+            series.setdefault(row["contestant"], []).append([row["length"], row["median_ms"]])
+    return {"title": f"Reading a prompt, window {window}", "x": "tokens", "y": "ms", "series": series}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""Decoding with a ring-buffer cache on a GPU: append, and split-KV attention. Flash-Decoding, in base 2.
+
+    o = sum_j 2^(s_j - m) v_j / sum_j 2^(s_j - m),   s_j = scale * log2(e) * q . k_j,   m = max_j s_j
+
+The rows of a tile are all heads of a group and all new tokens, so that a key is read once for all of them, and a
+group of any size fits; at least the 16 rows that a matrix product needs. A token's heads are neighbours. GROUP = 3,
+T_new = 2:
+
+    row      0        1        2        3        4        5        6 ...
+    token    0        0        0        1        1        1        none
+    head     h        h + 1    h + 2    h        h + 1    h + 2
+
+Keys count from the oldest that a row block needs, so a walk over them is one piece wherever it lies in the ring, and
+only its slots are read. Tiles that every row sees whole need no mask: at T_new = 1, all but a last one that is not
+full.
+
+    C = 8, window = 8, length 11      slot   0  1  2  3  4  5  6  7
+                                      key    5  6  7  0  1  2  3  4
+
+One program owns BLOCK_M rows and one of num_splits parts of their keys; acc, row_sum and row_max stay in registers. The
+number of parts is known on the host, from window (or C), batch and GPU; where they begin follows from `lengths`, on the
+device. So a part may be empty, which leaves maximum -inf and sum 0. A second kernel adds the parts up; if there is one
+part, it is not needed.
+
+q is rotated in the load: 16 rows, read anyway, in front of thousands of keys. To rotate it beside k in the append
+kernel would cost what it avoids, a write and a read of q. A q that is rotated already needs no rope here.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .rope_kernel import rotary_tables
+from .tiles import (
+    LOG2_E,
+    dot,
+    head_block,
+    head_columns,
+    key_spans,
+    load_rotated,
+    load_tile,
+    row_offset,
+    softmax_scales,
+    softmax_step,
+    tanh,
+    visible,
+    walk_start,
+    walk_step,
+    wide_dtype,
+)
+
+APPEND_ROWS = 4  # a program's; one warp moves them 128 bits a thread from 64 elements a head on
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_new", "num_heads", "num_slots"])
+def append_kernel(
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, cos_ptr, sin_ptr,
+    k_strides, v_strides, k_cache_strides, v_cache_strides,  # of batch, head, position or slot; the last stride is 1
+    num_rows, num_new, num_heads, num_slots,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Rotate k, then write k and v into the slots of their positions. A row is one head of one token."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = row % num_heads
+    token = row // num_heads % num_new
+    batch = row // (num_heads * num_new)
+    in_rows = row < num_rows
+    position = tl.load(lengths_ptr + batch, mask=in_rows, other=0) - num_new + token
+    slot = position % num_slots
+    element, in_head = head_columns(HEAD_DIM)
+    # positions below 0 are padding
+    ok = (in_rows & (position >= 0))[:, None] & in_head[None, :]
+    k_rows = k_ptr + row_offset(batch, head, token, k_strides)[:, None]
+    v_rows = v_ptr + row_offset(batch, head, token, v_strides)[:, None]
+    k_slots = k_cache_ptr + row_offset(batch, head, slot, k_cache_strides)[:, None]
+    v_slots = v_cache_ptr + row_offset(batch, head, slot, v_cache_strides)[:, None]
+    k = load_rotated(k_rows, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    tl.store(k_slots + element[None, :], k, mask=ok)
+    tl.store(v_slots + element[None, :], tl.load(v_rows + element[None, :], mask=ok, other=0.0), mask=ok)
+
+
+@triton.jit
+def _attend(
+    state, q, q_key, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, oldest_slot, num_slots, window,
+    scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The walk of one row block over the key tiles of `span`; q_key is where each row's query is among the keys."""
+    PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
+    element, in_head = head_columns(HEAD_DIM)
+    start = walk_start(span, MASKED)
+    for _ in range(span[3]):
+        key = start + tl.arange(0, BLOCK_K)
+        in_keys = key < num_keys
+        # the keys go over the end of the ring once at most, and in any tile: so each asks for itself
+        slot = oldest_slot + key
+        slot = tl.where(slot < num_slots, slot, slot - num_slots).to(tl.int64)
+        k_ptrs = k_ptr + slot[None, :] * k_stride + element[:, None]
+        k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
+        scores = dot(q, k, None, PRECISION)
+        if cap_scale is not None:
+            scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
+        if MASKED:
+            scores = tl.where(visible(q_key[:, None], key[None, :], window), scores, float("-inf"))
+        v_ptrs = v_ptr + slot[:, None] * v_stride + element[None, :]
+        v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
+        state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
+        start += walk_step(start, span, BLOCK_K, MASKED)
+    return state
+
+
+@triton.jit(do_not_specialize=["num_new", "num_kv_heads", "num_slots", "window", "num_splits"])
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
+    q_strides, k_strides, v_strides, out_strides,  # of batch, head, position or slot; the last stride is 1
+    num_new, num_kv_heads, num_slots, window, num_splits, scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys of one row block, into out, or if acc_ptr is not None, into (rows, num_splits, HEAD_DIM)."""
+    WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
+    num_rows = num_new * GROUP
+    num_blocks = tl.cdiv(num_rows, BLOCK_M)
+    # the row blocks of one part are neighbours: they read the same keys
+    first_row = tl.program_id(0) % num_blocks * BLOCK_M
+    split = tl.program_id(0) // num_blocks % num_splits
+    pair = tl.program_id(0) // (num_blocks * num_splits)
+    batch = pair // num_kv_heads
+    kv_head = pair % num_kv_heads
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    token = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    in_rows = row < num_rows
+    offset = tl.load(lengths_ptr + batch) - num_new
+    q_pos = offset + token
+    element, in_head = head_columns(HEAD_DIM)
+    ok = in_rows[:, None] & in_head[None, :]
+    q_rows = q_ptr + row_offset(batch, head, token, q_strides)[:, None]
+    # positions below 0 are padding, and have no angles
+    q_ok = ok & (q_pos >= 0)[:, None]
+    q = load_rotated(q_rows, element[None, :], q_ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+
+    first_pos = offset + first_row // GROUP
+    last_pos = offset + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // GROUP
+    oldest = tl.maximum(first_pos - window + 1, 0)
+    num_keys = tl.maximum(last_pos + 1 - oldest, 0)
+    edges, _ = key_spans(first_pos - oldest, last_pos - oldest, window, BLOCK_K, BLOCK_K)
+    _, full_begin, full_end, _ = edges
+    # this split's part of the keys, and of those that every row sees
+    part = tl.cdiv(tl.cdiv(num_keys, BLOCK_K), num_splits) * BLOCK_K
+    begin = split * part
+    end = tl.minimum(begin + part, tl.cdiv(num_keys, BLOCK_K) * BLOCK_K)
+    end = tl.maximum(end, begin)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+    edges = (begin, full_begin, full_end, (full_begin - begin + end - full_end) // BLOCK_K)
+    interior = (full_begin, full_end, full_end, (full_end - full_begin) // BLOCK_K)
+
+    acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
+    row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
+    row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
+    if sinks_ptr is not None:
+        # the sink is a key without a value, which the first part has seen before all others
+        sink = tl.load(sinks_ptr + head, mask=in_rows, other=0.0).to(WIDE) * (LOG2_E / scale_log2)
+        row_max = tl.where(split == 0, sink, row_max)
+        row_sum = tl.where(split == 0, 1.0, row_sum)
+    state = (acc, row_sum, row_max)
+    k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
+    v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
+    state = _attend(
+        state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, oldest % num_slots,
+        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_K, PRECISION, True,
+    )  # fmt: skip
+    state = _attend(
+        state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, oldest % num_slots,
+        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_K, PRECISION, False,
+    )  # fmt: skip
+    acc, row_sum, row_max = state
+
+    if acc_ptr is None:
+        # a row that saw nothing has acc = 0
+        out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+        out_rows = out_ptr + row_offset(batch, head, token, out_strides)[:, None]
+        tl.store(out_rows + element[None, :], out.to(out_ptr.dtype.element_ty), mask=ok)
+    else:
+        out_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_new + token
+        partial = out_row * num_splits + split
+        tl.store(max_ptr + partial, row_max * scale_log2, mask=in_rows)
+        tl.store(sum_ptr + partial, row_sum, mask=in_rows)
+        # of a sum of 0, the combine kernel does not read what it is a sum of
+        tl.store(acc_ptr + partial[:, None] * HEAD_DIM + element[None, :], acc, mask=ok & (row_sum > 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["num_new", "num_heads", "num_splits"])
+def combine_kernel(
+    acc_ptr, max_ptr, sum_ptr, out_ptr, out_strides, num_new, num_heads, num_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of one row, BLOCK_S at a time: the online softmax again, with a part in the place of a key."""
+    WIDE: tl.constexpr = acc_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    element, in_head = head_columns(HEAD_DIM)
+    acc = tl.zeros((head_block(HEAD_DIM),), dtype=WIDE)
+    row_sum = tl.zeros((1,), dtype=WIDE)
+    row_max = tl.full((1,), float("-inf"), dtype=WIDE)
+    for first in range(0, num_splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        in_splits = split < num_splits
+        partial = row.to(tl.int64) * num_splits + split
+        part_max = tl.load(max_ptr + partial, mask=in_splits, other=float("-inf"))
+        part_sum = tl.load(sum_ptr + partial, mask=in_splits, other=0.0)
+        new_max = tl.maximum(row_max, tl.max(part_max, 0))
+        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weight = tl.exp2(part_max - pivot)
+        rescale = tl.exp2(row_max - pivot)
+        ok = (in_splits & (part_sum > 0))[:, None] & in_head[None, :]
+        part = tl.load(acc_ptr + partial[:, None] * HEAD_DIM + element[None, :], mask=ok, other=0.0)
+        acc = acc * rescale + tl.sum(part * weight[:, None], 0)
+        row_sum = row_sum * rescale + tl.sum(part_sum * weight, 0)
+        row_max = new_max
+    out = acc / tl.where(row_sum > 0, row_sum, 1.0)
+    token = row % num_new
+    head = row // num_new % num_heads
+    out_row = row_offset(row // (num_new * num_heads), head, token, out_strides)
+    tl.store(out_ptr + out_row + element, out.to(out_ptr.dtype.element_ty), mask=in_head)
+
+
+def append(k, v, k_cache, v_cache, lengths, *, rope=None):
+    """`append_to_cache`: one launch."""
+    B, H, T, D = k.shape
+    rows = B * H * T
+    if rows * D == 0:
+        return
+    v = v if v.stride(3) == 1 else v.contiguous()
+    cos, sin, rotary_dim = rotary_tables(rope)
+    with torch.cuda.device_of(k):
+        append_kernel[(triton.cdiv(rows, APPEND_ROWS),)](
+            k, v, k_cache, v_cache, lengths.contiguous(), cos, sin,
+            *(x.stride()[:3] for x in (k, v, k_cache, v_cache)), rows, T, H, k_cache.shape[2],
+            HEAD_DIM=D, ROTARY_DIM=rotary_dim, BLOCK_M=APPEND_ROWS, num_warps=1,
+        )  # fmt: skip
+
+
+def decode(
+    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None,
+    config=None, num_splits=None,
+):  # fmt: skip
+    """`sliding_gqa_decode`: one launch, or two if the keys are split.
+
+    config, num_splits: in place of the table's TileConfig and of what `split_count` says.
+    """
+    B, Hq, T, D = q.shape
+    Hkv, C = k_cache.shape[1], k_cache.shape[2]
+    out = torch.empty_like(q)
+    if out.numel() == 0:
+        return out
+    group, rows = Hq // Hkv, Hq // Hkv * T
+    arch = tuning.architecture(q.device)
+    config = config or tuning.tile_config("decode", D, q.dtype, arch)
+    block_m = min(config.own, max(16, triton.next_power_of_2(rows)))
+    programs = B * Hkv * triton.cdiv(rows, block_m)
+    if num_splits is None:
+        keys = C if window is None else min(C, window + T - 1)
+        num_splits = split_count(programs, triton.cdiv(keys, config.step), processors(q.device))
+    acc = maxima = sums = None
+    if num_splits > 1:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        acc = q.new_empty((B * Hq * T, num_splits, D), dtype=wide)
+        maxima, sums = (q.new_empty((B * Hq * T, num_splits), dtype=wide) for _ in range(2))
+    cos, sin, rotary_dim = rotary_tables(rope)
+    scale_log2, cap_scale = softmax_scales(scale, softcap)
+    with torch.cuda.device_of(q):
+        decode_kernel[(programs * num_splits,)](
+            q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, out, acc, maxima, sums,
+            *(x.stride()[:3] for x in (q, k_cache, v_cache, out)),
+            T, Hkv, C, C if window is None else window, num_splits, scale_log2, cap_scale,
+            HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, BLOCK_M=block_m, BLOCK_K=config.step,
+            PRECISION=tuning.dot_precision(q.dtype, arch),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if num_splits > 1:
+            combine_kernel[(B * Hq * T,)](
+                acc, maxima, sums, out, out.stride()[:3], T, Hq, num_splits, HEAD_DIM=D, BLOCK_S=COMBINE_SPLITS,
+                num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+COMBINE_SPLITS = 16  # of a tile: 16 elements a thread at 128 elements a head
+# In the time that a program takes for one tile of keys where memory is the limit. Estimates: nobody has measured them.
+START = 1  # until the first tile is there: lengths, q and the tile are three reads, one after the other
+COMBINE = 2  # launch of the second kernel, and its reads
+RESIDENT = 2  # programs that a multiprocessor runs at a time: what their tiles leave room for in shared memory
+
+
+@functools.cache
+def split_count(programs, tiles, processors):
+    """Into how many parts to cut `tiles` tiles of keys, for so many programs before: the least time to the last one.
+
+    Programs run RESIDENT x processors at a time; a cut shortens each, but all of them start, and the parts have to be
+    combined. Nothing here depends on lengths: one CUDA graph serves every step.
+    """
+
+    def time(splits):
+        waves = triton.cdiv(programs * splits, RESIDENT * processors)
+        return waves * (triton.cdiv(tiles, splits) + START) + (COMBINE if splits > 1 else 0)
+
+    return min(range(1, max(1, tiles) + 1), key=time)
+
+
+@functools.cache
+def processors(device):
+    """Multiprocessors of a CUDA device; 1 for the interpreter, which runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
