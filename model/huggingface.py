@@ -1,0 +1,238 @@
+"""Hugging Face's GPT-2 and StarCoder2 models as ours, and ours as theirs; their models on our attention.
+
+    python -m model.huggingface import DOWNLOADED OURS         # then: model.sample, train.evaluate, train --init-from
+    python -m model.huggingface export runs/mine/best THEIRS   # AutoModelForCausalLM and AutoTokenizer load it
+
+    gpt = from_huggingface(model_or_directory)
+    model = to_huggingface(gpt)
+    register_attention()                                       # huggingface_attention.py
+
+Directories are local and hold safetensors; the commands do not need transformers. Which of their fields and weights are
+which of ours stands in huggingface_architectures.py.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    check_weights,
+    from_pretrained,
+    read_tokenizer,
+    save_pretrained,
+)
+from .files import replacing
+from .gpt import GPT
+from .huggingface_architectures import (
+    architecture_of,
+    config_from_theirs,
+    config_to_theirs,
+    tidied,
+    weights_from_theirs,
+    weights_to_theirs,
+)
+from .huggingface_attention import register_attention
+from .tokenizer import FILE as TOKENIZER
+
+__all__ = ["export_pretrained", "from_huggingface", "import_pretrained", "register_attention", "to_huggingface"]
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def from_huggingface(source, *, fused_kernels=True, backend="auto") -> GPT:
+    """The GPT that computes what a GPT-2 or StarCoder2 of transformers does: a model, or a directory with one.
+
+    The weights are copied, in their dtype; a model's stay on its device. The result is in evaluation mode. Raises
+    CheckpointError for a model of another architecture, and for weights that are missing, too many, or not safetensors.
+    """
+    if isinstance(source, str | Path):
+        values, weights = _read_directory(Path(source))
+    else:
+        source = getattr(source, "_orig_mod", source)
+        if not hasattr(source, "state_dict") or not hasattr(source, "config"):
+            raise CheckpointError(f"{type(source).__name__} is neither a model of transformers nor a directory")
+        values, weights, source = source.config.to_dict(), source.state_dict(), type(source).__name__
+    try:
+        config = config_from_theirs(values)
+        weights = tidied(config, weights)
+        with torch.device("meta"):  # shapes only: no weights are drawn that would be thrown away
+            model = GPT(config, fused_kernels=fused_kernels, backend=backend)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{source} cannot become a GPT: {error}") from None
+    expected = model.state_dict()
+    check_weights(source, weights, weights_to_theirs(config, expected))
+    if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
+        raise CheckpointError(
+            f"{source} has weights of several dtypes ({', '.join(map(str, dtypes))}): convert it to one"
+        )
+    weights = weights_from_theirs(config, weights, expected)
+    model.to(weights["wte.weight"].dtype).to_empty(device=weights["wte.weight"].device)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def to_huggingface(gpt):
+    """The same model as a transformers.GPT2LMHeadModel or Starcoder2ForCausalLM: dtype, device and mode too.
+
+    The weights are copied. Raises ValueError for a GPT that neither of them is (see `config_to_theirs`).
+    """
+    gpt = getattr(gpt, "_orig_mod", gpt)
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("to_huggingface needs transformers: pip install 'transformers>=5.4'") from None
+    architecture = architecture_of(gpt.config)[1]
+    model_class = getattr(transformers, architecture.model_class)
+    config = model_class.config_class(**_their_config(gpt.config, gpt.wte.weight.dtype))
+    with torch.random.fork_rng(devices=[]):  # it draws weights that are replaced at once
+        model = model_class(config).to(gpt.wte.weight)
+    weights = weights_to_theirs(gpt.config, gpt.state_dict())
+    if gpt.config.tie_weights:
+        weights["lm_head.weight"] = weights[architecture.modules["wte"] + ".weight"]
+    model.load_state_dict(weights)
+    return model.train(gpt.training)
+
+
+def import_pretrained(directory):
+    """(GPT, tokenizer) of a directory of transformers, as `from_pretrained` gives them for one of ours."""
+    model = from_huggingface(directory)
+    return model, read_tokenizer(Path(directory), model.config)
+
+
+def export_pretrained(gpt, directory, tokenizer=None):
+    """Write a directory that AutoModelForCausalLM and, given the tokenizer, AutoTokenizer load. Does not need them."""
+    gpt, directory = getattr(gpt, "_orig_mod", gpt), Path(directory)
+    values = _their_config(gpt.config, gpt.wte.weight.dtype, tokenizer)
+    weights = {name: x.detach().contiguous() for name, x in weights_to_theirs(gpt.config, gpt.state_dict()).items()}
+    texts = {CONFIG: json.dumps(values, indent=2) + "\n"}
+    if tokenizer is not None:
+        # without this file, AutoTokenizer takes the class of the architecture's usual tokenizer, which drops spaces
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if values["eos_token_id"] is not None:
+            settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+        texts |= {TOKENIZER: tokenizer.to_json(), TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n"}
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(*(directory / name for name in (*texts, WEIGHTS))) as temporary:
+        for file, text in zip(temporary, texts.values(), strict=False):
+            file.write_text(text, encoding="utf-8")
+        save_file(weights, temporary[-1], metadata={"format": "pt"})
+
+
+def _their_config(config, dtype, tokenizer=None):
+    """The whole of a config.json: the architecture, and what `generate` and the loader ask for."""
+    end, dtype = getattr(tokenizer, "end_of_text", None), str(dtype).removeprefix("torch.")
+    tokens = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    return config_to_theirs(config) | tokens | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5 and 4
+
+
+def _read_directory(directory):
+    """(parsed config.json, {name: tensor}) of a directory of transformers, its weights in one file or several."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: give the one that holds {CONFIG} and {WEIGHTS}")
+    values = _read_json(directory / CONFIG)
+    if "model_type" not in values and "n_kv_head" in values:
+        raise CheckpointError(f"{directory} is a model directory of this package already: from_pretrained reads it")
+    weights = {}
+    for name in _weight_files(directory):
+        try:
+            with safe_open(directory / name, framework="pt") as file:
+                weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory} has no {name}, which {INDEX} names") from None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{directory / name} is truncated, damaged or no safetensors file ({error})"
+            ) from None
+    return values, weights
+
+
+def _weight_files(directory):
+    """The names of the safetensors files. Raises CheckpointError if there are none, or files that could run code."""
+    if (directory / WEIGHTS).exists():
+        return [WEIGHTS]
+    if (directory / INDEX).exists():
+        files = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(files, dict) or any(Path(str(name)).name != name for name in files.values()):
+            raise CheckpointError(f"{directory / INDEX} does not map weights to files beside it")
+        return sorted(set(files.values()))
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{directory} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: if you "
+            "trust it, AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) of transformers makes safetensors"
+        )
+    raise CheckpointError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
+
+
+def _read_json(path):
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}, so it is not a model directory") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} cannot be used: it holds no fields")
+    return values
+
+
+def main(arguments=None) -> int:
+    """The command; returns its exit status: 0, or 2 for input it cannot use."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model.huggingface",
+        description="Convert GPT-2 and StarCoder2 models between transformers and this package; local directories.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "direction", choices=("import", "export"), help="import: theirs to ours; export: ours to theirs"
+    )
+    parser.add_argument("source", metavar="SRC", help="directory to read")
+    parser.add_argument("destination", metavar="DST", help="directory to write; it must not exist, or be empty")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}\n")
+    options = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lines = _convert(options.direction, Path(options.source), Path(options.destination))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for warning in caught:
+        print(f"{parser.prog}: {warning.message}", file=sys.stderr)
+    print("\n".join(lines))
+    return 0
+
+
+def _convert(direction, source, destination):
+    """Do it; returns the lines that say what there is now, and what can be done with it."""
+    if destination.is_dir() and any(destination.iterdir()):
+        raise FileExistsError(f"{destination} is not empty: choose another directory, or remove it")
+    if direction == "import":
+        model, tokenizer = import_pretrained(source)
+        save_pretrained(model, destination, tokenizer)
+        place = shlex.quote(str(destination))
+        uses = [f"python -m model.sample --checkpoint {place}", f"python -m train --fused-kernels --init-from {place}"]
+    else:
+        model, tokenizer = from_pretrained(source)
+        export_pretrained(model, destination, tokenizer)
+        uses = [f"AutoModelForCausalLM.from_pretrained({str(destination)!r})"]
+        uses += [] if tokenizer is None else [f"AutoTokenizer.from_pretrained({str(destination)!r})"]
+    if tokenizer is None:
+        warnings.warn(f"{source} has no {TOKENIZER}: {destination} has none either", stacklevel=2)
+    about = "no tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens"
+    return [f"{destination}: {model.config.architecture}, {model.num_parameters():,} parameters, {about}", *uses]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
