@@ -53,6 +53,11 @@ from .tiles import (
 )
 
 APPEND_ROWS = 4  # a program's; one warp moves them 128 bits a thread from 64 elements a head on
+COMBINE_SPLITS = 16  # of a tile: 8 elements a thread at 128 elements a head
+# What `split_count` weighs, in the time of one tile of keys where memory is the limit. Estimates: not measured yet.
+START = 1  # until a program's first tile is there: lengths, q and the tile are three reads, one after the other
+COMBINE = 2  # the launch of the second kernel, and its reads
+RESIDENT = 2  # programs that a multiprocessor runs at a time: the tiles of more would not fit its shared memory
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_new", "num_heads", "num_slots"])
@@ -148,15 +153,14 @@ def decode_kernel(
     last_pos = offset + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // GROUP
     oldest = tl.maximum(first_pos - window + 1, 0)
     num_keys = tl.maximum(last_pos + 1 - oldest, 0)
+    # this part's keys, and among them those that every row sees
+    num_tiles = tl.cdiv(num_keys, BLOCK_K)
+    part = tl.cdiv(num_tiles, num_splits)
+    begin = tl.minimum(split * part, num_tiles) * BLOCK_K
+    end = tl.minimum(split * part + part, num_tiles) * BLOCK_K
     edges, _ = key_spans(first_pos - oldest, last_pos - oldest, window, BLOCK_K, BLOCK_K)
-    _, full_begin, full_end, _ = edges
-    # this split's part of the keys, and of those that every row sees
-    part = tl.cdiv(tl.cdiv(num_keys, BLOCK_K), num_splits) * BLOCK_K
-    begin = split * part
-    end = tl.minimum(begin + part, tl.cdiv(num_keys, BLOCK_K) * BLOCK_K)
-    end = tl.maximum(end, begin)
-    full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
-    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+    full_begin = tl.minimum(tl.maximum(edges[1], begin), end)
+    full_end = tl.minimum(tl.maximum(edges[2], full_begin), end)
     edges = (begin, full_begin, full_end, (full_begin - begin + end - full_end) // BLOCK_K)
     interior = (full_begin, full_end, full_end, (full_end - full_begin) // BLOCK_K)
 
@@ -191,8 +195,7 @@ def decode_kernel(
         partial = out_row * num_splits + split
         tl.store(max_ptr + partial, row_max * scale_log2, mask=in_rows)
         tl.store(sum_ptr + partial, row_sum, mask=in_rows)
-        # of a sum of 0, the combine kernel does not read what it is a sum of
-        tl.store(acc_ptr + partial[:, None] * HEAD_DIM + element[None, :], acc, mask=ok & (row_sum > 0)[:, None])
+        tl.store(acc_ptr + partial[:, None] * HEAD_DIM + element[None, :], acc, mask=ok)
 
 
 @triton.jit(do_not_specialize=["num_new", "num_heads", "num_splits"])
@@ -213,12 +216,12 @@ def combine_kernel(
         partial = row.to(tl.int64) * num_splits + split
         part_max = tl.load(max_ptr + partial, mask=in_splits, other=float("-inf"))
         part_sum = tl.load(sum_ptr + partial, mask=in_splits, other=0.0)
+        ok = in_splits[:, None] & in_head[None, :]
+        part = tl.load(acc_ptr + partial[:, None] * HEAD_DIM + element[None, :], mask=ok, other=0.0)
         new_max = tl.maximum(row_max, tl.max(part_max, 0))
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         weight = tl.exp2(part_max - pivot)
         rescale = tl.exp2(row_max - pivot)
-        ok = (in_splits & (part_sum > 0))[:, None] & in_head[None, :]
-        part = tl.load(acc_ptr + partial[:, None] * HEAD_DIM + element[None, :], mask=ok, other=0.0)
         acc = acc * rescale + tl.sum(part * weight[:, None], 0)
         row_sum = row_sum * rescale + tl.sum(part_sum * weight, 0)
         row_max = new_max
@@ -271,6 +274,7 @@ def decode(
         wide = torch.promote_types(q.dtype, torch.float32)
         acc = q.new_empty((B * Hq * T, num_splits, D), dtype=wide)
         maxima, sums = (q.new_empty((B * Hq * T, num_splits), dtype=wide) for _ in range(2))
+    sinks = None if sinks is None else sinks.contiguous()
     cos, sin, rotary_dim = rotary_tables(rope)
     scale_log2, cap_scale = softmax_scales(scale, softcap)
     with torch.cuda.device_of(q):
@@ -285,31 +289,27 @@ def decode(
         if num_splits > 1:
             combine_kernel[(B * Hq * T,)](
                 acc, maxima, sums, out, out.stride()[:3], T, Hq, num_splits, HEAD_DIM=D, BLOCK_S=COMBINE_SPLITS,
-                num_warps=4,
+                num_warps=8, num_stages=1,
             )  # fmt: skip
     return out
 
 
-COMBINE_SPLITS = 16  # of a tile: 16 elements a thread at 128 elements a head
-# In the time that a program takes for one tile of keys where memory is the limit. Estimates: nobody has measured them.
-START = 1  # until the first tile is there: lengths, q and the tile are three reads, one after the other
-COMBINE = 2  # launch of the second kernel, and its reads
-RESIDENT = 2  # programs that a multiprocessor runs at a time: what their tiles leave room for in shared memory
-
-
 @functools.cache
 def split_count(programs, tiles, processors):
-    """Into how many parts to cut `tiles` tiles of keys, for so many programs before: the least time to the last one.
+    """Into how many parts to cut the `tiles` tiles of keys of each of `programs` row blocks.
 
-    Programs run RESIDENT x processors at a time; a cut shortens each, but all of them start, and the parts have to be
-    combined. Nothing here depends on lengths: one CUDA graph serves every step.
+    RESIDENT x processors programs run at a time. A cut shortens each, but each has to start, and the parts have to be
+    combined: the fewest parts that come within 5 % of the shortest time. Nothing here depends on lengths, so that one
+    CUDA graph serves every step.
     """
 
     def time(splits):
         waves = triton.cdiv(programs * splits, RESIDENT * processors)
         return waves * (triton.cdiv(tiles, splits) + START) + (COMBINE if splits > 1 else 0)
 
-    return min(range(1, max(1, tiles) + 1), key=time)
+    candidates = range(1, max(1, tiles) + 1)
+    shortest = min(map(time, candidates))
+    return next(splits for splits in candidates if time(splits) <= 1.05 * shortest)
 
 
 @functools.cache
