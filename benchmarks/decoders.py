@@ -4,6 +4,7 @@ Each is started with prompts (B, P), and then makes tokens, always the likeliest
 """
 
 import time
+from abc import ABC, abstractmethod
 from functools import lru_cache
 
 import starcoder2
@@ -18,16 +19,16 @@ PREFILL_CHUNK = 256
 LONGEST = 10**6  # positions, for Hugging Face's warning: nobody is asked for as many
 
 
-class Decoder:
+class Decoder(ABC):
     longest_exact = None  # tokens up to which it computes what the model computes; None: any number
 
     def __init__(self, model, prompt, room):
         """model: a `GPT` in evaluation mode; prompt (B, P); room: how many tokens may be asked for."""
         self.model, self.tokens, self.room = model, prompt, room
 
+    @abstractmethod
     def take(self, count):
         """Make `count` tokens more."""
-        raise NotImplementedError
 
     def seconds_a_token(self, count):
         """Make `count` tokens more; the mean time of one."""
