@@ -20,8 +20,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "transformers>=5.0", "tokenizers"],
-        "bench": ["transformers>=5.0", "local-attention"],
-        "hf": ["transformers>=5.0", "tokenizers"],
+        "test": ["pytest", "ruff", "transformers>=5.4", "tokenizers"],
+        "bench": ["transformers>=5.4", "local-attention"],
+        "hf": ["transformers>=5.4", "tokenizers"],
     },
 )

@@ -72,7 +72,9 @@ def __getattr__(name):
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    if not name.startswith("_"):
+    # `from . import banded` asks here before it imports our own submodule
+    ours = os.path.isfile(os.path.join(_OURS, f"{name}.py"))
+    if not name.startswith("_") and not ours:
         other = _load_other_package()
         if other is not None and hasattr(other, name):
             return getattr(other, name)

@@ -93,5 +93,18 @@ print(kernels.__version__, rope_tables(2, 4)[0].shape[0])
     assert run_python(code, path=[other_kernels]) == "0.1.0 2"
 
 
+def test_another_package_that_cannot_be_imported_does_not_break_ours(tmp_path):
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('broken')")
+    code = """
+import torch
+from kernels import sliding_gqa_attention
+q = torch.randn(1, 2, 3, 8)
+print(sliding_gqa_attention(q, q, q, 2).shape[2], sliding_gqa_attention(q, q, q, 2, backend="reference").shape[2])
+"""
+    assert run_python(code, path=[tmp_path]) == "3 3"
+
+
 def test_unknown_names_are_attribute_errors_with_nothing_else_installed():
     assert run_python("import kernels; print(hasattr(kernels, 'use_kernel_forward_from_hub'))") == "False"

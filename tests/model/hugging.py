@@ -12,8 +12,8 @@ ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_a
 # name of their classes -> what they need beyond SIZES
 FAMILIES = {
     "mistral": ("Mistral", {}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, **ALTERNATING}),
-    "gemma3": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, **ALTERNATING}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0, **ALTERNATING}),
+    "gemma3": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 5, **ALTERNATING}),
     "gpt_oss": ("GptOss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, **ALTERNATING}),
     "starcoder2": ("Starcoder2", {}),
     "phi3": ("Phi3", {}),

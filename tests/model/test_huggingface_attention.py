@@ -158,6 +158,14 @@ def test_generating_writes_what_eager_writes(name, left, calls):
             assert set(calls) == {"sliding_gqa_attention"}
 
 
+def test_padding_that_has_left_the_window_costs_nothing_more(calls):
+    model = family("mistral")
+    generated(model, "sliding_gqa", tokens(), attention_mask=padding(left=LENGTH - WINDOW - 2))
+    layers = model.config.num_hidden_layers
+    assert calls[:layers] == ["_masked_attention"] * layers  # the prompt
+    assert set(calls[layers:]) == {"sliding_gqa_attention"}
+
+
 @every_family
 def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(name, calls):
     model, inputs = family(name), tokens()
