@@ -88,6 +88,13 @@ def append_kernel(
 
 
 @triton.jit
+def ring_slot(oldest_slot, key, num_slots):
+    """The slot of each key; they go over the end of the ring once at most, in any tile."""
+    slot = oldest_slot + key
+    return tl.where(slot < num_slots, slot, slot - num_slots)
+
+
+@triton.jit
 def _attend(
     state, q, q_key, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, oldest_slot, num_slots, window,
     scale_log2, cap_scale,
@@ -100,9 +107,7 @@ def _attend(
     for _ in range(span[3]):
         key = start + tl.arange(0, BLOCK_K)
         in_keys = key < num_keys
-        # the keys go over the end of the ring once at most, and in any tile: so each asks for itself
-        slot = oldest_slot + key
-        slot = tl.where(slot < num_slots, slot, slot - num_slots).to(tl.int64)
+        slot = ring_slot(oldest_slot, key, num_slots).to(tl.int64)
         k_ptrs = k_ptr + slot[None, :] * k_stride + element[:, None]
         k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
         scores = dot(q, k, None, PRECISION)

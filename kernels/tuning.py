@@ -64,11 +64,11 @@ CONFIGS = {
             256: TileConfig(32, 32, 32, 8, 2),
         },
     },
-    # own: the most rows, of which there are 16 for one token and up to 16 heads a group. Memory is the limit here: a
-    # tile of keys and values has 32 kB, two are under way, and two programs (one, on consumer Ampere) fit a processor
+    # own: the most rows; one token of a group of up to 16 heads takes 16. Memory is the limit: a tile of keys and
+    # values has up to 32 kB, two are under way, and two programs (on consumer GPUs one) fit a multiprocessor's memory
     ("decode", 2): {
         AMPERE: {
-            16: TileConfig(64, 64, 64, 4, 3),
+            32: TileConfig(64, 64, 64, 4, 3),
             64: TileConfig(64, 128, 128, 4, 3),
             128: TileConfig(64, 64, 64, 4, 3),
             256: TileConfig(32, 32, 32, 8, 3),
@@ -77,7 +77,7 @@ CONFIGS = {
     ("decode", 4): {
         AMPERE: {
             64: TileConfig(32, 64, 64, 8, 3),
-            128: TileConfig(32, 32, 32, 8, 2),
+            128: TileConfig(16, 32, 32, 8, 2),
             256: TileConfig(16, 16, 16, 8, 2),
         },
     },

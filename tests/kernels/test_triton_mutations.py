@@ -1,25 +1,14 @@
-"""Deliberate faults in copies of the kernels, each of which a quick check must notice: the tests above can fail.
-
-Each fault is one replacement of text that occurs exactly once in its file, so that a kernel that changes takes its
-mutation along.
-"""
-
-import importlib
-import itertools
-import shutil
-import sys
-from pathlib import Path
+"""Deliberate faults in copies of the attention kernels, each of which a quick check must notice: our tests can fail."""
 
 import pytest
 import torch
 from budget import excess
+from mutants import copy_of_kernels
 
-import kernels
 from kernels import rope_tables
 from kernels.tuning import TileConfig
 
-SOURCES = ("tiles.py", "tuning.py", "rope_kernel.py", "attention_fwd.py", "attention_bwd.py")
-
+MODULES = ["attention_fwd", "attention_bwd"]
 # {fault: (file, text, replacement)}
 MUTATIONS = {
     "window off by one": ("tiles.py", "(k_pos > q_pos - window)", "(k_pos >= q_pos - window)"),
@@ -97,31 +86,9 @@ MUTATIONS = {
     ),
     "sinks' gradient without its sign": ("attention_bwd.py", ".sum((0, 2)).neg()", ".sum((0, 2))"),
 }
-_numbers = itertools.count()
 
 
-def copy_of_kernels(directory, mutation=None):
-    """(attention_forward, attention_backward) of a copy of the kernels, with one fault if one is named."""
-    name = f"mutant_{next(_numbers)}"
-    package = directory / name
-    package.mkdir()
-    (package / "__init__.py").touch()
-    for source in SOURCES:
-        shutil.copy(Path(kernels.__file__).with_name(source), package)
-    if mutation is not None:
-        source, text, replacement = MUTATIONS[mutation]
-        code = (package / source).read_text()
-        assert code.count(text) == 1, f"{source} has {text!r} {code.count(text)} times"
-        (package / source).write_text(code.replace(text, replacement))
-    sys.path.insert(0, str(directory))
-    try:
-        modules = [importlib.import_module(f"{name}.{module}") for module in ("attention_fwd", "attention_bwd")]
-    finally:
-        sys.path.remove(str(directory))
-    return modules[0].attention_forward, modules[1].attention_backward
-
-
-def worst_excess(forward, backward, device):
+def worst_excess(attention_fwd, attention_bwd, device):
     """How far the kernels are over their error budget, on one problem that has a bit of everything."""
     torch.manual_seed(0)
     T, S, Hq, Hkv, D, B, window = 53, 60, 6, 2, 16, 1, 40
@@ -136,8 +103,10 @@ def worst_excess(forward, backward, device):
         q, k, v, sinks = inputs[0][:, : 2 * group], inputs[1], inputs[2], inputs[3][: 2 * group]
         some_grads = [x[:, : 2 * group] for x in grads]
         config = TileConfig(16, 16, 16, 4, 1)
-        out, lse = forward(q, k, v, window, sinks=sinks, config=config, **options)
-        results = backward(*some_grads, q, k, v, out, lse, window, sinks=sinks, configs=(config, config), **options)
+        out, lse = attention_fwd.attention_forward(q, k, v, window, sinks=sinks, config=config, **options)
+        results = attention_bwd.attention_backward(
+            *some_grads, q, k, v, out, lse, window, sinks=sinks, configs=(config, config), **options
+        )
         ratios = excess([out, lse, *results], [q, k, v, sinks], some_grads, window, **options)
         worst = max(worst, *(ratio if ratio == ratio else float("inf") for ratio in ratios.values()))
         if worst > 1:
@@ -146,10 +115,10 @@ def worst_excess(forward, backward, device):
 
 
 def test_the_check_passes_on_an_unchanged_copy(tmp_path, device):
-    assert worst_excess(*copy_of_kernels(tmp_path), device) <= 1
+    assert worst_excess(*copy_of_kernels(tmp_path, MODULES), device) <= 1
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_every_mutation_is_caught(mutation, tmp_path, device):
     """By numbers at least twice over the budget, not by an exception."""
-    assert worst_excess(*copy_of_kernels(tmp_path, mutation), device) > 2
+    assert worst_excess(*copy_of_kernels(tmp_path, MODULES, MUTATIONS[mutation]), device) > 2
