@@ -29,11 +29,18 @@ class TrainerConfig:
     max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)")
     batch_size: int = option(16, "examples in a batch")
     grad_accumulation: int = option(1, "batches whose gradients make one step")
-    learning_rate: float = option(4e-3, "peak learning rate of AdamW")
-    lr_decay: bool = option(True, "after the warm-up, a cosine down to a tenth of the peak; otherwise the peak stays")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "AdamW, or Muon for the hidden layers' matrices with AdamW for the rest, at the same learning rate"
+    )
+    learning_rate: float = option(4e-3, "peak learning rate")
+    lr_decay: bool = option(True, "let the learning rate fall after the warm-up; otherwise the peak stays")
+    schedule: Literal["cosine", "linear", "wsd"] = option(
+        "cosine", "how it falls: half a cosine, a straight line, or one in the last fifth only (warm-up, stable, decay)"
+    )
+    final_fraction: float = option(0.1, "the learning rate at the end, as a fraction of the peak")
     warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of the run, at most 100)")
     warmup_tokens: int | None = option(None, "the same in tokens; give one of the two")
-    final_tokens: int | None = option(None, "tokens after which the cosine has ended (none: those of the whole run)")
+    final_tokens: int | None = option(None, "tokens after which it has fallen (none: those of the whole run)")
     weight_decay: float = option(0.1, "decay of matrices; biases and normalisation gains are not decayed")
     betas: tuple[float, float] = option((0.9, 0.99), "AdamW's averaging of gradients and of their squares")
     grad_clip: float | None = option(1.0, "largest norm of a step's gradient (none: any)")
@@ -55,6 +62,12 @@ class TrainerConfig:
             _at_least(1, name, getattr(self, name))
         for name in ("warmup_steps", "warmup_tokens", "weight_decay", "num_workers", "seed"):
             _at_least(0, name, getattr(self, name))
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}, wanted adamw or muon")
+        if self.schedule not in ("cosine", "linear", "wsd"):
+            raise ValueError(f"schedule is {self.schedule!r}, wanted cosine, linear or wsd")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"final_fraction is {self.final_fraction}, wanted 0 to 1")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, wanted a number above 0")
         if self.grad_clip is not None and not self.grad_clip > 0:
@@ -75,13 +88,15 @@ class TrainerConfig:
             limits.append(-(-self.max_epochs * examples // (self.batch_size * self.grad_accumulation)))
         return min(limits, default=DEFAULT_STEPS)
 
-    def schedule(self, total_steps: int, tokens_per_step: int) -> dict:
+    def learning_rates(self, total_steps: int, tokens_per_step: int) -> dict:
         """The arguments of `optim.learning_rate_at` that this run fixes."""
         warmup_steps = min(100, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
         return {
             "peak": self.learning_rate,
             "warmup_tokens": warmup_steps * tokens_per_step if self.warmup_tokens is None else self.warmup_tokens,
             "final_tokens": self.final_tokens or total_steps * tokens_per_step,
+            "schedule": self.schedule,
+            "final_fraction": self.final_fraction,
             "decay": self.lr_decay,
         }
 

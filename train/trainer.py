@@ -47,13 +47,17 @@ class Trainer:
         self.model = model.to(self.device)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = make_optimizer(
-            self.model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=config.betas
+            self.model,
+            optimizer=config.optimizer,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
         self.tokens_per_step = config.batch_size * config.grad_accumulation * len(train_dataset[0][0])
         self.total_steps = config.total_steps(len(train_dataset))
-        self.schedule = config.schedule(self.total_steps, self.tokens_per_step)
+        self.schedule = config.learning_rates(self.total_steps, self.tokens_per_step)
 
         self.step = 0  # steps taken: with the seed it fixes the data still to come
         self.best_held_out_loss = math.inf

@@ -92,12 +92,12 @@ def test_a_run_is_counted_in_steps_or_epochs_whichever_ends_first():
 
 
 def test_the_schedule_is_in_tokens_however_the_warm_up_is_given():
-    assert TrainerConfig(warmup_steps=3).schedule(50, 10)["warmup_tokens"] == 30
-    assert TrainerConfig(warmup_tokens=512).schedule(50, 10)["warmup_tokens"] == 512
-    assert TrainerConfig().schedule(50, 10)["warmup_tokens"] == 50
-    assert TrainerConfig().schedule(5000, 10)["warmup_tokens"] == 1000
-    assert TrainerConfig().schedule(50, 10)["final_tokens"] == 500
-    assert TrainerConfig(final_tokens=123).schedule(50, 10)["final_tokens"] == 123
+    assert TrainerConfig(warmup_steps=3).learning_rates(50, 10)["warmup_tokens"] == 30
+    assert TrainerConfig(warmup_tokens=512).learning_rates(50, 10)["warmup_tokens"] == 512
+    assert TrainerConfig().learning_rates(50, 10)["warmup_tokens"] == 50
+    assert TrainerConfig().learning_rates(5000, 10)["warmup_tokens"] == 1000
+    assert TrainerConfig().learning_rates(50, 10)["final_tokens"] == 500
+    assert TrainerConfig(final_tokens=123).learning_rates(50, 10)["final_tokens"] == 123
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,9 @@ def test_the_schedule_is_in_tokens_however_the_warm_up_is_given():
         ("betas", (0.9, 1.0), "betas is .*, wanted two numbers from 0 to below 1"),
         ("precision", "fp8", "precision is 'fp8', wanted fp32, bf16 or fp16"),
         ("weight_decay", -0.1, "weight_decay is -0.1, wanted at least 0"),
+        ("optimizer", "sgd", "optimizer is 'sgd', wanted adamw or muon"),
+        ("schedule", "step", "schedule is 'step', wanted cosine, linear or wsd"),
+        ("final_fraction", 1.5, "final_fraction is 1.5, wanted 0 to 1"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(field, value, message):
