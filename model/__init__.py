@@ -4,7 +4,8 @@
     logits, loss = model(tokens, targets)
     for token in generate(model, prompt, 100, top_k=10): ...
 
-gpt.py is the model. kv_cache.py is what it remembers while it writes, sampling.py how it writes, sample.py the command.
+gpt.py is the model. kv_cache.py is what it remembers while it writes, steps.py and token_step.py make one token after
+the other, sampling.py chooses them, sample.py is the command.
 """
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained

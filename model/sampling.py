@@ -8,12 +8,11 @@ Learned positions end at context_length; past it the model reads the last contex
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
-from .kv_cache import KVCache
+from .steps import NextLogits
 
 NOTHING = -1  # what a finished row yields
 
@@ -71,7 +70,7 @@ def generate(
         return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator).squeeze(1)
 
     stop_tokens = torch.as_tensor(list(stop_tokens), dtype=torch.long, device=device)
-    steps = _NextLogits(model, tokens, padding, max_new_tokens, prefill_chunk)
+    steps = NextLogits(model, tokens, padding, max_new_tokens, prefill_chunk)
     return _stream(steps, choose, max_new_tokens, stop_tokens)
 
 
@@ -118,71 +117,6 @@ def _stream(steps, choose, max_new_tokens, stop_tokens):
             finished = finished | torch.isin(new, stop_tokens)
             if finished.all():
                 return
-
-
-class _NextLogits:
-    """The logits (B, V) of the next token, step by step, through a cache."""
-
-    def __init__(self, model, tokens, padding, max_new_tokens, prefill_chunk):
-        self.model, self.padding, self.prefill_chunk = model, padding, prefill_chunk
-        self.rows, self.columns = tokens.shape
-        self.most_columns = self.columns + max_new_tokens
-        # the prompt; with learned positions always the tokens of one context, which have to be read anew past its end
-        self.tokens = tokens
-        self.context = model.config.context_length if model.config.positions == "learned" else None
-
-    def first(self):
-        return self._read()
-
-    def after(self, new):
-        """The logits after one more token of each row, new (B,)."""
-        self.columns += 1
-        if self.context is None:
-            return self._forward(new[:, None])
-        self.tokens = torch.cat([self.tokens, new[:, None]], dim=1)
-        return self._forward(new[:, None]) if self.columns <= self.context else self._read()
-
-    @torch.no_grad()
-    def _read(self):
-        """The logits after self.tokens (with learned positions the last context of them), read into a new cache."""
-        dropped = 0 if self.context is None else max(0, self.columns - self.context)
-        self.tokens = self.tokens[:, -self.context :] if self.context else self.tokens
-        device = self.tokens.device
-        autocast = torch.is_autocast_enabled(device.type)
-        self.cache = KVCache(
-            self.model.config,
-            self.rows,
-            max_new_tokens_per_call=min(self.tokens.shape[1], self.prefill_chunk),
-            max_length=self.context or min(self.most_columns, self.columns + 64),  # grows as the text does
-            device=device,
-            dtype=torch.get_autocast_dtype(device.type) if autocast else self.model.wte.weight.dtype,
-            padding=(self.padding - dropped).clamp(min=0),
-        )
-        for chunk in self.tokens.split(self.prefill_chunk, dim=1):
-            logits = self._forward(chunk)
-        self.cache.fit_single_tokens()
-        self.tokens = self.tokens if self.context else None
-        return logits
-
-    @torch.no_grad()
-    def _forward(self, tokens):
-        if self.cache.bounded and self.cache.columns == self.cache.max_length:
-            self.cache.extend(min(self.most_columns, 2 * self.cache.max_length))
-        with _evaluating(self.model):
-            return self.model(tokens, cache=self.cache)[0][:, -1]
-
-
-@contextmanager
-def _evaluating(model):
-    """Evaluation mode inside, and every module's own mode again afterwards."""
-    training = [module for module in model.modules() if module.training] if model.training else []
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _left_padded(tokens, device):

@@ -1,0 +1,82 @@
+"""One token a row on a CPU: `append_to_cache` and `sliding_gqa_decode` in one go, in as few operators as there can be.
+
+A step of a small model is mostly the calling of operators. So what its layers share, the angles and what is seen, is
+made once a step (`Place`), and q, k and v come side by side, as the projection made them, to be rotated together:
+
+    qkv (B, (Hq + 2 Hkv) * D)      q q q q q q q q  k k  v v
+                                   \\___ rotated ___/  \\_____ into their slot; then all slots are read that are written
+"""
+
+import torch
+
+
+class Place:
+    """Where one new token a row stands. lengths (B,) int32 on the CPU count it, and are at least 1.
+
+    rope   the tables (cos, sin) of `rope_tables`, or None.
+    """
+
+    def __init__(self, lengths, head_dim, rope=None):
+        rows = lengths.tolist()
+        self.lengths, self.shortest, self.longest = lengths, min(rows), max(rows)
+        self.even = self.shortest == self.longest  # then a slot is a number and the angles are of one position
+        self.position = self.longest - 1 if self.even else lengths.long() - 1
+        self.cos = self.sin = None
+        if rope is not None:
+            # x turns to x * cos + other(x) * sin, other(x) being the partner in the pair; past R nothing turns
+            cos, sin = (table[self.position] for table in rope)
+            rest = cos.new_zeros(*cos.shape[:-1], head_dim - 2 * cos.shape[-1])
+            self.cos, self.sin = torch.cat([cos, cos, rest + 1], dim=-1), torch.cat([-sin, sin, rest], dim=-1)
+            if not self.even:
+                self.cos, self.sin = self.cos[:, None], self.sin[:, None]  # (B, 1, D)
+
+    def unwritten(self, slots):
+        """(B, slots) bool: the slots that a row has not reached yet."""
+        return torch.arange(slots) >= self.lengths[:, None]
+
+
+class TokenRing:
+    """The ring of one layer, for steps of one token a row; its memory is that of k_cache, v_cache (B, Hkv, C, D).
+
+    C is the window, so that all written slots are seen, or without a window any number that no row reaches.
+    lengths (B,) are the tokens so far. softcap and sinks are not offered.
+    """
+
+    def __init__(self, k_cache, v_cache, num_heads, rotary_dim, lengths):
+        B, Hkv, self.slots, D = k_cache.shape
+        self.k_cache, self.v_cache = k_cache, v_cache
+        self.keys, self.values = k_cache.view(B * Hkv, -1, D).mT, v_cache.view(B * Hkv, -1, D)
+        self.rows = torch.arange(B)
+        self.num_heads, self.grouped = num_heads, (B * Hkv, num_heads // Hkv, D)
+        self.turned = num_heads + Hkv
+        self.scale = D**-0.5
+        half = rotary_dim // 2
+        self.partner = torch.arange(D)
+        self.partner[: 2 * half] = self.partner[: 2 * half].roll(half)
+        if lengths.amin() < self.slots:
+            # rows of different lengths: an unwritten slot may hold NaN, which no weight of 0 removes
+            v_cache.masked_fill_(Place(lengths, D).unwritten(self.slots)[:, None, :, None], 0)
+
+    def __call__(self, qkv, place):
+        """Write the new keys and values and attend to the ring: (B, Hq * D) of qkv (B, (Hq + 2 Hkv) * D)."""
+        Hq, D = self.num_heads, self.grouped[2]
+        heads = qkv.view(len(qkv), -1, D)
+        turned = heads[:, : self.turned]
+        if place.cos is not None:
+            turned = torch.addcmul(turned * place.cos, turned[..., self.partner], place.sin)
+        k, v = turned[:, Hq:], heads[:, self.turned :]  # (B, Hkv, D)
+        slot = place.position % self.slots
+        if place.even:
+            self.k_cache.select(2, slot).copy_(k)
+            self.v_cache.select(2, slot).copy_(v)
+        else:
+            self.k_cache[self.rows, :, slot] = k
+            self.v_cache[self.rows, :, slot] = v
+        keys, values = self.keys, self.values
+        if place.longest < self.slots:
+            keys, values = keys[..., : place.longest], values[:, : place.longest]
+        scores = torch.bmm(turned[:, :Hq].reshape(self.grouped), keys).mul_(self.scale)
+        if not place.even and place.shortest < self.slots:
+            unwritten = place.unwritten(scores.shape[-1])
+            scores.view(len(qkv), Hq, -1).masked_fill_(unwritten[:, None], float("-inf"))
+        return torch.bmm(torch.softmax(scores, dim=-1), values).view(len(qkv), Hq * D)

@@ -1,0 +1,111 @@
+"""The step that the sampler takes on a CPU does what the model does, and is taken where it does."""
+
+import itertools
+
+import pytest
+import torch
+from mixes import MIXES, lively
+from torch import nn
+
+from model import GPT, KVCache, generate
+from model.steps import NextLogits
+from model.token_step import TokenStep, why_not
+
+BATCHES = {"one row": [0], "rows of one length": [0, 0, 0], "ragged rows": [0, 3, 11]}  # padding of each row
+
+
+def make(name="rope-window-gqa", **options):
+    return lively(GPT(MIXES[name], **options)).eval()
+
+
+def cache_after(model, prompt, padding, max_length=48):
+    """A cache that has read the prompt, poisoned before it, ready for single tokens."""
+    cache = KVCache(
+        model.config, len(prompt), max_new_tokens_per_call=prompt.shape[1], max_length=max_length, padding=padding
+    )
+    for x in (*cache.k, *cache.v):
+        x.fill_(float("nan"))
+    model(prompt, cache=cache)
+    cache.fit_single_tokens()
+    return cache
+
+
+@pytest.mark.parametrize("padding", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("name", MIXES)
+def test_its_logits_are_the_models(name, padding):
+    model = make(name)
+    for prompt_length in (12, 30):  # some rows have not filled the window of 9 yet; all have
+        tokens = torch.randint(41, (len(padding), 48))
+        step = TokenStep(model, cache_after(model, tokens[:, :prompt_length], padding))
+        cache = cache_after(model, tokens[:, :prompt_length], padding)
+        for column in range(prompt_length, 48):
+            new = tokens[:, column]
+            torch.testing.assert_close(step(new), model(new[:, None], cache=cache)[0][:, -1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(step.cache.lengths, cache.lengths) and step.cache.columns == cache.columns
+
+
+def test_the_sampler_takes_it_on_a_cpu_also_past_a_cache_that_had_to_grow():
+    steps = NextLogits(make("pattern"), torch.randint(41, (2, 5)), torch.zeros(2, dtype=torch.int32), 200, 128)
+    new, taken = steps.first().argmax(-1), set()
+    for _ in range(150):  # the layer that sees everything starts with room for 64
+        new = steps.after(new).argmax(-1)
+        taken.add(type(steps.step))
+    assert taken == {TokenStep}
+
+
+def changed(how):
+    model = make()
+    if how == "a subclass":
+        model.blocks[1].attn.proj.__class__ = type("LoRA", (nn.Linear,), {})
+    elif how == "a hook":
+        model.blocks[1].register_forward_hook(lambda module, arguments, out: None)
+    elif how == "a replaced forward":
+        model.blocks[0].mlp.forward = model.blocks[0].mlp.forward
+    elif how == "bfloat16":
+        model.to(torch.bfloat16)
+    elif how == "reference":
+        model = make(backend="reference")
+    elif how == "plain":
+        model = make(fused_kernels=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("a subclass", "blocks.1.attn.proj is a LoRA"),
+        ("a hook", "blocks.1 has a hook"),
+        ("a replaced forward", "blocks.0.mlp has a hook"),
+        ("bfloat16", "16 bits"),
+        ("reference", "another backend"),
+        ("plain", "another backend"),
+        ("nothing", None),
+    ],
+)
+def test_a_model_that_does_more_than_its_weights_say_runs_itself(how, reason):
+    model = changed(how)
+    found = why_not(model, KVCache(model.config, 1))
+    assert found is reason is None or reason in found
+
+
+def test_weights_that_are_changed_in_place_are_seen_at_the_next_token():
+    model = make()
+    prompt = torch.randint(41, (1, 5))
+    iterator = generate(model, prompt, 20, greedy=True)
+    list(itertools.islice(iterator, 5))
+    with torch.no_grad():
+        model.wte.weight.zero_()
+        model.wte.weight[7] = 100.0
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+    next(iterator)  # chosen from logits that were there before
+    assert next(iterator).tolist() == [7]
+
+
+def test_tokens_may_be_trained_on():
+    """They come out of inference mode: a tensor made within it could not be saved for a backward pass."""
+    model = GPT(MIXES["rope-window-gqa"])
+    new = torch.stack(list(generate(model, torch.randint(41, (2, 3)), 20, seed=0)), dim=1)
+    new += 0
+    model(new[:, :-1], new[:, 1:])[1].backward()
+    assert model.wte.weight.grad.abs().sum() > 0
