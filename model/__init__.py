@@ -13,15 +13,17 @@ from .config import ARCHITECTURES, GPTConfig
 from .gpt import GPT
 from .kv_cache import KVCache
 from .sampling import generate, sample, top_k_logits, top_p_logits
-from .tokenizer import CharTokenizer, load_tokenizer
+from .tokenizer import ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
 
 __all__ = [
     "ARCHITECTURES",
     "GPT",
+    "ByteTokenizer",
     "CharTokenizer",
     "CheckpointError",
     "GPTConfig",
     "KVCache",
+    "SubwordTokenizer",
     "from_pretrained",
     "generate",
     "load_tokenizer",

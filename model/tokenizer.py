@@ -1,16 +1,20 @@
-"""Text to numbers and back: characters, stored so that Hugging Face's AutoTokenizer reads them too, or subwords.
+"""Text to numbers and back: characters, bytes, or subwords, stored so that Hugging Face's AutoTokenizer reads them too.
 
-tokenizer = CharTokenizer.from_text(text)
+tokenizer = CharTokenizer.from_text(text)            # or ByteTokenizer(), which knows every text
 tokenizer.decode(tokenizer.encode("When are you going"))
-tokenizer = load_tokenizer("imported/gpt2")          # any tokenizer.json; what is not characters needs `tokenizers`
+tokenizer = load_tokenizer("imported/gpt2")          # any tokenizer.json; one of subwords needs `tokenizers`
+
+All have vocab_size, encode, decode, stream, to_json, and for texts that are read piece by piece `cut`.
 """
 
+import codecs
 import json
 from pathlib import Path
 
 from .files import replacing
 
 FILE = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for the token between documents
 EVERY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
@@ -19,6 +23,9 @@ class CharTokenizer:
 
     stoi, itos    the number of each character, and the character of each number
     """
+
+    kind = "characters"
+    end_of_text = None  # documents follow each other with nothing in between
 
     def __init__(self, vocab):
         self.stoi = {character: i for i, character in enumerate(vocab)}
@@ -46,6 +53,10 @@ class CharTokenizer:
                 f"{named} not in the vocabulary of {self.vocab_size} characters: leave them out, or use a model "
                 "trained on a text that has them"
             ) from None
+
+    def cut(self, text) -> int:
+        """The last place where the text can be cut so that its parts encode as the whole does: here its end."""
+        return len(text)
 
     def decode(self, tokens) -> str:
         """The text of a sequence (or 1-D tensor) of numbers. Raises ValueError for one outside the vocabulary."""
@@ -91,11 +102,85 @@ class CharTokenizer:
         return cls(sorted(vocab, key=vocab.get))
 
 
+class ByteTokenizer:
+    """A token a byte of UTF-8: every text, in 256 numbers. <|endoftext|> takes 255, a byte that no UTF-8 text has.
+
+    It needs no package; its file is that of a BPE without merges, which `tokenizers` runs to the same numbers.
+    """
+
+    kind = "bytes"
+    vocab_size = 256
+    end_of_text = 255
+
+    def encode(self, text) -> list[int]:
+        """The text's bytes. <|endoftext|> written out in it is one token, as subword vocabularies have it."""
+        return list(self.encode_to_bytes(text))
+
+    def encode_to_bytes(self, text) -> bytes:
+        """`encode`, packed: each byte is a token."""
+        return text.encode().replace(END_OF_TEXT.encode(), b"\xff")
+
+    def cut(self, text) -> int:
+        """The last place where the text can be cut so that its parts encode as the whole does: in no <|endoftext|>."""
+        begun = next((n for n in range(len(END_OF_TEXT) - 1, 0, -1) if text.endswith(END_OF_TEXT[:n])), 0)
+        return len(text) - begun
+
+    def decode(self, tokens) -> str:
+        """The text of a sequence (or 1-D tensor) of numbers; bytes that are no UTF-8 become U+FFFD."""
+        documents = bytes(int(token) for token in tokens).split(b"\xff")
+        return END_OF_TEXT.join(document.decode(errors="replace") for document in documents)
+
+    def stream(self, tokens, prompt=()):
+        """The text of each token as it comes, after those of `prompt`: "" while a character is not yet whole."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in prompt:
+            _step(decoder, token)
+        return (_step(decoder, token) for token in tokens)
+
+    def to_json(self) -> str:
+        """The file's text, in the format of Hugging Face's tokenizers library."""
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        description = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": self.end_of_text, "content": END_OF_TEXT, **flags}],
+            "normalizer": None,
+            "pre_tokenizer": level,
+            "post_processor": None,
+            "decoder": level,
+            "model": {"type": "BPE", "vocab": BYTES, "merges": []},
+        }
+        return json.dumps(description, indent=1, ensure_ascii=False)
+
+
+def _step(decoder, token):
+    if token == ByteTokenizer.end_of_text:
+        return decoder.decode(b"", final=True) + END_OF_TEXT
+    return decoder.decode(bytes([token]))
+
+
+def _byte_names():
+    """{name: byte}. ByteLevel writes a byte as the Latin-1 character of its number where that can be seen, and the
+    others, in order, as the characters from U+0100 on."""
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    names = {chr(byte if byte in seen else next(others)): byte for byte in range(255)}
+    return names | {END_OF_TEXT: ByteTokenizer.end_of_text}
+
+
+BYTES = _byte_names()
+
+
 class SubwordTokenizer:
     """A tokenizer.json of any other kind (BPE, Unigram, WordPiece), run by Hugging Face's library `tokenizers`.
 
-    Special tokens are tokens like others: written out in a text they are encoded as such, and none is added.
+    Special tokens are tokens like others: written out in a text they are encoded as such, and none is added. Long
+    texts are encoded in parts, cut where `cut` says: the library would take 190 bytes of memory a character.
     """
+
+    kind = "subwords"
 
     def __init__(self, text):
         try:
@@ -118,14 +203,49 @@ class SubwordTokenizer:
     @property
     def end_of_text(self) -> int | None:
         """The number of <|endoftext|>, with which GPT-2 and StarCoder2 begin and end a document; None without it."""
-        return self._tokenizer.token_to_id("<|endoftext|>")
+        return self._tokenizer.token_to_id(END_OF_TEXT)
 
     def encode(self, text) -> list[int]:
         """The numbers of the text's pieces. Raises ValueError for what the vocabulary has no piece for."""
+        tokens = []
+        for parts in self._parts(text):
+            tokens += self._encode(parts)
+        return tokens
+
+    def cut(self, text) -> int:
+        """The last place where the text can be cut so that its parts encode as the whole does; its end if it has none.
+
+        A place is tried by encoding the 128 characters on either side together and apart. Best is before the space
+        after a word. None is found with vocabularies that begin every text with a space of their own (Llama 2's), or
+        that join the whole text into one token: there a token at each cut may differ from those of the whole.
+        """
+        last = len(text) - _AROUND
+        spaces = [at for at in range(max(1, last - 4096), last) if text[at].isspace() and not text[at - 1].isspace()]
+        for at in (*reversed(spaces[-64:]), *range(last - 1, max(0, last - 64), -1)):
+            left, right = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
+            if self._encode([left, right]) == self._encode([left + right]):
+                return at
+        return len(text)
+
+    def _parts(self, text):
+        """Lists of a few parts of a text, short enough for the memory they take together."""
+        parts, start = [], 0
+        while len(text) - start > _PART:
+            stop = start + self.cut(text[start : start + _PART])
+            parts.append(text[start:stop])
+            start = stop
+            if len(parts) == _PARTS_AT_ONCE:
+                yield parts
+                parts = []
+        yield [*parts, text[start:]]
+
+    def _encode(self, texts):
+        """The numbers of texts, one text after the other."""
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:
             raise ValueError(f"the text cannot be encoded: {error}") from None
+        return [token for encoding in encodings for token in encoding.ids]
 
     def decode(self, tokens) -> str:
         """The text of a sequence (or 1-D tensor) of numbers."""
@@ -145,12 +265,18 @@ class SubwordTokenizer:
         return self.text
 
 
-def load_tokenizer(directory) -> CharTokenizer | SubwordTokenizer:
-    """The tokenizer of a directory's tokenizer.json. Raises ValueError that names the file if it cannot be read."""
-    path = Path(directory) / FILE
+_AROUND = 128
+_PART, _PARTS_AT_ONCE = 2**16, 8
+
+
+def load_tokenizer(place) -> CharTokenizer | ByteTokenizer | SubwordTokenizer:
+    """The tokenizer of a directory, or of a .json file. Raises ValueError that names the file if it cannot be read."""
+    path = Path(place) if Path(place).suffix == ".json" else Path(place) / FILE
     try:
         text = path.read_text(encoding="utf-8")
-        return SubwordTokenizer(text) if _characters(text) is None else CharTokenizer.from_json(text)
+        if _characters(text) is not None:
+            return CharTokenizer.from_json(text)
+        return ByteTokenizer() if json.loads(text) == json.loads(ByteTokenizer().to_json()) else SubwordTokenizer(text)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:

@@ -21,10 +21,10 @@ from kernels import resolve_backend
 from model import GPT, CharTokenizer, from_pretrained, generate
 
 from .config import RunConfig, TrainerConfig, resolve_device
-from .data import CharDataset, fingerprint, load_text, split
+from .data import TextData, TokenDataset, load_data
 from .flags import Parser, add_flags, from_flags, given
-from .shakespeare import COLLECTIONS
 from .trainer import Trainer, TrainingFailed
+from .vocabulary import given_tokenizer
 
 SAMPLE_TOKENS = 500
 TEMPERATURE, TOP_K = 0.8, 40
@@ -61,26 +61,38 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     """
     device = resolve_device(config.device)
     backend = resolve_backend(run.backend, device) if run.fused_kernels else None
-    text = load_text(run.data)
-    training_text, held_out_text = split(text)
     if run.init_from is None:
-        tokenizer = CharTokenizer.from_text(text)
-        model = GPT(run.model_config(tokenizer.vocab_size), run.fused_kernels, run.backend, seed=config.seed)
+        run.model_config(vocab_size=1)  # what is wrong with the sizes is said before a long text is read
+        model, tokenizer = None, None if run.tokenizer is None else given_tokenizer(run.tokenizer)
     else:
         model, tokenizer, run = load_to_train(run, stated)
-    if len(held_out_text) <= run.context_size:
-        raise ValueError(
-            f"data {run.data} has {len(text):,} characters, and its held-out last 10 % ({len(held_out_text):,}) is "
-            f"shorter than one context of {run.context_size} + 1: give a longer text or a smaller --context-size"
-        )
-    training_set = CharDataset(training_text, run.context_size, tokenizer)
-    held_out_set = CharDataset(held_out_text, run.context_size, tokenizer)
-    source = run.data if run.data in COLLECTIONS else str(Path(run.data).resolve())
-    data = {"source": source, "characters": len(text), "sha256": fingerprint(text)}
-    trainer = Trainer(model, training_set, held_out_set, config, record={"command": command, "data": data})
-    for name, value in _first_lines(run, trainer, backend, data):
+    data = load_data(
+        run.data,
+        run.val_data,
+        tokenizer=tokenizer,
+        embedding_type=run.embedding_type,
+        vocab_size=run.vocab_size,
+        cache=run.token_cache,
+    )
+    if model is None:
+        model = GPT(run.model_config(data.tokenizer.vocab_size), run.fused_kernels, run.backend, seed=config.seed)
+    training_set, held_out_set = data_sets(run, data)
+    trainer = Trainer(model, training_set, held_out_set, config, record={"command": command, "data": data.record})
+    for name, value in _first_lines(run, trainer, backend, data.record):
         print(f"{name:<10} {value}")
     return trainer
+
+
+def data_sets(run: RunConfig, data: TextData) -> tuple[TokenDataset, TokenDataset]:
+    """(training, held out). Raises ValueError where one is shorter than an example."""
+    held_out_name = "its held-out last 10 %" if run.val_data is None else f"val_data {run.val_data}"
+    for name, tokens in (("its training part", data.training.tokens), (held_out_name, data.held_out.tokens)):
+        if len(tokens) <= run.context_size:
+            raise ValueError(
+                f"data {run.data} has {data.record['characters']:,} characters, and {name} ({len(tokens):,} tokens) is "
+                f"shorter than one context of {run.context_size} + 1: give a longer text or a smaller --context-size"
+            )
+    return tuple(TokenDataset(part.tokens, run.context_size, data.tokenizer) for part in (data.training, data.held_out))
 
 
 def load_to_train(run: RunConfig, stated: set[str]):
@@ -89,9 +101,11 @@ def load_to_train(run: RunConfig, stated: set[str]):
     The window stays the model's unless the flag is stated, and so does the context size where the model's is shorter.
     Raises ValueError for flags that contradict the model, and for one without a tokenizer.
     """
-    if contradicting := stated & {"architecture", "n_layer", "n_head", "n_kv_head", "d_model"}:
+    sizes = {"architecture", "n_layer", "n_head", "n_kv_head", "d_model"}
+    if contradicting := stated & (sizes | {"embedding_type", "vocab_size", "tokenizer"}):
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(contradicting))
-        raise ValueError(f"{flags}: not with --init-from, whose model is as large as it is; leave it out")
+        what = "is as large as it is" if contradicting & sizes else "has its vocabulary"
+        raise ValueError(f"{flags}: not with --init-from, whose model {what}; leave it out")
     loaded, tokenizer = from_pretrained(run.init_from)
     if tokenizer is None:
         raise ValueError(f"{run.init_from} has no tokenizer.json, which says how text becomes the model's tokens")
@@ -155,11 +169,21 @@ def _first_lines(run, trainer, backend, data):
     yield "device", f"{trainer.device}{threads}, {config.precision}" + (", compiled" if config.compile else "")
     if run.init_from is not None:
         yield "weights", f"those of {run.init_from}, and its vocabulary"
-    size, vocabulary = data["characters"], f"{model.vocab_size:,} {'different' if run.init_from is None else 'tokens'}"
-    yield "data", f"{data['source']}: {size:,} characters, {vocabulary}; the last 10 % are held out"
+    yield "data", _about_data(data)
     reading = trainer.total_steps * trainer.tokens_per_step / len(trainer.train_dataset.tokens)
     yield "run", f"{trainer.total_steps:,} steps of {trainer.tokens_per_step:,} tokens ({reading:.1f} times the text)"
     yield "", f"in {trainer.out_dir}"
+
+
+def _about_data(data):
+    """The texts and their vocabulary in a line."""
+    kind = {"characters": "different", "bytes": "bytes as tokens", "subwords": "tokens"}[data["vocabulary"]["kind"]]
+    files = f" in {data['files']:,} files" if data["files"] > 1 else ""
+    size = f"{data['source']}: {data['characters']:,} characters{files}, {data['vocabulary']['size']:,} {kind}"
+    validation = data.get("validation")
+    if validation is None:
+        return f"{size}; the last 10 % are held out"
+    return f"{size}; validation on {validation['source']}: {validation['characters']:,} characters"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import torch
 from model import ARCHITECTURES, GPTConfig
 
 from .flags import option
+from .vocabulary import DEFAULT_VOCAB_SIZE
 
 DEFAULT_STEPS = 2500
+EMBEDDING_TYPES = ("shakespearean", "shakesperean", "byte", "bpe")
 
 
 @dataclass(frozen=True)
@@ -110,14 +112,26 @@ class RunConfig:
 
     fused_kernels: bool = option(False, "attention by our kernels: Triton on CUDA, banded PyTorch elsewhere")
     backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels")
-    data: str = option("shakespeare", "shakespeare (38 plays), tinyshakespeare (9 of them), or a UTF-8 text file")
+    data: str = option(
+        "shakespeare", "shakespeare (38 plays), tinyshakespeare (9 of them), a UTF-8 text file, a folder, or a glob"
+    )
+    val_data: str | None = option(None, "a text for validation, given likewise (none: the last 10 % of the data)")
+    embedding_type: Literal[EMBEDDING_TYPES] = option(
+        "shakespearean",
+        "what a token is: a character (shakespearean, however spelt), a byte, or a piece of a word",
+    )
+    vocab_size: int | None = option(None, f"tokens of the bpe vocabulary made of the text (none: {DEFAULT_VOCAB_SIZE})")
+    tokenizer: str | None = option(None, "tokenizer.json that is the vocabulary (none: it is made of the text)")
+    token_cache: str | None = option(
+        None, "directory for the tokens of long texts, which are made once (none: ~/.cache/sliding-gqa)"
+    )
     init_from: str | None = option(
         None, "model directory to train on from: its weights, sizes and vocabulary (none: a new model)"
     )
     architecture: Literal[ARCHITECTURES] = option(
         "rope-window-gqa", "GPT-2 as it was, or with rotary positions, a sliding window, grouped KV heads added in turn"
     )
-    context_size: int = option(128, "characters the model is trained to look back on")
+    context_size: int = option(128, "tokens the model is trained to look back on")
     window: int | None = option(64, "keys a position sees in one layer, its own included (none: all)")
     window_pattern: str = option("S", "the layers in turn: S sees the window, L all; SSSL is three short, one long")
     n_layer: int = option(4, "layers")
@@ -129,6 +143,12 @@ class RunConfig:
     def __post_init__(self):
         if self.backend != "auto" and not self.fused_kernels:
             raise ValueError(f"backend {self.backend} is one of the fused kernels: add --fused-kernels")
+        if self.embedding_type == "shakesperean":
+            object.__setattr__(self, "embedding_type", "shakespearean")
+        if self.vocab_size is not None and self.embedding_type != "bpe":
+            raise ValueError(f"vocab_size is {self.vocab_size}, but only --embedding-type bpe can choose its size")
+        if self.tokenizer is not None and (self.vocab_size is not None or self.embedding_type == "byte"):
+            raise ValueError(f"tokenizer {self.tokenizer} is a vocabulary: leave out --vocab-size and --embedding-type")
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model these flags describe. Raises ValueError for sizes that do not fit together."""

@@ -1,52 +1,77 @@
-"""Text in, batches of token ids out: the text, its held-out part, the data set, the order of its examples.
+"""Texts in, batches of token ids out: the texts of a run, its data sets, the order of the examples.
 
-    text = load_text("shakespeare")                     # or "tinyshakespeare", or the path of any UTF-8 file
-    training_text, held_out_text = split(text)          # by position: the last 10 % is never trained on
-    dataset = CharDataset(training_text, block_size=64)
+    data = load_data("shakespeare")                     # or a file, a folder, a glob: train/corpus.py
+    dataset = TokenDataset(data.training.tokens, 64, data.tokenizer)
+    dataset = CharDataset(training_text, block_size=64)                 # or of a text that is in memory
     for x, y in training_batches(dataset, batch_size=12, seed=0): ...
 
-Shapes: B examples of T tokens; y is x one character further on.
+Shapes: B examples of T tokens; y is x one token further on.
 """
 
-import hashlib
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from model.tokenizer import CharTokenizer
+from model.tokenizer import ByteTokenizer, CharTokenizer, SubwordTokenizer
 
+from .corpus import HELD_OUT, Corpus
 from .order import stream
-from .shakespeare import COLLECTIONS, plays
+from .tokens import Encoded, as_tensor, encoder, fingerprint, tokenize
+from .vocabulary import make_tokenizer
 
-HELD_OUT = 0.1  # nanoGPT's split, so that losses on the same text compare
 
+@dataclass(frozen=True)
+class TextData:
+    """What a run reads: the tokens it is trained on, those held out, their vocabulary.
 
-def load_text(source: str) -> str:
-    """The text that `--data` names: a collection of Shakespeare's plays, or a UTF-8 file ("\\r\\n" read as "\\n").
-
-    Raises OSError for a file that cannot be read, ValueError for one that is empty or not UTF-8, ModuleNotFoundError
-    where the plays are not installed; each in one line that says what to do.
+    record: what is written about it, JSON values: source, characters, bytes, sha256, files; vocabulary: kind, size,
+    sha256; and with a text of its own for validation the same of that one. train/corpus.py compares two of them.
     """
-    if source in COLLECTIONS:
-        return plays(source)
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"data file {source} does not exist: give a text file, or {' or '.join(COLLECTIONS)}")
-    if path.is_dir():
-        raise IsADirectoryError(f"data {source} is a directory: give one UTF-8 text file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data file {source} is not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start}): "
-            f"convert it, for example with iconv -t utf-8"
-        ) from None
-    except OSError as error:
-        raise type(error)(f"data file {source} cannot be read: {error.strerror}") from None
-    if not text:
-        raise ValueError(f"data file {source} is empty: give a text of more characters than one context")
-    return text
+
+    tokenizer: CharTokenizer | ByteTokenizer | SubwordTokenizer
+    training: Encoded
+    held_out: Encoded
+    record: dict
+
+
+def load_data(
+    source: str,
+    val_source: str | None = None,
+    *,
+    tokenizer=None,
+    embedding_type: str = "shakespearean",
+    vocab_size: int | None = None,
+    cache=None,
+) -> TextData:
+    """The texts that --data and --val-data name, as tokens (train/tokens.py says where they are kept).
+
+    Without a text of its own for validation, the last 10 % of the characters are held out, by position: they are
+    never trained on. tokenizer: a given vocabulary; otherwise the one of `embedding_type` is made. Raises ValueError,
+    OSError or ModuleNotFoundError, in one line, for texts and vocabularies that cannot be used.
+    """
+    corpus = Corpus(source)
+    boundary = corpus.boundary() if val_source is None else corpus.scan.characters
+    if tokenizer is None:
+        tokenizer = make_tokenizer(corpus, embedding_type, vocab_size=vocab_size, stop=boundary)
+    training = tokenize(corpus, tokenizer, 0, boundary, cache=cache)
+    record = describe(corpus)
+    record["vocabulary"] = {
+        "kind": tokenizer.kind,
+        "size": tokenizer.vocab_size,
+        "sha256": fingerprint(tokenizer.to_json()),
+    }
+    if val_source is None:
+        return TextData(tokenizer, training, tokenize(corpus, tokenizer, boundary, cache=cache), record)
+    corpus = Corpus(val_source)
+    held_out = tokenize(corpus, tokenizer, cache=cache)
+    return TextData(tokenizer, training, held_out, record | {"validation": describe(corpus)})
+
+
+def describe(corpus: Corpus) -> dict:
+    """By what a later command finds a text again, and knows that it has not changed."""
+    scan = corpus.scan
+    facts = {"characters": scan.characters, "bytes": scan.bytes, "sha256": scan.sha256}
+    return {"source": corpus.source, "files": len(corpus.documents), **facts}
 
 
 def split(text: str, held_out: float = HELD_OUT) -> tuple[str, str]:
@@ -55,29 +80,22 @@ def split(text: str, held_out: float = HELD_OUT) -> tuple[str, str]:
     return text[:boundary], text[boundary:]
 
 
-class CharDataset:
-    """Next-character examples of a text: item i is (x, y), characters i .. i + block_size - 1 and those one further on.
+class TokenDataset:
+    """Next-token examples: item i is (x, y), tokens i .. i + block_size - 1 and those one further on.
 
-    text: what is read; block_size: characters per example, the model's context length; tokenizer: the vocabulary to
-    use (default: the text's own characters, sorted). len(dataset) is the number of examples, one at every position
-    that has a whole one. x and y are int64 (block_size,); `batch` makes many examples in one indexing call.
-    Raises ValueError for a text shorter than one example, or with characters that `tokenizer` does not have.
+    tokens (N,): a tensor, or a TokenFile; block_size: tokens per example, the model's context length. len(dataset) is
+    the number of examples, one at every position that has a whole one. x and y are int64 (block_size,); `batch` makes
+    many examples in one indexing call. Raises ValueError for a text shorter than one example.
     """
 
-    def __init__(self, text: str, block_size: int, tokenizer: CharTokenizer | None = None):
+    def __init__(self, tokens, block_size: int, tokenizer):
         if block_size < 1:
-            raise ValueError(f"block_size is {block_size}, wanted at least 1 character")
-        if len(text) <= block_size:
+            raise ValueError(f"block_size is {block_size}, wanted at least 1 token")
+        self.tokens, self.block_size, self.tokenizer = tokens, block_size, tokenizer
+        if len(tokens) <= block_size:
+            unit = "characters" if isinstance(tokenizer, CharTokenizer) else "tokens"
             raise ValueError(
-                f"text has {len(text)} characters, one example of context size {block_size} needs {block_size + 1}: "
-                f"give a longer text or a smaller context"
-            )
-        self.block_size = block_size
-        self.tokenizer = CharTokenizer.from_text(text) if tokenizer is None else tokenizer
-        self.tokens = encode_fast(text, self.tokenizer)  # (len(text),), fewer if the tokenizer has longer pieces
-        if len(self.tokens) <= block_size:
-            raise ValueError(
-                f"text has {len(self.tokens)} tokens, one example of context size {block_size} needs {block_size + 1}: "
+                f"text has {len(tokens)} {unit}, one example of context size {block_size} needs {block_size + 1}: "
                 f"give a longer text or a smaller context"
             )
 
@@ -87,12 +105,12 @@ class CharDataset:
 
     @property
     def stoi(self) -> dict[str, int]:
-        """Character to token id."""
+        """Character to token id; of characters only."""
         return self.tokenizer.stoi
 
     @property
     def itos(self) -> dict[int, str]:
-        """Token id to character."""
+        """Token id to character; of characters only."""
         return self.tokenizer.itos
 
     def __len__(self) -> int:
@@ -111,20 +129,12 @@ class CharDataset:
         return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
 
-def encode_fast(text: str, tokenizer) -> torch.Tensor:
-    """`tokenizer.encode(text)`, of characters as one table look-up: token ids, uint8 or int32, whichever is enough.
+class CharDataset(TokenDataset):
+    """The examples of a text that is in memory; `tokenizer` is the vocabulary (default: its own characters, sorted)."""
 
-    Raises the tokenizer's own ValueError for characters that it does not have.
-    """
-    if not isinstance(tokenizer, CharTokenizer):
-        return torch.tensor(tokenizer.encode(text), dtype=torch.int32)
-    table = np.full(0x110000, -1, dtype=np.int32)
-    for character, token in tokenizer.stoi.items():
-        table[ord(character)] = token
-    tokens = table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)]
-    if tokens.size and tokens.min() < 0:
-        tokenizer.encode(text)
-    return torch.from_numpy(tokens.astype(np.uint8) if tokenizer.vocab_size <= 256 else tokens)
+    def __init__(self, text: str, block_size: int, tokenizer=None):
+        tokenizer = CharTokenizer.from_text(text or " ") if tokenizer is None else tokenizer
+        super().__init__(as_tensor(encoder(tokenizer)(text), tokenizer.vocab_size), block_size, tokenizer)
 
 
 def training_batches(dataset, batch_size: int, seed: int, first_batch: int = 0, num_workers: int = 0):
@@ -159,8 +169,3 @@ def _batch_indices(length, batch_size, seed, batch):
     while True:
         yield from stream(batch * batch_size, 64 * batch_size, length, seed).reshape(64, batch_size).tolist()
         batch += 64
-
-
-def fingerprint(text: str) -> str:
-    """SHA-256 of a text, by which a later command knows that it has not changed."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -2,13 +2,14 @@
 
     python -m train.evaluate --checkpoint runs/first/best
     python -m train.evaluate --checkpoint runs/first/best --stride 16 --data other.txt
-    python -m train.evaluate --checkpoint imported/gpt2 --data my.txt --context-size 256
+    python -m train.evaluate --checkpoint imported/gpt2 --val-data my.txt --context-size 256
 
-The held-out text is the last 10 % of the text the checkpoint was trained on, or of --data. A token is a character, or
-what an imported vocabulary has. They are read in contexts of the model's own length, `stride` tokens apart. By default
-these do not overlap, as in nanoGPT's estimate: the first token of a context is predicted from one token only, the last
-from all of them. A smaller stride gives every token at least (context - stride + 1) to look back on, and a lower loss,
-for context / stride times the work. The last line of stdout is one JSON object.
+The held-out text is that of the training run (its --val-data, or the last 10 % of its text, which must be unchanged);
+the last 10 % of --data; or all of --val-data. It is read in contexts of the model's own length, `stride` tokens apart.
+By default these do not overlap, as in nanoGPT's estimate: the first token of a context is predicted from one token
+only, the last from all of them. A smaller stride slides the context: every token has at least (context - stride + 1)
+to look back on, and the loss is lower, for context / stride times the work. Bits per character and per byte compare
+models of different vocabularies. The last line of stdout is one JSON object.
 """
 
 import dataclasses
@@ -25,8 +26,9 @@ from model import CharTokenizer, from_pretrained
 
 from .checkpoint import read_facts
 from .config import resolve_device
-from .data import encode_fast, fingerprint, load_text, split
+from .corpus import Corpus
 from .flags import Parser, add_flags, from_flags, option
+from .tokens import Encoded, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class EvaluateConfig:
 
     checkpoint: str | None = option(None, "model directory, such as runs/first/best")
     data: str | None = option(None, "text whose last 10 % is read, as in training (none: that of the training run)")
+    val_data: str | None = option(None, "text that is read as a whole; a file, a folder or a glob as in training")
+    token_cache: str | None = option(None, "directory for the tokens of long texts (none: ~/.cache/sliding-gqa)")
     stride: int | None = option(None, "tokens from one context to the next (none: the context size, no overlap)")
     context_size: int | None = option(None, "tokens in a context (none: the model's own context length)")
     batch_size: int = option(64, "contexts in a batch, fewer where their logits would take more than 1 GB")
@@ -44,6 +48,8 @@ class EvaluateConfig:
     def __post_init__(self):
         if self.checkpoint is None:
             raise ValueError("--checkpoint is missing: name a model directory, such as runs/first/best")
+        if self.data is not None and self.val_data is not None:
+            raise ValueError("data and val_data are both given: one of them says what is read")
         for name in ("batch_size", "context_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
@@ -61,8 +67,9 @@ def evaluate(
 ) -> dict:
     """Mean loss of predicting tokens[1:], each exactly once, from the tokens before it in its context.
 
-    tokens (N,) integers, N >= 2; context_size defaults to the model's context length; stride 1 .. context_size.
-    Returns targets (their number), loss (nats), perplexity and bits per token. The model is left in the mode it was in.
+    tokens (N,) integers or a TokenFile, N >= 2; context_size defaults to the model's context length; stride is 1 to
+    context_size. Returns targets (their number), loss (nats), perplexity and bits per token. The model is left in the
+    mode it was in.
     """
     length = model.config.context_length if context_size is None else context_size
     stride = length if stride is None else stride
@@ -72,12 +79,14 @@ def evaluate(
         raise ValueError(f"text has {len(tokens)} tokens, at least 2 are needed to predict one from another")
     batch_size = max(1, min(batch_size, 2**28 // (length * model.config.vocab_size)))
     device = next(model.parameters()).device
-    starts = torch.arange(0, max(1, len(tokens) - 1 - (length - stride)), stride)
+    starts = range(0, max(1, len(tokens) - 1 - (length - stride)), stride)
+    batches = (starts[first : first + batch_size] for first in range(0, len(starts), batch_size))
+    number = -(-len(starts) // batch_size)
     was_training = model.training
     model.eval()
     total, counted = 0.0, 0
-    for rows in tqdm(starts.split(batch_size), unit="batch", disable=not progress, mininterval=0.5):
-        x, y = _contexts(tokens, rows, length, stride)
+    for rows in tqdm(batches, total=number, unit="batch", disable=not progress, mininterval=0.5):
+        x, y = _contexts(tokens, torch.tensor(rows), length, stride)
         targets = int((y >= 0).sum())
         _, loss = model(x.to(device), y.to(device))
         total, counted = total + loss.double().item() * targets, counted + targets
@@ -111,13 +120,11 @@ def main(arguments: list[str] | None = None) -> int:
         model, tokenizer = from_pretrained(config.checkpoint, fused_kernels=config.fused_kernels, device=device)
         if tokenizer is None:
             raise ValueError(f"checkpoint {config.checkpoint} has no tokenizer.json, which turns text into tokens")
-        source, text = _text(config)
-        text = split(text)[1]
-        tokens = encode_fast(text, tokenizer)
+        source, part, held_out = held_out_text(config, tokenizer)
         began = time.perf_counter()
         result = evaluate(
             model,
-            tokens,
+            held_out.tokens,
             stride=config.stride,
             context_size=config.context_size,
             batch_size=config.batch_size,
@@ -129,32 +136,51 @@ def main(arguments: list[str] | None = None) -> int:
     length = config.context_size or model.config.context_length
     stride = config.stride or length
     # what the tokens spell that were predicted: all but the first
-    characters = len(text) - len(tokenizer.decode(tokens[:1]))
-    result["bits_per_character"] = result.pop("bits_per_token") * result["targets"] / characters
+    first = tokenizer.decode(held_out.tokens[:1].tolist())
+    first = "" if "\ufffd" in first else first  # a part of a character, whose rest was predicted
+    characters, size = held_out.characters - len(first), held_out.bytes - len(first.encode())
+    bits = result.pop("bits_per_token") * result["targets"]
+    result |= {"characters": characters, "bytes": size}
+    result |= {"bits_per_character": bits / characters, "bits_per_byte": bits / size}
     unit = "characters" if isinstance(tokenizer, CharTokenizer) else f"tokens ({characters:,} characters)"
-    print(f"{config.checkpoint} on the held-out part of {source}: {result['targets']:,} {unit}, each once, in")
+    print(f"{config.checkpoint} on {part} {source}: {result['targets']:,} {unit}, each once, in")
     print(f"contexts of {length}, {stride} apart, in {seconds:.1f} s")
     print(f"loss {result['loss']:.4f} nats, perplexity {result['perplexity']:.3f}, ", end="")
-    print(f"{result['bits_per_character']:.4f} bits per character")
+    print(f"{result['bits_per_character']:.4f} bits per character, {result['bits_per_byte']:.4f} per byte")
     about = {"checkpoint": str(config.checkpoint), "data": source, "context_length": length}
     print(json.dumps(about | {"stride": stride} | result | {"seconds": round(seconds, 2)}))
     return 0
 
 
-def _text(config) -> tuple[str, str]:
-    """(its name, the text) to take the held-out part of: --data, or what the checkpoint was trained on, unchanged."""
-    if config.data is not None:
-        return config.data, load_text(config.data)
-    trained_on = read_facts(Path(config.checkpoint)).get("run", {}).get("data")
-    if trained_on is None:
-        raise ValueError(f"checkpoint {config.checkpoint} does not say what text it saw: name one with --data")
-    text = load_text(trained_on["source"])
-    if fingerprint(text) != trained_on["sha256"]:
-        raise ValueError(
-            f"{trained_on['source']} is not the text this checkpoint was trained on, so its last 10 % may not be held "
-            f"out: name it with --data to evaluate on it all the same"
-        )
-    return trained_on["source"], text
+def held_out_text(config: EvaluateConfig, tokenizer) -> tuple[str, str, Encoded]:
+    """(where it is from, which part of that it is, its tokens): what --val-data, --data or the training run says.
+
+    Raises ValueError if the run does not say it, or its text is no longer what it was.
+    """
+    corpus = None
+    if config.val_data is not None:
+        source, whole = config.val_data, True
+    elif config.data is not None:
+        source, whole = config.data, False
+    else:
+        recorded = read_facts(Path(config.checkpoint)).get("run", {}).get("data")
+        if recorded is None:
+            raise ValueError(
+                f"checkpoint {config.checkpoint} does not say what text it saw: name one with --data or --val-data"
+            )
+        whole = recorded.get("validation") is not None
+        recorded = recorded["validation"] if whole else recorded
+        source = recorded["source"]
+        corpus = Corpus(source)
+        if corpus.scan.sha256 != recorded["sha256"]:
+            raise ValueError(
+                f"{source} is not the text this checkpoint was {'validated' if whole else 'trained'} on, so "
+                f"{'figures would not compare' if whole else 'its last 10 % may not be held out'}: name it with "
+                f"{'--val-data' if whole else '--data'} to evaluate on it all the same"
+            )
+    corpus = corpus or Corpus(source)
+    encoded = tokenize(corpus, tokenizer, 0 if whole else corpus.boundary(), cache=config.token_cache)
+    return source, "all of" if whole else "the held-out part of", encoded
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Text to batches: next-character targets, the split, the vocabulary, and every bad text in one clear line."""
+"""Text to batches: next-character targets, the split, the vocabulary, the order."""
 
 import pytest
 import torch
 
 from model import CharTokenizer
-from train.data import CharDataset, encode_fast, evaluation_batches, fingerprint, load_text, split, training_batches
+from train.data import CharDataset, evaluation_batches, split, training_batches
+from train.tokens import encoder
 
 TEXT = "When are you going\nto the play?\n"
 
@@ -44,7 +45,7 @@ def test_the_vocabulary_is_the_characters_of_the_text():
 @pytest.mark.parametrize("text", [TEXT, "naïve — 日本語 🎭 \U0010ffff", "".join(map(chr, range(32, 1000)))])
 def test_the_fast_encoding_is_the_tokenizers(text):
     tokenizer = CharTokenizer.from_text(text)
-    assert encode_fast(text, tokenizer).tolist() == tokenizer.encode(text)
+    assert encoder(tokenizer)(text).tolist() == tokenizer.encode(text)
 
 
 def test_characters_outside_a_given_vocabulary_are_named():
@@ -113,35 +114,3 @@ def test_evaluation_takes_the_same_examples_from_the_whole_text_every_time():
     assert torch.equal(first, torch.cat([x for x, _ in evaluation_batches(dataset, 3, 10)]))
     assert len(first) == 10 and first[0, 0] == 0 and first[-1, -1] == 198
     assert sum(len(x) for x, _ in evaluation_batches(dataset, 64, 10**6)) == len(dataset)
-
-
-def test_a_text_file_is_read_as_utf8_with_plain_newlines(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes(b"\xef\xbb\xbfna\xc3\xafve\r\nline\n")
-    assert load_text(str(path)) == "naïve\nline\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "error", "message"),
-    [
-        (None, FileNotFoundError, "does not exist: give a text file, or shakespeare or tinyshakespeare"),
-        (b"", ValueError, "is empty"),
-        (b"caf\xe9 noir", ValueError, r"is not UTF-8 text \(byte 0xe9 at offset 3\)"),
-    ],
-)
-def test_a_data_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, content, error, message):
-    path = tmp_path / "text.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(error, match=f"data file .*text.txt {message}") as raised:
-        load_text(str(path))
-    assert "\n" not in str(raised.value)
-
-
-def test_a_directory_is_no_text(tmp_path):
-    with pytest.raises(IsADirectoryError, match="is a directory: give one UTF-8 text file"):
-        load_text(str(tmp_path))
-
-
-def test_a_fingerprint_tells_texts_apart():
-    assert fingerprint(TEXT) == fingerprint(TEXT) != fingerprint(TEXT + " ")

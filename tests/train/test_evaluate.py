@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, CharTokenizer, GPTConfig, save_pretrained
-from train.data import CharDataset, encode_fast, split
+from train.data import CharDataset, split
 from train.evaluate import evaluate, main
+from train.tokens import fingerprint
 
 LENGTH = 8
 TEXT = "".join(" etaoinshrdlu\n"[(i * i + i // 7) % 14] for i in range(1500))
@@ -92,7 +93,7 @@ def test_the_last_line_is_one_json_object_about_the_held_out_text(checkpoint, mo
     text = str(tmp_path / "text.txt")
     assert main(["--checkpoint", checkpoint, "--data", text, "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    tokens = encode_fast(split(TEXT)[1], CharTokenizer.from_text(TEXT))
+    tokens = torch.tensor(CharTokenizer.from_text(TEXT).encode(split(TEXT)[1]))
     assert result["loss"] == pytest.approx(evaluate(model, tokens)["loss"], rel=1e-6)
     assert result["targets"] == 149 and result["stride"] == LENGTH and result["data"] == text
     assert result["bits_per_character"] == pytest.approx(result["loss"] / math.log(2))
@@ -136,8 +137,6 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, cap
 
 
 def test_the_training_text_is_found_again_and_must_be_unchanged(checkpoint, tmp_path, capsys):
-    from train.data import fingerprint
-
     data = {"source": str(tmp_path / "text.txt"), "sha256": fingerprint(TEXT)}
     (tmp_path / "model" / "training.json").write_text(json.dumps({"run": {"data": data}}))
     assert main(["--checkpoint", checkpoint, "--device", "cpu"]) == 0
@@ -148,4 +147,4 @@ def test_the_training_text_is_found_again_and_must_be_unchanged(checkpoint, tmp_
 
 def test_the_data_set_and_the_tokens_agree():
     dataset = CharDataset(TEXT, block_size=LENGTH)
-    assert torch.equal(dataset.tokens, encode_fast(TEXT, CharTokenizer.from_text(TEXT)))
+    assert dataset.tokens.tolist() == CharTokenizer.from_text(TEXT).encode(TEXT)

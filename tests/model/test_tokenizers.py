@@ -1,0 +1,120 @@
+"""Bytes and subwords: every text comes back, Hugging Face reads the files alike, and long texts may be cut."""
+
+import random
+
+import pytest
+
+from model import ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
+from model import tokenizer as module
+
+TEXT = "naïve — 日本語 🎭\n\ttabs  and   spaces\r\n<|endoftext|>It's 42 o'clock! \x00\x7f\xa0\xad"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """A byte-level BPE with GPT-2's words, of 400 tokens."""
+    pytest.importorskip("tokenizers")
+    from train.vocabulary import train_bpe
+
+    return train_bpe([TEXT, "the winter of our discontent, the summer of the sun, thereof the theme " * 5], 400)
+
+
+def test_a_byte_is_a_token_and_a_separator_is_one_too():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("aé<|endoftext|>b") == [97, 0xC3, 0xA9, 255, 98]
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+
+
+def test_streamed_bytes_are_characters_as_soon_as_they_are_whole():
+    tokenizer = ByteTokenizer()
+    assert list(tokenizer.stream([0xA9, 98, 0xC3, 255, 99], prompt=[0xC3])) == [
+        "é",
+        "b",
+        "",
+        "\ufffd<|endoftext|>",
+        "c",
+    ]
+    assert "".join(tokenizer.stream(tokenizer.encode(TEXT))) == TEXT
+
+
+def test_hugging_face_reads_the_file_of_bytes_to_the_same_numbers():
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(ByteTokenizer().to_json())
+    every_character = "".join(chr(i) for i in range(0x3000) if not 0xD800 <= i < 0xE000)
+    for text in (TEXT, every_character, "<|endoftext|>" * 3, " x"):
+        assert theirs.encode(text).ids == ByteTokenizer().encode(text)
+        assert theirs.decode(theirs.encode(text).ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("kind", ["characters", "bytes", "subwords"])
+def test_a_file_is_read_as_the_kind_it_is(tmp_path, kind, request):
+    tokenizer = {"characters": lambda: CharTokenizer.from_text(TEXT), "bytes": ByteTokenizer}.get(
+        kind, lambda: request.getfixturevalue("bpe")
+    )()
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    for place in (path, tmp_path):
+        loaded = load_tokenizer(place)
+        assert type(loaded) is type(tokenizer) and loaded.kind == kind
+        assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_every_text_can_be_written_in_pieces_of_words(bpe):
+    for text in (TEXT, "".join(map(chr, range(1, 2000)))):
+        assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.end_of_text == 0 and bpe.encode("a<|endoftext|>").count(0) == 1
+    assert len(bpe.encode(" the winter")) == 2
+
+
+def many_words(seed, count):
+    words = ["the", "winter", "of", "<|endoftext|>", "it's", "42", "naïve", "...", "\n\n", "日本語", "x" * 40, "  "]
+    chosen = random.Random(seed)
+    return "".join(chosen.choice(words) + chosen.choice([" ", " ", "\n", "", "   "]) for _ in range(count))
+
+
+def test_long_texts_are_encoded_in_parts_to_the_same_numbers(bpe, monkeypatch):
+    monkeypatch.setattr(module, "_PART", 600)
+    for seed in range(5):
+        text = many_words(seed, 2000)
+        assert len(list(bpe._parts(text))) > 1
+        assert bpe.encode(text) == bpe._encode([text])
+
+
+def test_a_cut_that_shows_is_not_taken(bpe):
+    """In GPT-2's words a run of spaces leaves its last one to the next word: between the spaces there is no cut."""
+    text = "the" + " " * 60 + "winter of our " * 30
+    at = bpe.cut(text)
+    assert bpe._encode([text[:at], text[at:]]) == bpe._encode([text])
+    assert text[at] == " " and text[at - 1] != " "
+
+
+def test_text_without_any_space_is_cut_too(bpe, monkeypatch):
+    monkeypatch.setattr(module, "_PART", 600)
+    text = "日本語の文章" * 500
+    assert 0 < bpe.cut(text) < len(text)
+    assert bpe.encode(text) == bpe._encode([text])
+
+
+def test_a_vocabulary_that_shows_every_cut_still_gives_the_text_back(monkeypatch):
+    """Metaspace puts a space before every text it encodes, so that no cut goes unseen."""
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    text = many_words(1, 500)
+    alphabet = sorted(set(text.replace(" ", "▁")) | {"▁"})
+    theirs.train_from_iterator(
+        [], tokenizers.trainers.BpeTrainer(vocab_size=200, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = SubwordTokenizer(theirs.to_str())
+    assert tokenizer.cut(text) == len(text)
+    monkeypatch.setattr(module, "_PART", 1000)
+    parts = [part for parts in tokenizer._parts(text) for part in parts]
+    assert "".join(parts) == text and len(parts) == -(-len(text) // 1000)
+
+
+def test_a_missing_tokenizer_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"other\.json does not exist"):
+        load_tokenizer(tmp_path / "other.json")

@@ -1,0 +1,175 @@
+"""The text that `--data` names, read as a stream: files of any size in bounded memory.
+
+    corpus = Corpus("shakespeare")          # or "tinyshakespeare", a UTF-8 file, a folder, a glob such as "books/*.txt"
+    corpus.scan.characters                  # one pass: size, fingerprint, the characters that occur
+    for piece in corpus.pieces(): ...       # the text in pieces; DOCUMENT_END stands between two documents
+
+Every file is a document, and so is a collection of plays. A folder means the .txt, .text and .md files in it and below
+it; files are taken in the order of their paths, empty ones left out. A byte order mark is dropped, and "\\r\\n" and
+"\\r" are read as "\\n". Positions count the characters of all documents, one after the other.
+"""
+
+import codecs
+import glob
+import hashlib
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from .shakespeare import COLLECTIONS, plays
+
+HELD_OUT = 0.1  # nanoGPT's split, so that losses on the same text compare
+DOCUMENT_END = None
+SUFFIXES = (".txt", ".text", ".md")
+
+_PIECE_BYTES = 2**20
+_BETWEEN_DOCUMENTS = b"\xff"  # no UTF-8 text has this byte, so the fingerprint also says where documents end
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a text finds. `alphabet` is the characters that occur, by code point."""
+
+    characters: int
+    bytes: int
+    sha256: str
+    alphabet: str
+
+
+class Corpus:
+    """The documents that a source names.
+
+    Raises OSError for files that cannot be read, ValueError for a source without text, ModuleNotFoundError where the
+    plays are not installed; `pieces` and `scan` raise ValueError for a file that is not UTF-8. All in one line.
+    """
+
+    def __init__(self, source: str):
+        if source in COLLECTIONS:
+            self.source, self.documents = source, [plays(source)]
+        else:
+            self.source, self.documents = str(Path(source).resolve()), _files(source)
+        self.name = source
+
+    @property
+    def size(self) -> int:
+        """Bytes of the documents, without reading them."""
+        return sum(len(each) if isinstance(each, str) else each.stat().st_size for each in self.documents)
+
+    def boundary(self, held_out: float = HELD_OUT) -> int:
+        """The position at which the held-out part begins: the last `held_out` of the characters."""
+        return int(self.scan.characters * (1 - held_out))
+
+    def pieces(self, start: int = 0, stop: int | None = None):
+        """The characters from `start` to before `stop` in pieces, with DOCUMENT_END between documents.
+
+        An end at `start` is left out and one at `stop` is not: parts that follow each other have each end once.
+        """
+        position = 0
+        for number, document in enumerate(self.documents):
+            if number > 0 and start < position and (stop is None or position <= stop):
+                yield DOCUMENT_END
+            for piece in _slices(document) if isinstance(document, str) else _read(document):
+                if stop is not None and position >= stop:
+                    return
+                if position + len(piece) > start:
+                    yield piece[max(0, start - position) : None if stop is None else stop - position]
+                position += len(piece)
+
+    @cached_property
+    def scan(self) -> Scan:
+        """One pass over the text."""
+        characters, size, digest, seen = 0, 0, hashlib.sha256(), np.zeros(0x110000, dtype=bool)
+        for piece in self.pieces():
+            if piece is DOCUMENT_END:
+                digest.update(_BETWEEN_DOCUMENTS)
+                continue
+            encoded = piece.encode()
+            digest.update(encoded)
+            characters, size = characters + len(piece), size + len(encoded)
+            seen[code_points(piece)] = True
+        if characters == 0:
+            raise ValueError(f"data file {self.name} is empty: give a text of more characters than one context")
+        return Scan(characters, size, digest.hexdigest(), "".join(map(chr, np.flatnonzero(seen))))
+
+
+def code_points(text: str) -> np.ndarray:
+    """The number of every character (len(text),): uint8 of plain ASCII, else uint32."""
+    if text.isascii():
+        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def _files(source):
+    """The files of a path or a glob, in the order of their paths."""
+    path = Path(source)
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES]
+        wanted = f"a file that ends in {', '.join(SUFFIXES)} (a glob such as '{source}/*.csv' takes others)"
+    elif path.exists() or not glob.has_magic(source):
+        found, wanted = [path], ""
+    else:
+        found, wanted = [Path(name) for name in glob.glob(source, recursive=True)], "a file of that pattern"
+    if not path.exists() and not wanted:
+        raise FileNotFoundError(
+            f"data file {source} does not exist: give a text file, a folder, a glob, or {' or '.join(COLLECTIONS)}"
+        )
+    if path.exists() and not wanted and not path.is_file():
+        raise ValueError(f"data {source} is no regular file, which can be read twice: write the text into one")
+    files = sorted((file for file in found if file.is_file()), key=lambda file: file.parts)
+    if not files:
+        raise FileNotFoundError(f"data {source} does not hold {wanted}")
+    return files if len(files) == 1 else [file for file in files if file.stat().st_size > 0] or files[:1]
+
+
+def _slices(text):
+    return (text[start : start + _PIECE_BYTES] for start in range(0, len(text), _PIECE_BYTES))
+
+
+def _read(path):
+    """The text of a file in pieces."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    try:
+        with open(path, "rb") as file:
+            while True:
+                block = file.read(_PIECE_BYTES)
+                try:
+                    piece = decoder.decode(block, final=not block)
+                except UnicodeDecodeError as error:
+                    # what it decoded is the end of what was read: this block, after what the one before left over
+                    offset = file.tell() - len(error.object) + error.start
+                    raise ValueError(
+                        f"data file {path} is not UTF-8 text (byte {error.object[error.start]:#04x} at offset "
+                        f"{offset}): convert it, for example with iconv -t utf-8"
+                    ) from None
+                if piece:
+                    yield piece
+                if not block:
+                    return
+    except OSError as error:
+        raise type(error)(f"data file {path} cannot be read: {error.strerror}") from None
+
+
+def require_unchanged(recorded: dict, current: dict) -> None:
+    """Raises ValueError unless the texts and the vocabulary of two records (`TextData.record`) are the same.
+
+    What the older one does not say is not compared, and the place a text lies in does not matter.
+    """
+    for name, flag in ((None, "--data"), ("validation", "--val-data")):
+        old, new = (record if name is None else record.get(name) for record in (recorded, current))
+        if (old is None) != (new is None):
+            raise ValueError(f"this run was made {'with' if old else 'without'} {flag}: go on in the same way")
+        if old is not None and old["sha256"] != new["sha256"]:
+            sizes = f"{old['characters']:,} characters then, {new['characters']:,} now"
+            raise ValueError(
+                f"{flag} {new['source']} is not the text this run was made with ({sizes}, SHA-256 "
+                f"{old['sha256'][:8]} and {new['sha256'][:8]}): bring that one back, or begin a new run"
+            )
+    old, new = recorded.get("vocabulary"), current.get("vocabulary")
+    if old is not None and old["sha256"] != new["sha256"]:
+        raise ValueError(
+            f"the vocabulary is not the one this run was made with ({old['kind']} of {old['size']:,} then, "
+            f"{new['kind']} of {new['size']:,} now): give the same --embedding-type, --vocab-size and --tokenizer"
+        )

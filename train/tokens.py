@@ -1,0 +1,226 @@
+"""Text to tokens, once: in memory if there are few, else in a file that is mapped when it is read.
+
+    encoded = tokenize(corpus, tokenizer, stop=corpus.boundary())
+    encoded.tokens[positions]                # int64, whatever they are stored as
+
+Both the text and the tokens pass through in pieces, so that memory does not grow with them. A token file is named
+after what it is made from: the text's SHA-256, which part of it, and the vocabulary. Whoever needs the same tokens
+again finds them; a changed text or vocabulary has another name. Files lie in `default_cache()`, and may be removed at
+any time.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model.files import replacing
+from model.tokenizer import ByteTokenizer, CharTokenizer
+
+from .corpus import DOCUMENT_END, Corpus, code_points
+
+VERSION = 1  # of the files' content: a new number makes all of them anew
+CACHE = "sliding-gqa"
+# Texts up to this size, in bytes, are encoded in memory at every start: half a second for characters. Subwords cost
+# 50 times as much.
+IN_MEMORY = {"characters": 2**25, "bytes": 2**25, "subwords": 2**20}
+_LEAST_TO_CUT = 2**16  # characters
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a part of a text, and how many characters and bytes of UTF-8 they spell (separators not counted).
+
+    tokens: a torch tensor or a `TokenFile`, (N,); indexed with positions, of any shape, both give their tokens.
+    """
+
+    tokens: "torch.Tensor | TokenFile"
+    characters: int
+    bytes: int
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/sliding-gqa, or ~/.cache/sliding-gqa."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
+
+
+def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None, *, cache=None) -> Encoded:
+    """The tokens of the characters from `start` to before `stop`, with the separator between documents.
+
+    cache: the directory of token files (None: `default_cache()`). Raises ValueError for text that the tokenizer cannot
+    encode, and for files that change meanwhile; OSError where the token file cannot be written.
+    """
+    stop = corpus.scan.characters if stop is None else stop
+    if corpus.scan.bytes <= IN_MEMORY[tokenizer.kind]:
+        return _in_memory(corpus, tokenizer, start, stop)
+    directory = default_cache() if cache is None else Path(cache)
+    made_from = [VERSION, corpus.scan.sha256, start, stop, fingerprint(tokenizer.to_json())]
+    path = directory / f"{fingerprint(json.dumps(made_from))[:32]}.tokens"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _only_one(path.with_suffix(".lock")):  # of the processes of a run one makes the file, the others wait
+            return _read(path) or _write(path, corpus, tokenizer, start, stop)
+    except OSError as error:
+        if error.errno is None:  # of the text: it says so already
+            raise
+        raise type(error)(
+            f"token file {path} cannot be written: {error.strerror} (--token-cache names another directory)"
+        ) from None
+
+
+class TokenFile:
+    """A file of tokens, (N,), read like a tensor: file[positions] and file[start:stop] are int64 tensors.
+
+    The file is mapped anew for every read: pages that were read once would otherwise stay in the process, which after
+    an epoch would hold all of them. It is kept open, so that it may be removed meanwhile.
+    """
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype = Path(path), np.dtype(dtype)
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._length = os.fstat(self._file.fileno()).st_size // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index) -> torch.Tensor:
+        if torch.is_tensor(index):
+            index = index.numpy()
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            view = np.frombuffer(mapped, dtype=self.dtype)
+            try:
+                return torch.from_numpy(np.asarray(view[index], dtype=np.int64).copy())
+            finally:
+                del view  # a map that is looked at cannot be closed
+
+    def __reduce__(self):
+        return TokenFile, (self.path, self.dtype.str)
+
+
+def encode_stream(tokenizer, pieces):
+    """Arrays of the tokens of `Corpus.pieces`: those of each document as a whole, wherever the pieces were cut.
+
+    Where documents meet comes the tokenizer's <|endoftext|>, if it has one.
+    """
+    encode, rest = encoder(tokenizer), ""
+    for piece in pieces:
+        if piece is DOCUMENT_END:
+            yield encode(rest)
+            rest = ""
+            if tokenizer.end_of_text is not None:
+                yield np.array([tokenizer.end_of_text])
+            continue
+        rest += piece
+        if len(rest) >= _LEAST_TO_CUT:
+            at = tokenizer.cut(rest)
+            yield encode(rest[:at])
+            rest = rest[at:]
+    yield encode(rest)
+
+
+def encoder(tokenizer):
+    """A function from a text to the array (N,) of its tokens; for characters it is one table look-up.
+
+    It raises the tokenizer's own ValueError for characters that the vocabulary does not have.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return lambda text: np.frombuffer(tokenizer.encode_to_bytes(text), dtype=np.uint8)
+    if not isinstance(tokenizer, CharTokenizer):
+        return lambda text: np.array(tokenizer.encode(text), dtype=np.int32)
+    table = np.full(0x110000, -1, dtype=np.int32)
+    for character, token in tokenizer.stoi.items():
+        table[ord(character)] = token
+
+    def encode(text):
+        tokens = table[code_points(text)]
+        if tokens.size and tokens.min() < 0:
+            tokenizer.encode(text)
+        return tokens
+
+    return encode
+
+
+def as_tensor(tokens: np.ndarray, vocab_size: int) -> torch.Tensor:
+    """The tokens as a tensor in memory: uint8 or int32, since torch can do little with uint16."""
+    return torch.from_numpy(tokens.astype(np.uint8 if vocab_size <= 2**8 else np.int32))
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """The smallest integers that hold every token."""
+    return np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.int32)
+
+
+def fingerprint(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _counted(pieces, counts, bar=None):
+    """The same pieces; counts [characters, bytes] grows with them."""
+    for piece in pieces:
+        if piece is not DOCUMENT_END:
+            counts[0] += len(piece)
+            counts[1] += len(piece) if piece.isascii() else len(piece.encode())
+            if bar is not None:
+                bar.update(len(piece))
+        yield piece
+
+
+def _in_memory(corpus, tokenizer, start, stop):
+    counts = [0, 0]
+    parts = list(encode_stream(tokenizer, _counted(corpus.pieces(start, stop), counts)))
+    _check_length(corpus, counts[0], stop - start)
+    return Encoded(as_tensor(np.concatenate(parts), tokenizer.vocab_size), *counts)
+
+
+def _write(path, corpus, tokenizer, start, stop):
+    """Encodes into the file, then writes what it holds beside it: a token file without that does not count."""
+    counts, count, dtype = [0, 0], 0, smallest_dtype(tokenizer.vocab_size)
+    with (
+        replacing(path, path.with_suffix(".json")) as (temporary, about),
+        tqdm(total=stop - start, unit="char", unit_scale=True, desc="making tokens", leave=False) as bar,
+    ):
+        with open(temporary, "wb") as file:
+            for part in encode_stream(tokenizer, _counted(corpus.pieces(start, stop), counts, bar)):
+                file.write(part.astype(dtype).tobytes())
+                count += len(part)
+        _check_length(corpus, counts[0], stop - start)
+        facts = {"source": corpus.source, "sha256": corpus.scan.sha256, "start": start, "stop": stop}
+        facts |= {"tokens": count, "dtype": dtype.str, "characters": counts[0], "bytes": counts[1]}
+        about.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return _read(path)
+
+
+def _read(path):
+    """What was written; None if there is nothing, or not all of it."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        tokens = TokenFile(path, facts["dtype"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return Encoded(tokens, facts["characters"], facts["bytes"]) if len(tokens) == facts["tokens"] else None
+
+
+def _check_length(corpus, found, wanted):
+    if found != wanted:
+        raise ValueError(f"data {corpus.name} changed while it was read: begin again when it is whole")
+
+
+@contextmanager
+def _only_one(path):
+    """Holds the lock of this name, after whoever has it; on systems without such locks, nothing."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
