@@ -4,15 +4,17 @@
     logits, loss = model(tokens, targets)
     for token in generate(model, prompt, 100, top_k=10): ...
 
-gpt.py is the model. kv_cache.py is what it remembers while it writes, steps.py and token_step.py make one token after
-the other, sampling.py chooses them, sample.py is the command.
+gpt.py is the model. kv_cache.py is what it remembers while it writes, steps.py and token_step.py bring the logits of
+one token after the other, choosing.py picks it, stopping.py sees the end, sampling.py is all of it, sample.py the
+command.
 """
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
+from .choosing import Choice, min_p_logits, penalized_logits, top_k_logits, top_p_logits
 from .config import ARCHITECTURES, GPTConfig
 from .gpt import GPT
 from .kv_cache import KVCache
-from .sampling import generate, sample, top_k_logits, top_p_logits
+from .sampling import generate, sample
 from .tokenizer import ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
 
 __all__ = [
@@ -21,12 +23,15 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "CheckpointError",
+    "Choice",
     "GPTConfig",
     "KVCache",
     "SubwordTokenizer",
     "from_pretrained",
     "generate",
     "load_tokenizer",
+    "min_p_logits",
+    "penalized_logits",
     "sample",
     "save_pretrained",
     "top_k_logits",

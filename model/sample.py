@@ -2,6 +2,7 @@
 
     python -m model.sample --checkpoint runs/shakespeare/best --prompt "ROMEO:" --max-new-tokens 500
     python -m model.sample --checkpoint runs/shakespeare/best --temperature 0.8 --top-k 20 --seed 1 --num-samples 3
+    python -m model.sample --checkpoint runs/shakespeare/best --prompt "ROMEO:" --min-p 0.1 --stop-string "\\n\\n"
 
 The text goes to standard output as it is made, everything else to standard error. Exit status: 0; 2 for a wrong
 argument or model directory; 130 after Ctrl-C, which leaves what was written so far.
@@ -19,6 +20,7 @@ from kernels import resolve_backend
 
 from .checkpoint import from_pretrained
 from .sampling import generate, sample
+from .stopping import TextUntil
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,8 +48,29 @@ def make_parser():
     add("--temperature", type=float, default=1.0, metavar="T", help="above 1 more daring, below 1 safer, 0 greedy")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that hold probability P together")
+    add("--min-p", type=float, metavar="P", help="draw only from tokens with a share P of the likeliest's probability")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1 makes tokens that prompt or text have already less likely",
+    )
     add("--greedy", action="store_true", help="take the likeliest token every time")
     add("--seed", type=int, metavar="S", help="same text every time; sample i is drawn with seed S + i")
+    add(
+        "--stop-string",
+        action="append",
+        default=[],
+        dest="stop_strings",
+        metavar="TEXT",
+        help="end before this text; may be given several times; \\n is a line break",
+    )
+    add(
+        "--log-probabilities",
+        action="store_true",
+        help="a line a token instead of the text: the natural log of the model's probability for it, a tab, the token",
+    )
     add("--num-samples", type=int, default=1, metavar="N", help="texts to write, one after the other")
     add("--device", default="auto", help="auto is cuda if there is one, else cpu")
     add("--backend", default="auto", help="of the kernels: auto, triton, banded, reference")
@@ -66,35 +89,42 @@ def main(arguments=None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args([_with_hyphens(argument) for argument in arguments])
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal does not have becomes a question mark
-    written = 0
+    written = _Count()
+    text = None
     try:
         try:
-            samples = _prepare(options)
+            texts = _prepare(options, written)
         except (ValueError, RuntimeError, OSError) as error:
             parser.error(" ".join(str(error).split()))
         start = time.perf_counter()
-        for number, (prompt, pieces) in enumerate(samples, start=1):
+        for number, text in enumerate(texts, start=1):
             if options.num_samples > 1:
                 print(f"--- sample {number} of {options.num_samples}", file=sys.stderr, flush=True)
-            print(prompt, end="", flush=True)
-            for piece in pieces:
+            print("" if options.log_probabilities else options.prompt, end="", flush=True)
+            for piece in text:
                 print(piece, end="", flush=True)
-                written += 1
-            print(flush=True)
+            print(end="" if options.log_probabilities else "\n", flush=True)
     except KeyboardInterrupt:
-        print(flush=True)
-        print(f"interrupted after {written} tokens", file=sys.stderr)
+        print(getattr(text, "held", ""), flush=True)
+        print(f"interrupted after {written.tokens} tokens", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has seen enough; Python must not try to flush to it on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     seconds = time.perf_counter() - start
-    print(f"{written} tokens in {seconds:.1f} s ({written / max(seconds, 1e-9):,.0f} tokens/s)", file=sys.stderr)
+    rate = written.tokens / max(seconds, 1e-9)
+    print(f"{written.tokens} tokens in {seconds:.1f} s ({rate:,.0f} tokens/s)", file=sys.stderr)
     return 0
 
 
-def _prepare(options):
-    """[(prompt, iterator over the pieces of text that follow)], a pair a sample. Raises for what the user got wrong."""
+class _Count:
+    """How many tokens have been made, of all texts."""
+
+    tokens = 0
+
+
+def _prepare(options, written):
+    """An iterator over the pieces of text for each sample. Raises for what the user got wrong."""
     device = _device(options.device)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples is {options.num_samples}, expected at least 1")
@@ -107,6 +137,7 @@ def _prepare(options):
     if tokenizer is None:
         raise ValueError(f"{options.checkpoint} has no tokenizer.json, so no prompt can be read and no text written")
     prompt = torch.tensor([tokenizer.encode(options.prompt)], dtype=torch.long)
+    stop_strings = [string.replace("\\n", "\n") for string in options.stop_strings]
     streams = [
         generate(
             model,
@@ -115,8 +146,13 @@ def _prepare(options):
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
             greedy=options.greedy,
             seed=None if options.seed is None else options.seed + i,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            log_probabilities=options.log_probabilities,
         )
         for i in range(options.num_samples)
     ]
@@ -125,8 +161,33 @@ def _prepare(options):
         file=sys.stderr,
         flush=True,
     )
-    numbers = ((int(token) for token in stream) for stream in streams)
-    return [(options.prompt, tokenizer.stream(tokens, prompt[0].tolist())) for tokens in numbers]
+    make = _lines if options.log_probabilities else _text
+    return [make(stream, tokenizer, prompt[0].tolist(), stop_strings, written) for stream in streams]
+
+
+def _text(stream, tokenizer, prompt, stop_strings, written):
+    """The text as it comes, without the stop string."""
+    numbers = (int(token) for token in _counted(stream, written))
+    return TextUntil(tokenizer.stream(numbers, prompt), stop_strings)
+
+
+def _lines(stream, tokenizer, prompt, stop_strings, written):
+    """A line a token: its log-probability, and its text as Python writes it."""
+    found = []
+
+    def numbers():
+        for token, log_probability in _counted(stream, written):
+            found.append(float(log_probability))
+            yield int(token)
+
+    for piece in tokenizer.stream(numbers(), prompt):
+        yield f"{found.pop():.4f}\t{piece!r}\n"
+
+
+def _counted(stream, written):
+    for made in stream:
+        written.tokens += 1
+        yield made
 
 
 def _device(name):

@@ -7,12 +7,12 @@ A model with rotary positions goes on for as long as one likes: with a window, a
 Learned positions end at context_length; past it the model reads the last context_length tokens anew for every token.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
+from .choosing import Choice, Dice
 from .steps import NextLogits
+from .stopping import StopStrings
 
 NOTHING = -1  # what a finished row yields
 
@@ -25,20 +25,30 @@ def generate(
     temperature=1.0,
     top_k=None,
     top_p=None,
+    min_p=None,
+    repetition_penalty=1.0,
     greedy=False,
     seed=None,
     stop_tokens=(),
+    stop_strings=(),
+    tokenizer=None,
+    log_probabilities=False,
     prefill_chunk=128,
 ):
     """An iterator over the next tokens of each row: at most max_new_tokens tensors (B,) on the model's device.
 
     tokens         the prompts: (B, T) integers, or a list of B sequences that may differ in length; T is at least 1.
-    temperature    divides the logits; 0 takes the likeliest token, as greedy=True does.
-    top_k          draw from the k likeliest tokens only.
-    top_p          draw from the fewest tokens that have this probability together, in (0, 1]; applied after top_k.
-    seed           makes the same choice every time (for one device and batch); None is different every time.
+    temperature, top_k, top_p, min_p, repetition_penalty, greedy
+                   how a token is chosen: the fields of `Choice`.
+    seed           row i is drawn with seed + i, or a sequence of B seeds: a row makes the same choices every time (on
+                   one kind of device), whatever the other rows of its batch are. None is different every time.
     stop_tokens    a row that has drawn one of them is finished and yields -1 from then on; when all are, the iterator
                    ends.
+    stop_strings   texts that finish a row likewise: at the token that completes one. They need the `tokenizer`, and
+                   that the host looks at every token, for which a GPU has to wait.
+    log_probabilities
+                   True yields pairs (tokens, log-probabilities), both (B,): the natural logarithm of the probability
+                   that the model itself gave the token, before penalty, temperature and cuts; 0 for finished rows.
     prefill_chunk  prompt tokens that are read at once: memory grows with it, not with the prompt.
 
     Nothing is shared with other iterators or with torch's random state, and a model in training mode is evaluated and
@@ -49,29 +59,21 @@ def generate(
     _check_prompt(tokens, model.config.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature} is not a number of at least 0 (0 takes the likeliest token)")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} is below 1: it is how many tokens are left to draw from, or None for all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} is not in (0, 1]: it is the probability that is kept, 1 or None for all")
+    choice = Choice(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        greedy=greedy,
+    )
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk={prefill_chunk} is below 1")
-    generator = torch.Generator(device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
-
-    def choose(logits):  # (B, V) -> (B,)
-        if greedy or temperature == 0:
-            return logits.argmax(dim=-1)
-        # the largest logit becomes 0 first: a tiny temperature must not divide two of them to infinity
-        logits = (logits.float() - logits.max(dim=-1, keepdim=True).values) / temperature
-        logits = logits if top_k is None else top_k_logits(logits, top_k)
-        logits = logits if top_p is None else top_p_logits(logits, top_p)
-        return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator).squeeze(1)
-
-    stop_tokens = torch.as_tensor(list(stop_tokens), dtype=torch.long, device=device)
+    stops = _Stops(stop_tokens, stop_strings, tokenizer, tokens, padding)
+    dice = Dice(_seeds(seed, len(tokens)), device) if choice.draws else None
+    seen = None if repetition_penalty == 1 else _seen(tokens, padding, model.config.vocab_size)
     steps = NextLogits(model, tokens, padding, max_new_tokens, prefill_chunk)
-    return _stream(steps, choose, max_new_tokens, stop_tokens)
+    return _stream(steps, choice, dice, seen, stops, max_new_tokens, log_probabilities)
 
 
 def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_p=None, seed=None):
@@ -85,38 +87,71 @@ def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_
     return torch.cat([tokens, *(token[:, None].to(tokens) for token in new)], dim=1)
 
 
-def top_k_logits(logits, k):
-    """logits (..., V) with all but the k largest of each row set to -inf; those equal to the k-th stay."""
-    if k < 1:
-        raise ValueError(f"k={k} is below 1")
-    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < kth, float("-inf"))
-
-
-def top_p_logits(logits, p):
-    """logits (..., V) with all but the fewest tokens that hold probability p together set to -inf.
-
-    Nucleus sampling, arXiv:1904.09751. The token that crosses p stays, so that at least one does.
-    """
-    if not 0 < p <= 1:
-        raise ValueError(f"p={p} is not in (0, 1]")
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = F.softmax(ordered, dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens hold
-    ordered = ordered.masked_fill(before >= p, float("-inf"))
-    return torch.empty_like(logits).scatter_(-1, order, ordered)
-
-
-def _stream(steps, choose, max_new_tokens, stop_tokens):
-    finished = torch.zeros(steps.rows, dtype=torch.bool, device=stop_tokens.device)
+def _stream(steps, choice, dice, seen, stops, max_new_tokens, log_probabilities):
     new = None
     for _ in range(max_new_tokens):
-        new = choose(steps.first() if new is None else steps.after(new))
-        yield new.masked_fill(finished, NOTHING)
-        if len(stop_tokens):
-            finished = finished | torch.isin(new, stop_tokens)
-            if finished.all():
-                return
+        logits = steps.first() if new is None else steps.after(new)
+        new = choice(logits, dice, seen)
+        if seen is not None:
+            seen.scatter_(1, new[:, None], True)
+        shown = stops.hide(new, NOTHING)
+        if log_probabilities:
+            found = F.log_softmax(logits.float(), dim=-1).gather(1, new[:, None]).squeeze(1)
+            yield shown, stops.hide(found, 0.0)
+        else:
+            yield shown
+        if stops.all_after(new):
+            return
+
+
+class _Stops:
+    """Which rows of a batch are finished, by a stop token or a stop string."""
+
+    def __init__(self, tokens, strings, tokenizer, prompts, padding):
+        device = prompts.device
+        self.tokens = torch.as_tensor(list(tokens), dtype=torch.long, device=device)
+        self.strings = None
+        if strings:
+            if tokenizer is None:
+                raise ValueError(f"stop_strings={strings!r} need the tokenizer that writes the text: tokenizer=...")
+            rows = [row[pad:] for row, pad in zip(prompts.tolist(), padding.tolist(), strict=True)]
+            self.strings = StopStrings(strings, tokenizer, rows)
+        self.some = len(self.tokens) > 0 or self.strings is not None
+        self.finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+
+    def hide(self, x, instead):
+        """x (B,) with `instead` for the rows that are finished; always a tensor of its own."""
+        return x.masked_fill(self.finished, instead) if self.some else x.clone()
+
+    def all_after(self, new):
+        """Take note of the newest tokens (B,); whether every row is finished."""
+        if not self.some:
+            return False
+        if len(self.tokens):
+            self.finished = self.finished | torch.isin(new, self.tokens)
+        if self.strings is not None:
+            ended = self.strings.ended(new.tolist())
+            self.finished = self.finished | torch.tensor(ended, device=new.device)
+        return bool(self.finished.all())
+
+
+def _seeds(seed, rows):
+    """A seed for each row, None where there is none."""
+    if seed is None:
+        return [None] * rows
+    if isinstance(seed, int):
+        return [seed + row for row in range(rows)]
+    seeds = [int(s) for s in seed]
+    if len(seeds) != rows:
+        raise ValueError(f"seed has {len(seeds)} numbers, expected one for each of {rows} rows, or one number")
+    return seeds
+
+
+def _seen(tokens, padding, vocab_size):
+    """(B, V) bool: which tokens the prompt of each row has, its padding left out."""
+    own = torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
+    seen = torch.zeros(len(tokens), vocab_size, dtype=torch.int32, device=tokens.device)
+    return seen.scatter_add_(1, tokens.long(), own.int()) > 0
 
 
 def _left_padded(tokens, device):

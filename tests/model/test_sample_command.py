@@ -11,7 +11,7 @@ import torch
 from mixes import FIELDS, lively
 
 import model
-from model import GPT, CharTokenizer, GPTConfig, sample, save_pretrained
+from model import GPT, CharTokenizer, GPTConfig, generate, sample, save_pretrained
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = CharTokenizer("\n" + "".join(map(chr, range(40, 80))))
@@ -43,6 +43,37 @@ def test_the_command_writes_what_the_library_samples(capsys, checkpoint):
     assert (status, out) == (0, TOKENIZER.decode(expected[0]) + "\n")
     assert "rope-window-gqa" in err and "backend banded (Triton has no cpu backend) on cpu" in err
     assert "70 tokens in" in err
+
+
+def test_every_way_to_choose_has_its_flag(capsys, checkpoint):
+    flags = ("--min-p", "0.05", "--repetition-penalty", "1.4", "--top-p", "0.9", "--temperature", "2", "--seed", "4")
+    status, out, _ = run(capsys, "--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "60", *flags)
+    loaded, _ = model.from_pretrained(checkpoint)
+    options = dict(min_p=0.05, repetition_penalty=1.4, top_p=0.9, temperature=2.0, seed=4)
+    expected = generate(loaded, [TOKENIZER.encode("ABC")], 60, **options)
+    assert (status, out) == (0, "ABC" + TOKENIZER.decode(int(token) for token in expected) + "\n")
+
+
+def test_the_text_ends_before_the_first_stop_string(capsys, checkpoint):
+    arguments = ("--checkpoint", checkpoint, "--prompt", "A", "--max-new-tokens", "80", "--temperature", "9")
+    whole = run(capsys, *arguments, "--seed", "2")[1][1:-1]
+    string, later = whole[30:33], whole[50:53]
+    end = whole.index(string)
+    _, out, err = run(capsys, *arguments, "--seed", "2", "--stop-string", later, "--stop-string", string)
+    assert out == "A" + whole[:end] + "\n"
+    assert f"{end + 3} tokens in" in err  # and no more were made
+    found = whole.index("\n") if "\n" in whole else len(whole)
+    assert run(capsys, *arguments, "--seed", "2", "--stop-string", "\\n")[1] == "A" + whole[:found] + "\n"
+
+
+def test_log_probabilities_come_as_a_line_a_token(capsys, checkpoint):
+    arguments = ("--checkpoint", checkpoint, "--prompt", "A", "--max-new-tokens", "20", "--seed", "2")
+    text = run(capsys, *arguments)[1][1:-1]
+    lines = run(capsys, *arguments, "--log-probabilities")[1].splitlines()
+    loaded, _ = model.from_pretrained(checkpoint)
+    pairs = generate(loaded, [TOKENIZER.encode("A")], 20, seed=2, log_probabilities=True)
+    expected = [f"{found.item():.4f}\t{character!r}" for (_, found), character in zip(pairs, text, strict=True)]
+    assert lines == expected
 
 
 def test_underscores_and_hyphens_are_the_same_in_a_flags_name(capsys, checkpoint):
@@ -82,6 +113,9 @@ def test_several_samples_follow_each_other_with_seeds_of_their_own(capsys, check
         (["--temperature", "-1"], "temperature=-1.0 is not a number of at least 0"),
         (["--top-p", "1.5"], "top_p=1.5 is not in (0, 1]"),
         (["--top-k", "0"], "top_k=0 is below 1"),
+        (["--min-p", "-0.1"], "min_p=-0.1 is not in [0, 1]"),
+        (["--repetition-penalty", "0"], "repetition_penalty=0.0 is not a number above 0"),
+        (["--stop-string", ""], "stop_strings=[''] holds an empty one"),
         (["--max-new-tokens", "ten"], "argument --max-new-tokens: invalid int value: 'ten'"),
         (["--num-samples", "0"], "--num-samples is 0, expected at least 1"),
         (["--device", "toaster"], "toaster"),
@@ -143,6 +177,17 @@ def test_ctrl_c_keeps_what_there_is(checkpoint):
     assert process.returncode == 130
     assert start.startswith(b"ABC") and rest.endswith(b"\n")
     assert b"Traceback" not in err and b"interrupted after" in err
+
+
+def test_ctrl_c_shows_what_was_held_back_for_a_stop_string(capsys, checkpoint, monkeypatch):
+    def interrupted(*arguments, **options):
+        yield from torch.tensor([[TOKENIZER.stoi["B"]], [TOKENIZER.stoi["C"]]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("model.sample"), "generate", interrupted)
+    status, out, err = run(capsys, "--checkpoint", checkpoint, "--prompt", "A", "--stop-string", "CD")
+    assert (status, out) == (130, "ABC\n")
+    assert "interrupted after 2 tokens" in err
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(checkpoint):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from mixes import FIELDS, MIXES, lively
 
-from model import GPT, GPTConfig, generate, sample, top_k_logits, top_p_logits
+from model import GPT, CharTokenizer, GPTConfig, generate, penalized_logits, sample, top_k_logits, top_p_logits
 
 
 def make(name="rope-window-gqa", **kwargs):
@@ -94,6 +94,83 @@ def test_a_seed_repeats_itself_whatever_else_draws():
     torch.rand(3)
     for drawn, expected in zip(zip(*pairs, strict=True), alone, strict=True):
         assert torch.equal(torch.stack(drawn, dim=1), expected)
+
+
+def test_a_row_is_drawn_as_if_it_were_alone():
+    model = make()
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [1, 2, 3]]
+    options = {"top_p": 0.95, "repetition_penalty": 1.2}
+    together = tokens_of(generate(model, prompts, 300, seed=7, **options))  # more than a block of random numbers
+    for row, prompt in enumerate(prompts):
+        alone = tokens_of(generate(model, [prompt], 300, seed=7 + row, **options))
+        assert torch.equal(together[row], alone[0])
+    assert not torch.equal(together[0], together[3])  # the same prompt, another seed
+    same = tokens_of(generate(model, prompts, 300, seed=[7, 1, 2, 7], **options))
+    assert torch.equal(same[0], same[3]) and torch.equal(same[0], together[0])
+
+
+def test_a_row_is_finished_by_a_stop_string_across_tokens():
+    model, tokenizer = make(), CharTokenizer([chr(ord("A") + i) for i in range(41)])
+    prompts = [[1, 2], [3, 4, 5], [6]]
+    free = tokens_of(generate(model, prompts, 40, temperature=20.0, seed=3))
+    texts = [tokenizer.decode(row) for row in free]
+    strings = [texts[0][4:7], texts[1][20:22]]  # nothing tells that they come twice, so the end is looked for
+    ends = [min((text.find(s) + len(s) for s in strings if s in text), default=40) for text in texts]
+    options = {"temperature": 20.0, "seed": 3, "stop_strings": strings, "tokenizer": tokenizer}
+    stopped = tokens_of(generate(model, prompts, 40, **options))
+    assert ends[0] == 7 and ends[1] <= 22 < ends[2]
+    for row, expected, end in zip(stopped, free, ends, strict=True):
+        assert torch.equal(row[:end], expected[:end]) and row[end:].eq(-1).all()
+    two = tokens_of(generate(model, prompts[:2], 40, **options))
+    assert two.shape[1] == max(ends[:2])  # it ends with its last row
+
+
+def test_a_stop_string_that_the_prompt_ends_with_stops_nothing():
+    model, tokenizer = make(), CharTokenizer([chr(ord("A") + i) for i in range(41)])
+    text = tokenizer.decode(tokens_of(generate(model, [[1, 2]], 20, greedy=True))[0])
+    string = "BC" if "BC" not in text else pytest.fail("choose another prompt")
+    stopped = generate(model, [[1, 2]], 20, greedy=True, stop_strings=string, tokenizer=tokenizer)
+    assert tokenizer.decode(tokens_of(stopped)[0]) == text
+
+
+def test_log_probabilities_are_the_models_own_whatever_the_cuts():
+    model, options = make(), {"temperature": 3.0, "top_k": 5, "repetition_penalty": 1.5, "seed": 0}
+    prompt = torch.randint(41, (2, 12))
+    pairs = list(generate(model, prompt, 30, **options, log_probabilities=True))
+    tokens, found = (torch.stack(part, dim=1) for part in zip(*pairs, strict=True))
+    assert torch.equal(tokens, tokens_of(generate(model, prompt, 30, **options)))
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, tokens], dim=1))[0][:, 11:-1]
+    expected = logits.log_softmax(dim=-1).gather(2, tokens[..., None]).squeeze(2)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    stop = int(tokens[0, 3])
+    cut = list(generate(model, prompt, 30, **options, stop_tokens=[stop], log_probabilities=True))
+    assert cut[-1][1][0] == 0 == cut[-1][0][0] + 1  # a finished row: -1, with log-probability 0
+
+
+@torch.no_grad()
+def test_a_repetition_penalty_counts_prompt_and_text_of_the_row_but_not_its_padding():
+    model = make()
+    prompts = [[4, 0, 9, 1, 1, 30], [5]]  # the second row is padded with zeros
+    together = tokens_of(generate(model, prompts, 30, greedy=True, repetition_penalty=3.0))
+    for row, text in zip(together, prompts, strict=True):
+        length = len(text)
+        for _ in range(30):
+            logits = model(torch.tensor([text]))[0][:, -1]
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            seen[0, text] = True
+            text = [*text, int(penalized_logits(logits, seen, 3.0).argmax())]
+        assert row.tolist() == text[length:]
+
+
+def test_a_token_that_is_changed_by_its_reader_changes_nothing():
+    model = make()
+    prompt = torch.randint(41, (2, 4))
+    drawn = []
+    for token in generate(model, prompt, 20, greedy=True):
+        drawn.append(token.clone())
+        token.fill_(0)
+    assert torch.equal(torch.stack(drawn, dim=1), sample(model, prompt, 20)[:, 4:])
 
 
 def test_without_a_seed_every_text_is_different_and_torchs_state_is_left_alone():
@@ -222,6 +299,11 @@ def test_generation_under_autocast_and_in_bfloat16():
         ([[1]], {"top_k": 0}, "top_k=0 is below 1"),
         ([[1]], {"top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
         ([[1]], {"top_p": 1.1}, r"top_p=1.1 is not in \(0, 1\]"),
+        ([[1]], {"min_p": 1.5}, r"min_p=1.5 is not in \[0, 1\]"),
+        ([[1]], {"repetition_penalty": 0}, "repetition_penalty=0 is not a number above 0"),
+        ([[1], [2]], {"seed": [1, 2, 3]}, "seed has 3 numbers, expected one for each of 2 rows"),
+        ([[1]], {"stop_strings": ["A"]}, "need the tokenizer that writes the text: tokenizer=..."),
+        ([[1]], {"stop_strings": [""], "tokenizer": CharTokenizer("AB")}, r"stop_strings=\[''\] holds an empty one"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0 is below 1"),
     ],
