@@ -3,6 +3,8 @@
     python -m train --fused-kernels                       # Shakespeare's plays, minutes on two CPU cores
     python -m train --fused-kernels --data my.txt --context-size 256 --window 64 --max-steps 5000 --out-dir runs/mine
     python -m train --architecture original               # GPT-2 in plain PyTorch, to compare with
+    python -m train --fused-kernels --data 'books/*.txt' --embedding-type bpe --vocab-size 8192
+    python -m train --fused-kernels --random-config --seed 7                     # a model of any kind
     python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # train a model on
 
 The run directory holds the best and the last checkpoint, the curves and the settings (train/checkpoint.py). Ctrl-C
@@ -23,6 +25,7 @@ from model import GPT, CharTokenizer, from_pretrained, generate
 from .config import RunConfig, TrainerConfig, resolve_device
 from .data import TextData, TokenDataset, load_data
 from .flags import Parser, add_flags, from_flags, given
+from .random_config import as_flags, random_config
 from .trainer import Trainer, TrainingFailed
 from .vocabulary import given_tokenizer
 
@@ -61,6 +64,8 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     """
     device = resolve_device(config.device)
     backend = resolve_backend(run.backend, device) if run.fused_kernels else None
+    if run.random_config:
+        run = random_config(run, config.seed, stated)
     if run.init_from is None:
         run.model_config(vocab_size=1)  # what is wrong with the sizes is said before a long text is read
         model, tokenizer = None, None if run.tokenizer is None else given_tokenizer(run.tokenizer)
@@ -159,6 +164,8 @@ def _first_lines(run, trainer, backend, data):
     heads = f"{model.n_head} heads" + (f" on {model.n_kv_head} KV heads" if model.n_kv_head < model.n_head else "")
     window = f", window {model.window}" if model.window is not None else ""
     window += f" in layers {model.window_pattern}" if window and "L" in model.window_pattern else ""
+    if run.random_config:
+        yield "drawn", f"with seed {config.seed}: {as_flags(run)}"
     yield "model", f"{model.architecture}: {trainer.model.num_parameters():,} parameters"
     yield "", f"{model.n_layer} layers, width {model.d_model}, {heads}, context {model.context_length}{window}"
     if backend is not None:

@@ -125,6 +125,9 @@ class RunConfig:
     token_cache: str | None = option(
         None, "directory for the tokens of long texts, which are made once (none: ~/.cache/sliding-gqa)"
     )
+    random_config: bool = option(
+        False, "draw architecture and sizes of the model from the seed; flags that are stated stay as they are"
+    )
     init_from: str | None = option(
         None, "model directory to train on from: its weights, sizes and vocabulary (none: a new model)"
     )
@@ -145,6 +148,8 @@ class RunConfig:
             raise ValueError(f"backend {self.backend} is one of the fused kernels: add --fused-kernels")
         if self.embedding_type == "shakesperean":
             object.__setattr__(self, "embedding_type", "shakespearean")
+        if self.random_config and self.init_from is not None:
+            raise ValueError("random_config draws the sizes of a new model: not with --init-from")
         if self.vocab_size is not None and self.embedding_type != "bpe":
             raise ValueError(f"vocab_size is {self.vocab_size}, but only --embedding-type bpe can choose its size")
         if self.tokenizer is not None and (self.vocab_size is not None or self.embedding_type == "byte"):
