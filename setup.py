@@ -22,6 +22,7 @@ setup(
     extras_require={
         "test": ["pytest", "ruff", "transformers>=5.4", "tokenizers"],
         "bench": ["transformers>=5.4", "local-attention"],
+        "tensorboard": ["tensorboard"],
         "hf": ["transformers>=5.4", "tokenizers"],
     },
 )

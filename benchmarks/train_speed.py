@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from cards import peak_of
 from measure import alternate, peak_memory, shown, three_digits
 
-from kernels.attention import visible_pairs
 from model import GPT, GPTConfig
 from train.config import RunConfig, TrainerConfig
+from train.flops import flops_a_token
 from train.optim import make_optimizer
 
 VOCABULARY = 76  # different characters of Shakespeare's plays, which `python -m train` trains on
@@ -230,17 +230,6 @@ def disagreement(row, expected, tolerance):
         if not abs(row[key] - expected[key]) <= allowed:
             return f"{key.replace('_', ' ')} {row[key]:.6f}, that of plain PyTorch is {expected[key]:.6f}"
     return None
-
-
-def flops_a_token(config):
-    """Of forward and backward: 6 a weight that is multiplied with, and the visible pairs' products."""
-    C, D, T = config.d_model, config.head_dim, config.context_length
-    weights = config.vocab_size * C
-    pairs = 0
-    for layer in range(config.n_layer):
-        weights += C * (config.n_head + 2 * config.n_kv_head) * D + C * C + 8 * C * C
-        pairs += config.n_head * visible_pairs(T, T, config.layer_window(layer))
-    return 6 * weights + 3 * 4 * D * pairs / T
 
 
 def add_figures(rows, times, config, peak):

@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 
 from kernels import resolve_backend
-from model import GPT, CharTokenizer, from_pretrained, generate
+from model import GPT, CharTokenizer, from_pretrained
 
 from .config import RunConfig, TrainerConfig, resolve_device
 from .data import TextData, TokenDataset, load_data
 from .flags import Parser, add_flags, from_flags, given
+from .passage import TEMPERATURE, passage
 from .random_config import as_flags, random_config
 from .trainer import Trainer, TrainingFailed
 from .vocabulary import given_tokenizer
 
 SAMPLE_TOKENS = 500
-TEMPERATURE, TOP_K = 0.8, 40
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,15 +137,11 @@ def best_checkpoint(trainer: Trainer) -> Path:
 
 
 def write_passage(checkpoint: Path, trainer: Trainer) -> None:
-    """Lets a checkpoint write, as it comes, after a line break if the vocabulary has one."""
+    """Lets a checkpoint write, as it comes."""
     model, tokenizer = from_pretrained(checkpoint, device=trainer.device)
-    characters = isinstance(tokenizer, CharTokenizer)
-    prompt = [0] if characters and "\n" not in tokenizer.stoi else tokenizer.encode("\n") or [0]
-    tokens = torch.tensor([prompt], device=trainer.device)
-    seed = trainer.config.seed
-    print(f"\n{SAMPLE_TOKENS} {'characters' if characters else 'tokens'} by {checkpoint}:\n" + "-" * 80)
-    written = generate(model, tokens, SAMPLE_TOKENS, temperature=TEMPERATURE, top_k=TOP_K, seed=seed)
-    for piece in tokenizer.stream((int(token) for token in written), prompt):
+    unit = "characters" if isinstance(tokenizer, CharTokenizer) else "tokens"
+    print(f"\n{SAMPLE_TOKENS} {unit} by {checkpoint}:\n" + "-" * 80)
+    for piece in passage(model, tokenizer, SAMPLE_TOKENS, trainer.config.seed):
         print(piece, end="", flush=True)
     print("\n" + "-" * 80)
 

@@ -3,7 +3,8 @@
     runs/20260131-174500/
       run.json              command, versions, data, model and trainer settings
       metrics.jsonl         one JSON object a line, as the run goes
-      loss.png              the curves
+      loss.png              the curves: losses, learning rate, gradient norm
+      tensorboard/          the same for TensorBoard, with --tensorboard
       best/                 the weights with the lowest held-out loss, a model directory:
         config.json model.safetensors tokenizer.json      what model.from_pretrained reads
         training.json                                     step, losses, and the content of run.json
@@ -17,6 +18,8 @@ one.
 import json
 import platform
 import shutil
+import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import numpy
@@ -56,7 +59,18 @@ def versions() -> dict:
         "triton": triton_version,
         "numpy": numpy.__version__,
         "platform": platform.platform(),
+        "commit": _commit(),
     }
+
+
+@lru_cache
+def _commit() -> str | None:
+    """The commit of the code, "-dirty" behind it where the code has changed since; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def save_checkpoint(directory: Path, model, tokenizer, facts: dict, state: dict | None = None) -> None:

@@ -46,6 +46,9 @@ class TrainerConfig:
     weight_decay: float = option(0.1, "decay of matrices; biases and normalisation gains are not decayed")
     betas: tuple[float, float] = option((0.9, 0.99), "AdamW's averaging of gradients and of their squares")
     grad_clip: float | None = option(1.0, "largest norm of a step's gradient (none: any)")
+    ema_decay: float | None = option(
+        None, "evaluate and keep as best a running average of the weights, such as 0.99 (none: the weights themselves)"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the forward pass; weights stay fp32")
     compile: bool = option(False, "torch.compile the model: faster steps after a minute or so")
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)")
@@ -53,8 +56,10 @@ class TrainerConfig:
     num_workers: int = option(0, "processes that load items of data sets without a batch method (characters need none)")
     eval_every: int = option(250, "steps between evaluations on the held-out text")
     eval_examples: int = option(256, "held-out examples of one evaluation, spread evenly, always the same")
+    sample_tokens: int = option(100, "tokens of a text that the model writes at every evaluation (0: none)")
     save_every: int = option(500, "steps between saves of the last checkpoint")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
+    tensorboard: bool = option(False, "write curves and samples for TensorBoard too, into the run directory")
     out_dir: str | None = option(None, "run directory (none: the command makes runs/DATE-TIME, the library none)")
 
     def __post_init__(self):
@@ -62,7 +67,7 @@ class TrainerConfig:
             _at_least(1, name, getattr(self, name))
         for name in ("max_steps", "max_epochs", "final_tokens"):
             _at_least(1, name, getattr(self, name))
-        for name in ("warmup_steps", "warmup_tokens", "weight_decay", "num_workers", "seed"):
+        for name in ("warmup_steps", "warmup_tokens", "weight_decay", "num_workers", "seed", "sample_tokens"):
             _at_least(0, name, getattr(self, name))
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer is {self.optimizer!r}, wanted adamw or muon")
@@ -70,6 +75,8 @@ class TrainerConfig:
             raise ValueError(f"schedule is {self.schedule!r}, wanted cosine, linear or wsd")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction is {self.final_fraction}, wanted 0 to 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, wanted a number between 0 and 1, or None for no average")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, wanted a number above 0")
         if self.grad_clip is not None and not self.grad_clip > 0:

@@ -1,4 +1,4 @@
-"""Watching a run: the history (metrics.jsonl), the curves (loss.png) and the progress bar."""
+"""Watching a run: the history (metrics.jsonl) and the progress bar."""
 
 import json
 import math
@@ -7,17 +7,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .curves import draw
+
 
 class History:
     """What was measured, a dict at a time: kept in memory, and written to metrics.jsonl where there is a directory.
 
-    Training lines hold step, tokens, loss (the mean since the line before), learning_rate, grad_norm and
-    tokens_per_second; evaluation lines step, tokens and held_out_loss; both hold seconds since the start.
+    Training lines hold step, tokens, loss (the mean since the line before), learning_rate, grad_norm, tokens_per_second
+    and, where it is known, mfu, the share of the card's peak; evaluation lines step, tokens, held_out_loss and sample,
+    a text by the model. Both hold seconds since the start. `followers` are called with every line as it comes.
     """
 
     def __init__(self, directory: Path | None = None):
         self.lines = []
         self.directory = directory
+        self.followers = []
 
     def add(self, **values) -> None:
         # JSON has no NaN and no infinity
@@ -27,6 +31,8 @@ class History:
             # opened for each line: a stopped run loses none, and whoever follows the file sees them at once
             with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+        for follow in self.followers:
+            follow(values)
 
     def series(self, name: str) -> tuple[list, list]:
         """(steps, values) of the lines that hold `name`."""
@@ -34,23 +40,9 @@ class History:
         return [line["step"] for line in lines], [line[name] for line in lines]
 
     def plot(self) -> None:
-        """Draws loss.png anew; without a directory or without matplotlib, nothing."""
-        if self.directory is None:
-            return
-        try:
-            from matplotlib.figure import Figure  # no pyplot: it would choose a display, and keep every figure
-        except ImportError:
-            return
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(*self.series("loss"), color="tab:blue", linewidth=1, alpha=0.6, label="training")
-        axes.plot(*self.series("held_out_loss"), color="tab:red", marker="o", markersize=4, label="held out")
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        partial = self.directory / "loss.png.partial"
-        figure.savefig(partial, format="png", dpi=120)
-        partial.replace(self.directory / "loss.png")
+        """Draws loss.png anew; without a directory, nothing."""
+        if self.directory is not None:
+            draw(self, self.directory / "loss.png")
 
 
 def _is_no_number(value):
@@ -58,7 +50,7 @@ def _is_no_number(value):
 
 
 class ProgressBar:
-    """A bar on stderr: steps, loss, held-out loss, tokens/s, time left. In a file, a line every ten seconds."""
+    """A bar on stderr: steps, time left, loss, tokens/s, MFU on CUDA. In a file, a line every ten seconds."""
 
     def __init__(self, total: int, done: int = 0):
         interval = 0.2 if sys.stderr.isatty() else 10

@@ -10,16 +10,23 @@ A step is one update of the weights; what a run does at step n depends on the se
 
 import contextlib
 import math
+import textwrap
 import time
 
 import torch
 
+from model import GPT
+
 from .checkpoint import open_run_directory, save_checkpoint, versions
 from .config import TrainerConfig, resolve_device
 from .data import evaluation_batches, training_batches
+from .ema import AverageWeights
+from .flops import flops_a_token, peak_flops
 from .metrics import History, ProgressBar
 from .optim import learning_rate_at, make_optimizer
+from .passage import passage
 from .stop import StopRequest
+from .tensorboard import TensorBoard, require_tensorboard
 
 
 class TrainingFailed(RuntimeError):
@@ -41,6 +48,10 @@ class Trainer:
         self.device = resolve_device(config.device)
         if config.precision == "fp16" and self.device.type != "cuda":
             raise ValueError(f"precision fp16 needs a CUDA device, not {self.device}: take bf16 or fp32")
+        if config.tensorboard:
+            require_tensorboard()
+            if config.out_dir is None:
+                raise ValueError("tensorboard needs a run directory to write into: give out_dir")
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.tokenizer = getattr(train_dataset, "tokenizer", None)
 
@@ -53,6 +64,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             betas=config.betas,
         )
+        self.average = None if config.ema_decay is None else AverageWeights(self.model, config.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
 
         self.tokens_per_step = config.batch_size * config.grad_accumulation * len(train_dataset[0][0])
@@ -65,6 +77,9 @@ class Trainer:
         self.record = {"versions": versions(), "trainer": config.to_dict(), **(record or {})}
         self.out_dir = None if config.out_dir is None else open_run_directory(config.out_dir, self.record)
         self.history = History(self.out_dir)
+        if config.tensorboard:
+            self.history.followers.append(TensorBoard(self.out_dir, self.step))
+        self.peak_flops = peak_flops(self.device, config.precision) if isinstance(model, GPT) else None
 
     def train(self) -> None:
         """Trains to the end, or until SIGINT (Ctrl-C) or SIGTERM, which saves the last checkpoint and returns.
@@ -134,6 +149,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
         self.step += 1
         self._learning_rate = rate
 
@@ -142,6 +159,11 @@ class Trainer:
         loss = self._loss_sum.item() / self._losses
         now = time.perf_counter()
         speed = self._losses * self.tokens_per_step / self.config.grad_accumulation / (now - self._meter_started)
+        shown = {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"}
+        measured = {}
+        if self.peak_flops is not None:
+            measured["mfu"] = speed * flops_a_token(self.model.config) / self.peak_flops
+            shown["MFU"] = f"{measured['mfu']:.1%}"
         self.history.add(
             step=self.step,
             tokens=self.step * self.tokens_per_step,
@@ -149,9 +171,10 @@ class Trainer:
             learning_rate=self._learning_rate,
             grad_norm=self._grad_norm.item(),
             tokens_per_second=round(speed),
+            **measured,
             seconds=round(now - self._started, 3),
         )
-        bar.show(**{"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"})
+        bar.show(**shown)
         self._loss_sum.zero_()
         self._losses, self._meter_started = 0, now
         if not math.isfinite(loss):
@@ -161,24 +184,35 @@ class Trainer:
             )
 
     def _evaluate(self, bar) -> None:
-        """Held-out loss into history, bar and curves; the best weights so far into `best`."""
-        if self.test_dataset is not None:
-            began = time.perf_counter()
-            loss = self.held_out_loss()
-            self.history.add(
-                step=self.step,
-                tokens=self.step * self.tokens_per_step,
-                held_out_loss=loss,
-                seconds=round(time.perf_counter() - self._started, 3),
-            )
-            best = loss < self.best_held_out_loss and self.step > 0
+        """Held-out loss and a sample into history, bar and curves; the best weights so far into `best`."""
+        began = time.perf_counter()
+        # the average is what the run is for, if there is one: it is evaluated, it writes, and it is the best
+        with contextlib.nullcontext() if self.average is None else self.average.in_place():
+            seen = {} if self.test_dataset is None else {"held_out_loss": self.held_out_loss()}
+            if self.step > 0 and (text := self._sample()):
+                seen["sample"] = text
+            best = self.step > 0 and seen.get("held_out_loss", math.inf) < self.best_held_out_loss
+            if seen:
+                seconds = round(time.perf_counter() - self._started, 3)
+                self.history.add(step=self.step, tokens=self.step * self.tokens_per_step, **seen, seconds=seconds)
             if best:
-                self.best_held_out_loss = loss
+                self.best_held_out_loss = seen["held_out_loss"]
                 self._save("best")
+        if self.test_dataset is not None:
+            loss = seen["held_out_loss"]
             bar.show(**{"held out": f"{loss:.3f}"})
             bar.say(f"step {self.step:>6,}  held-out loss {loss:.4f}{'  best so far' if best else ''}")
-            self._meter_started += time.perf_counter() - began  # tokens/s are those of training
+        if "sample" in seen:
+            bar.say(textwrap.indent(seen["sample"], "    | ", lambda line: True))
+        self._meter_started += time.perf_counter() - began  # tokens/s are those of training
         self.history.plot()
+
+    def _sample(self) -> str:
+        """A short text by the model, the same for the same weights; "" if there is no tokenizer or none is wanted."""
+        if self.tokenizer is None or not self.config.sample_tokens or not isinstance(self.model, GPT):
+            return ""
+        with self._autocast():
+            return "".join(passage(self.model, self.tokenizer, self.config.sample_tokens, self.config.seed))
 
     def _save(self, name: str) -> None:
         """Writes the checkpoint `best` (weights) or `last` (also what going on needs)."""
@@ -197,6 +231,7 @@ class Trainer:
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             }

@@ -114,6 +114,8 @@ def test_the_schedule_is_in_tokens_however_the_warm_up_is_given():
         ("weight_decay", -0.1, "weight_decay is -0.1, wanted at least 0"),
         ("optimizer", "sgd", "optimizer is 'sgd', wanted adamw or muon"),
         ("schedule", "step", "schedule is 'step', wanted cosine, linear or wsd"),
+        ("ema_decay", 1.0, "ema_decay is 1.0, wanted a number between 0 and 1, or None"),
+        ("sample_tokens", -1, "sample_tokens is -1, wanted at least 0"),
         ("final_fraction", 1.5, "final_fraction is 1.5, wanted 0 to 1"),
     ],
 )

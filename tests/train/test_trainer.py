@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import threading
 
@@ -20,7 +21,8 @@ def tiny_trainer(seed=0, held_out=True, dataset=None, record=None, **settings):
     train_set = dataset or CharDataset(TEXT[:1500], block_size=16)
     test_set = CharDataset(TEXT[1500:], block_size=16, tokenizer=train_set.tokenizer) if held_out else None
     model = GPT(GPTConfig(vocab_size=train_set.vocab_size, **TINY), seed=seed)
-    settings = {"max_steps": 20, "batch_size": 4, "log_every": 1, "eval_every": 5, "device": "cpu"} | settings
+    defaults = {"max_steps": 20, "batch_size": 4, "log_every": 1, "eval_every": 5, "device": "cpu"}
+    settings = defaults | {"sample_tokens": 0} | settings
     return Trainer(model, train_set, test_set, TrainerConfig(seed=seed, **settings), record)
 
 
@@ -131,6 +133,7 @@ def test_a_run_directory_holds_settings_metrics_curves_and_both_checkpoints(tmp_
     run = json.loads((out / "run.json").read_text())
     assert run["command"] == "python -m train" and run["trainer"]["batch_size"] == 4
     assert run["versions"]["torch"] == torch.__version__
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", run["versions"]["commit"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == trainer.history.lines
     assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 5, 10, 15, 20]
