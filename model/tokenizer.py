@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 from .files import replacing
+from .subwords import END_OF_TEXT, SubwordTokenizer
 
 FILE = "tokenizer.json"
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for the token between documents
 EVERY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
@@ -171,102 +171,6 @@ def _byte_names():
 
 
 BYTES = _byte_names()
-
-
-class SubwordTokenizer:
-    """A tokenizer.json of any other kind (BPE, Unigram, WordPiece), run by Hugging Face's library `tokenizers`.
-
-    Special tokens are tokens like others: written out in a text they are encoded as such, and none is added. Long
-    texts are encoded in parts, cut where `cut` says: the library would take 190 bytes of memory a character.
-    """
-
-    kind = "subwords"
-
-    def __init__(self, text):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ValueError("it does not hold characters, and others need a package: pip install tokenizers") from None
-        self.text = text
-        try:
-            self._tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"it is damaged, or newer than the installed tokenizers ({error})") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest number: files may leave gaps."""
-        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
-
-    @property
-    def end_of_text(self) -> int | None:
-        """The number of <|endoftext|>, with which GPT-2 and StarCoder2 begin and end a document; None without it."""
-        return self._tokenizer.token_to_id(END_OF_TEXT)
-
-    def encode(self, text) -> list[int]:
-        """The numbers of the text's pieces. Raises ValueError for what the vocabulary has no piece for."""
-        tokens = []
-        for parts in self._parts(text):
-            tokens += self._encode(parts)
-        return tokens
-
-    def cut(self, text) -> int:
-        """The last place where the text can be cut so that its parts encode as the whole does; its end if it has none.
-
-        A place is tried by encoding the 128 characters on either side together and apart. Best is before the space
-        after a word. None is found with vocabularies that begin every text with a space of their own (Llama 2's), or
-        that join the whole text into one token: there a token at each cut may differ from those of the whole.
-        """
-        last = len(text) - _AROUND
-        spaces = [at for at in range(max(1, last - 4096), last) if text[at].isspace() and not text[at - 1].isspace()]
-        for at in (*reversed(spaces[-64:]), *range(last - 1, max(0, last - 64), -1)):
-            left, right = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
-            if self._encode([left, right]) == self._encode([left + right]):
-                return at
-        return len(text)
-
-    def _parts(self, text):
-        """Lists of a few parts of a text, short enough for the memory they take together."""
-        parts, start = [], 0
-        while len(text) - start > _PART:
-            stop = start + self.cut(text[start : start + _PART])
-            parts.append(text[start:stop])
-            start = stop
-            if len(parts) == _PARTS_AT_ONCE:
-                yield parts
-                parts = []
-        yield [*parts, text[start:]]
-
-    def _encode(self, texts):
-        """The numbers of texts, one text after the other."""
-        try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:
-            raise ValueError(f"the text cannot be encoded: {error}") from None
-        return [token for encoding in encodings for token in encoding.ids]
-
-    def decode(self, tokens) -> str:
-        """The text of a sequence (or 1-D tensor) of numbers."""
-        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
-
-    def stream(self, tokens, prompt=()):
-        """The text of each token as it comes, after those of `prompt`: "" while a character is not yet whole."""
-        from tokenizers.decoders import DecodeStream
-
-        decoder = DecodeStream(skip_special_tokens=False)
-        for token in prompt:  # what a token says can depend on the one before it, such as whether a space comes first
-            decoder.step(self._tokenizer, token)
-        return (decoder.step(self._tokenizer, token) or "" for token in tokens)
-
-    def to_json(self) -> str:
-        """The file's text, as it was read."""
-        return self.text
-
-
-_AROUND = 128
-_PART, _PARTS_AT_ONCE = 2**16, 8
 
 
 def load_tokenizer(place) -> CharTokenizer | ByteTokenizer | SubwordTokenizer:

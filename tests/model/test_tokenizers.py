@@ -1,11 +1,12 @@
 """Bytes and subwords: every text comes back, Hugging Face reads the files alike, and long texts may be cut."""
 
+import json
 import random
 
 import pytest
 
 from model import ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
-from model import tokenizer as module
+from model import subwords as module
 
 TEXT = "naïve — 日本語 🎭\n\ttabs  and   spaces\r\n<|endoftext|>It's 42 o'clock! \x00\x7f\xa0\xad"
 
@@ -78,7 +79,7 @@ def test_long_texts_are_encoded_in_parts_to_the_same_numbers(bpe, monkeypatch):
     for seed in range(5):
         text = many_words(seed, 2000)
         assert len(list(bpe._parts(text))) > 1
-        assert bpe.encode(text) == bpe._encode([text])
+        assert bpe.encode_to_bytes(text) == bpe._encode([text])
 
 
 def test_a_cut_that_shows_is_not_taken(bpe):
@@ -93,7 +94,52 @@ def test_text_without_any_space_is_cut_too(bpe, monkeypatch):
     monkeypatch.setattr(module, "_PART", 600)
     text = "日本語の文章" * 500
     assert 0 < bpe.cut(text) < len(text)
-    assert bpe.encode(text) == bpe._encode([text])
+    assert bpe.encode_to_bytes(text) == bpe._encode([text])
+
+
+def test_words_end_where_the_library_ends_them_whatever_the_character():
+    tokenizers = pytest.importorskip("tokenizers")
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    for character in (chr(i) for i in range(1, 0x110000) if i < 0x3100 or (i % 307 == 0 and not 0xD800 <= i < 0xE000)):
+        for text in ("a.{0}b  {0} c", "{0}\n\n{0}{0}a {0}'s", "x{0} {0}  .{0}\t{0}"):
+            text = text.format(character)
+            words = module._WORDS.findall(text)
+            assert "".join(words) == text
+            assert [piece for word in words for piece, _ in split(word)] == [piece for piece, _ in split(text)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+        {"pre_tokenizer": None},
+        {"added_tokens": [(" of the ", {})]},
+        {"added_tokens": [("of", {"lstrip": True})]},
+        {"added_tokens": [("of", {"rstrip": True})]},
+        {"added_tokens": [("the", {"single_word": True})]},
+    ],
+    ids=str,
+)
+def test_vocabularies_that_look_past_a_word_are_not_taken_word_by_word(bpe, change):
+    description = json.loads(bpe.to_json())
+    if "added_tokens" in change:
+        ((content, flags),) = change["added_tokens"]
+        added = {**description["added_tokens"][0], "id": 400, "content": content, **flags}
+        change = {"added_tokens": [*description["added_tokens"], added]}
+    tokenizer = SubwordTokenizer(json.dumps(description | change))
+    assert bpe._known is not None and tokenizer._known is None
+    text = many_words(3, 300)
+    assert tokenizer.encode_to_bytes(text) == tokenizer._encode([text])
+
+
+def test_words_are_remembered_up_to_a_limit(bpe, monkeypatch):
+    monkeypatch.setattr(module, "_KNOWN", 100)
+    for seed in range(20):
+        text = "".join(f"{seed}-{i} " for i in range(20))
+        assert bpe.encode_to_bytes(text) == bpe._encode([text])
+        assert bpe._known_characters == sum(map(len, bpe._known)) < 250
 
 
 def test_a_vocabulary_that_shows_every_cut_still_gives_the_text_back(monkeypatch):
