@@ -73,10 +73,16 @@ class KVCache:
         return sum(x.nbytes for x in (*self.k, *self.v))
 
     def advance(self, new_tokens, config):
-        """Count `new_tokens` columns more, before the layers write them. Only `GPT.forward` calls it, with its config.
+        """Count `new_tokens` columns more, before the layers write them. Whoever runs the layers calls it.
 
         Raises ValueError, and counts nothing, if the cache is of another config or has no room.
         """
+        self.check_room(new_tokens, config)
+        self.columns += new_tokens
+        self.lengths += new_tokens
+
+    def check_room(self, new_tokens, config):
+        """Raise ValueError unless the cache is one for this config and has room for `new_tokens` columns more."""
         if config is not self.config and config != self.config:
             raise ValueError(
                 f"the cache was made for another config ({self.config.differences(config)}): make a new one"
@@ -91,8 +97,6 @@ class KVCache:
                 f"the cache holds max_length={self.max_length} positions, too few for {self.columns} and {new_tokens} "
                 "more: make a longer one, or extend it"
             )
-        self.columns += new_tokens
-        self.lengths += new_tokens
 
     def extend(self, max_length):
         """Give the layers that see everything room for `max_length` positions; what they hold stays where it is."""

@@ -34,6 +34,7 @@ def generate(
     tokenizer=None,
     log_probabilities=False,
     prefill_chunk=128,
+    compile=False,
 ):
     """An iterator over the next tokens of each row: at most max_new_tokens tensors (B,) on the model's device.
 
@@ -50,6 +51,7 @@ def generate(
                    True yields pairs (tokens, log-probabilities), both (B,): the natural logarithm of the probability
                    that the model itself gave the token, before penalty, temperature and cuts; 0 for finished rows.
     prefill_chunk  prompt tokens that are read at once: memory grows with it, not with the prompt.
+    compile        run the steps under torch.compile; on CUDA, where they are a CUDA graph, it changes nothing.
 
     Nothing is shared with other iterators or with torch's random state, and a model in training mode is evaluated and
     found in training mode again between any two tokens. Raises ValueError for arguments that it cannot take.
@@ -72,7 +74,7 @@ def generate(
     stops = _Stops(stop_tokens, stop_strings, tokenizer, tokens, padding)
     dice = Dice(_seeds(seed, len(tokens)), device) if choice.draws else None
     seen = None if repetition_penalty == 1 else _seen(tokens, padding, model.config.vocab_size)
-    steps = NextLogits(model, tokens, padding, max_new_tokens, prefill_chunk)
+    steps = NextLogits(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
     return _stream(steps, choice, dice, seen, stops, max_new_tokens, log_probabilities)
 
 

@@ -1,21 +1,27 @@
 """The logits of the next token, step by step: the prompt is read into a cache in parts, then a token a step.
 
-A step is what is fastest for the device: `TokenStep` on a CPU where it does what the model does, else the model itself.
+A step is `GraphStep` on a CUDA device and `TokenStep` on a CPU, each where it does what the model does; else it is the
+model itself.
 """
 
 from contextlib import contextmanager
 
 import torch
 
+from . import graph_step, token_step
+from .graph_step import GraphStep
 from .kv_cache import KVCache
-from .token_step import TokenStep, why_not
+from .token_step import TokenStep
 
 
 class NextLogits:
-    """The logits (B, V) of the next token, step by step, through a cache."""
+    """The logits (B, V) of the next token, step by step, through a cache.
 
-    def __init__(self, model, tokens, padding, max_new_tokens, prefill_chunk):
-        self.model, self.padding, self.prefill_chunk = model, padding, prefill_chunk
+    compile: run steps under torch.compile, where they are not a CUDA graph.
+    """
+
+    def __init__(self, model, tokens, padding, max_new_tokens, prefill_chunk, compile=False):
+        self.model, self.padding, self.prefill_chunk, self.compile = model, padding, prefill_chunk, compile
         self.rows, self.columns = tokens.shape
         self.step = None
         self.most_columns = self.columns + max_new_tokens
@@ -38,12 +44,21 @@ class NextLogits:
             self.step = None
         if self.step is None:
             self.step = self._make_step()
-        return self.step(new)
+        with _evaluating(self.model):
+            return self.step(new)
 
     def _make_step(self):
-        if why_not(self.model, self.cache) is None:
-            return TokenStep(self.model, self.cache)
-        return lambda new: self._forward(new[:, None])
+        if graph_step.why_not(self.model, self.cache) is None:
+            return GraphStep(self.model, self.cache)
+        if token_step.why_not(self.model, self.cache) is None:
+            return TokenStep(self.model, self.cache, self.compile)
+        model = torch.compile(self.model) if self.compile else self.model
+
+        @torch.no_grad()
+        def step(new):
+            return model(new[:, None], cache=self.cache)[0][:, -1]
+
+        return step
 
     @torch.no_grad()
     def _read(self):
@@ -61,17 +76,13 @@ class NextLogits:
             dtype=torch.get_autocast_dtype(device.type) if autocast else self.model.wte.weight.dtype,
             padding=(self.padding - dropped).clamp(min=0),
         )
-        for chunk in self.tokens.split(self.prefill_chunk, dim=1):
-            logits = self._forward(chunk)
+        with _evaluating(self.model):
+            for chunk in self.tokens.split(self.prefill_chunk, dim=1):
+                logits = self.model(chunk, cache=self.cache)[0][:, -1]
         self.cache.fit_single_tokens()
         self.step = None
         self.tokens = self.tokens if self.context else None
         return logits
-
-    @torch.no_grad()
-    def _forward(self, tokens):
-        with _evaluating(self.model):
-            return self.model(tokens, cache=self.cache)[0][:, -1]
 
 
 @contextmanager

@@ -30,11 +30,8 @@ def why_not(model, cache):
     wide = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
     if not wide or torch.is_autocast_enabled("cpu"):
         return "in 16 bits it would round differently"
-    for name, module in model.named_modules():
-        if type(module) not in KNOWN:
-            return f"{name or 'the model'} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{name or 'the model'} has a hook"
+    if reason := what_else(model):
+        return reason
     if cache.max_new_tokens_per_call > 1:
         return "the cache is one for several tokens a call"
     if cache.lengths.numel() == 0 or cache.lengths.amin() < 0:
@@ -42,11 +39,28 @@ def why_not(model, cache):
     return None
 
 
-class TokenStep:
-    """Steps of a model with the weights that it has now; changes in place are seen, as an optimizer makes them."""
+def what_else(model):
+    """What a forward does beside what its class and its weights say, such as a hook, in a few words; None if nothing.
 
-    def __init__(self, model, cache):
-        self.config, self.cache = model.config, cache
+    Who writes a step down once, here or as a CUDA graph, would leave it out.
+    """
+    for name, module in model.named_modules():
+        if type(module) not in KNOWN:
+            return f"{name or 'the model'} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{name or 'the model'} has a hook"
+    return None
+
+
+class TokenStep:
+    """Steps of a model with the weights that it has now; changes in place are seen, as an optimizer makes them.
+
+    compile: torch.compile the arithmetic, a minute's wait at the first tokens.
+    """
+
+    def __init__(self, model, cache, compile=False):
+        self.model, self.config, self.cache = model, model.config, cache
+        self.forward = torch.compile(self._forward) if compile else self._forward
         self.rope = model.blocks[0].attn.rope
         self.embedding = model.wte.weight.detach()
         self.positions = model.wpe.weight.detach() if self.config.positions == "learned" else None
@@ -69,10 +83,12 @@ class TokenStep:
     @torch.inference_mode()
     def __call__(self, tokens):
         """The logits (B, V) after one more token of each row, tokens (B,)."""
-        cache, addmm, norm = self.cache, torch.addmm, torch.layer_norm
-        cache.advance(1, self.config)
-        rope = None if self.rope is None else self.rope(cache.columns, cache.lengths.device)
-        place = Place(cache.lengths, self.config.head_dim, rope)
+        self.cache.advance(1, self.model.config)
+        rope = None if self.rope is None else self.rope(self.cache.columns, tokens.device)
+        return self.forward(tokens, Place(self.cache.lengths, self.config.head_dim, rope))
+
+    def _forward(self, tokens, place):
+        addmm, norm = torch.addmm, torch.layer_norm
         x = embedding(tokens, self.embedding)  # (B, C)
         if self.positions is not None:
             x = x + self.positions[place.position]

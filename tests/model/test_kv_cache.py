@@ -17,7 +17,9 @@ def read(model, tokens, cache, steps):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    """Equal to 1e-5 of the largest logit: fp32 rounds the large ones of `lively` models by a tenth of that."""
+    assert a.shape == b.shape and a.isfinite().all()
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 @torch.no_grad()
@@ -41,25 +43,25 @@ def test_cached_logits_equal_uncached_ones_up_to_the_last_learned_position(name,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("new_tokens", range(2, 17))
-def test_any_number_of_tokens_a_call_gives_the_same_logits(new_tokens):
-    model = lively(GPT(MIXES["pattern"])).eval()
-    tokens = torch.randint(41, (2, 70))
-    expected = model(tokens)[0]
-    for spare in (0, 5):  # rings of exactly window + new_tokens - 1 slots, and larger ones
-        cache = KVCache(model.config, 2, max_new_tokens_per_call=new_tokens + spare, max_length=70)
-        assert cache.k[0].shape[2] == 9 + new_tokens + spare - 1
-        close(read(model, tokens, cache, new_tokens), expected)
-    cache = KVCache(model.config, 2, max_new_tokens_per_call=new_tokens, max_length=70)
-    close(
-        read(
-            model,
-            tokens,
-            cache,
-            [new_tokens, 1, 1, new_tokens, 70 - 2 * new_tokens - 2][:4] + [1] * (68 - 2 * new_tokens),
-        ),
-        expected,
-    )
+@pytest.mark.parametrize("padding", [(0, 0), (0, 5, 13)], ids=["even", "ragged"])
+@pytest.mark.parametrize("name", ["rope", "pattern"])  # "pattern" has layers with the window of 9, and one without
+@pytest.mark.parametrize("new_tokens", range(1, 17))
+def test_any_number_of_tokens_a_call_gives_the_same_logits(new_tokens, name, padding):
+    model = lively(GPT(MIXES[name])).eval()
+    tokens = torch.randint(41, (len(padding), 60))
+    expected = [model(row[None, pad:])[0] for row, pad in zip(tokens, padding, strict=True)]
+    mixed = [new_tokens, 1, 1, new_tokens] + [1] * (58 - 2 * new_tokens)
+    for spare, steps in ((0, new_tokens), (5, new_tokens), (0, mixed)):
+        # rings of exactly window + new_tokens - 1 slots, and larger ones
+        cache = KVCache(
+            model.config, len(padding), max_new_tokens_per_call=new_tokens + spare, max_length=60, padding=padding
+        )
+        assert cache.k[0].shape[2] == (60 if name == "rope" else 9 + new_tokens + spare - 1)
+        for x in (*cache.k, *cache.v):
+            x.fill_(float("nan"))
+        logits = read(model, tokens, cache, steps)
+        for row, pad in enumerate(padding):
+            close(logits[row : row + 1, pad:], expected[row])
 
 
 @torch.no_grad()

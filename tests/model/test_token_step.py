@@ -109,3 +109,20 @@ def test_tokens_may_be_trained_on():
     new += 0
     model(new[:, :-1], new[:, 1:])[1].backward()
     assert model.wte.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", ["nothing", "a hook"])
+def test_compiled_steps_write_the_same(how, monkeypatch):
+    compiled = []
+
+    def compile_eagerly(function):
+        compiled.append(function)
+        return torch_compile(function, backend="eager")
+
+    torch_compile = torch.compile
+    model, prompt = changed(how), torch.randint(41, (1, 5))
+    expected = list(generate(model, prompt, 12, greedy=True))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    assert list(generate(model, prompt, 12, greedy=True, compile=True)) == expected
+    assert len(compiled) == 1 and isinstance(compiled[0], GPT) == (how == "a hook")
