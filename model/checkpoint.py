@@ -25,18 +25,20 @@ class CheckpointError(ValueError):
     """A model directory that cannot be loaded: what is wrong with it, in one line."""
 
 
-def save_pretrained(model, directory, tokenizer=None):
+def save_pretrained(model, directory, tokenizer=None, weights=None):
     """Write the model, and its tokenizer, into a directory, which is made if need be.
 
     Every file is written beside its final name, synced and renamed, the weights last: a save that fails leaves what
     was there. The weights carry the config as well, so that files of two models in one directory are told apart.
-    Weights are saved in their own dtype, from under torch.compile. Raises OSError if the directory cannot be written.
+    Weights are saved in their own dtype, from under torch.compile. weights: {name: tensor} to save in place of the
+    model's own, such as an average. Raises OSError if the directory cannot be written.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would put its name before every parameter's
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = json.dumps(asdict(model.config), indent=2)
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     names = [CONFIG, WEIGHTS] if tokenizer is None else [TOKENIZER, CONFIG, WEIGHTS]
     with replacing(*(directory / name for name in names)) as temporary:
         written = dict(zip(names, temporary, strict=True))

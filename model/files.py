@@ -15,18 +15,18 @@ def replacing(*paths):
     try:
         yield temporary
         for file in temporary:
-            _sync(file)
+            sync(file)
         for file, path in zip(temporary, paths, strict=True):
             os.replace(file, path)
         for directory in {path.parent for path in paths}:
-            _sync(directory)
+            sync(directory)
     finally:
         for file in temporary:
             file.unlink(missing_ok=True)
 
 
-def _sync(path):
-    """Wait until the file, or the names in the directory, are on the disk."""
+def sync(path):
+    """Waits until the file, or the names in the directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

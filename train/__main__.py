@@ -6,9 +6,10 @@
     python -m train --fused-kernels --data 'books/*.txt' --embedding-type bpe --vocab-size 8192
     python -m train --fused-kernels --random-config --seed 7                     # a model of any kind
     python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # train a model on
+    python -m train --resume --out-dir runs/mine          # go on after any stop, with the settings of then
 
 The run directory holds the best and the last checkpoint, the curves and the settings (train/checkpoint.py). Ctrl-C
-saves the last checkpoint and ends.
+and SIGTERM save a checkpoint and end the run, a second one ends it at once.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from .data import TextData, TokenDataset, load_data
 from .flags import Parser, add_flags, from_flags, given
 from .passage import TEMPERATURE, passage
 from .random_config import as_flags, random_config
+from .resume import checkpoint_to_resume, read_record, recall_flags
 from .trainer import Trainer, TrainingFailed
 from .vocabulary import given_tokenizer
 
@@ -39,18 +41,22 @@ def main(arguments: list[str] | None = None) -> int:
     add_flags(parser, RunConfig, "model and data")
     add_flags(parser, TrainerConfig, "training")
     flags = parser.parse_args(arguments)
-    flags.out_dir = flags.out_dir or datetime.now().strftime("runs/%Y%m%d-%H%M%S")
     command = shlex.join(["python", "-m", "train", *(sys.argv[1:] if arguments is None else arguments)])
     try:
+        stated = given(parser, arguments)
+        if flags.resume:
+            recall_flags(flags, stated)
+        elif flags.out_dir is None:
+            flags.out_dir = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
         run, config = from_flags(RunConfig, flags), from_flags(TrainerConfig, flags)
-        trainer = prepare(run, config, command, given(parser, arguments))
+        trainer = prepare(run, config, command, stated)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
     try:
         trainer.train()
         if not trainer.interrupted:
             write_passage(best_checkpoint(trainer), trainer)
-        say_how_to_go_on(best_checkpoint(trainer))
+        say_how_to_go_on(best_checkpoint(trainer), trainer)
     except (TrainingFailed, OSError, RuntimeError) as error:
         print(f"{parser.prog}: run failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
@@ -64,9 +70,17 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     """
     device = resolve_device(config.device)
     backend = resolve_backend(run.backend, device) if run.fused_kernels else None
-    if run.random_config:
+    if run.random_config and not config.resume:  # what was drawn then is recorded
         run = random_config(run, config.seed, stated)
-    if run.init_from is None:
+    checkpoint = recorded = None
+    if config.resume:
+        told = {"run": dataclasses.asdict(run), "trainer": config.to_dict()}
+        checkpoint = checkpoint_to_resume(config.out_dir, told)
+        recorded = read_record(config.out_dir).get("data")
+        stated = stated | set(read_record(config.out_dir).get("stated", ()))
+    if checkpoint is not None:
+        model, tokenizer = from_pretrained(checkpoint, fused_kernels=run.fused_kernels, backend=run.backend)
+    elif run.init_from is None:
         run.model_config(vocab_size=1)  # what is wrong with the sizes is said before a long text is read
         model, tokenizer = None, None if run.tokenizer is None else given_tokenizer(run.tokenizer)
     else:
@@ -78,11 +92,13 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
         embedding_type=run.embedding_type,
         vocab_size=run.vocab_size,
         cache=run.token_cache,
+        recorded=recorded,
     )
     if model is None:
         model = GPT(run.model_config(data.tokenizer.vocab_size), run.fused_kernels, run.backend, seed=config.seed)
     training_set, held_out_set = data_sets(run, data)
-    trainer = Trainer(model, training_set, held_out_set, config, record={"command": command, "data": data.record})
+    record = {"command": command, "stated": sorted(stated), "run": dataclasses.asdict(run), "data": data.record}
+    trainer = Trainer(model, training_set, held_out_set, config, record)
     for name, value in _first_lines(run, trainer, backend, data.record):
         print(f"{name:<10} {value}")
     return trainer
@@ -146,8 +162,10 @@ def write_passage(checkpoint: Path, trainer: Trainer) -> None:
     print("\n" + "-" * 80)
 
 
-def say_how_to_go_on(checkpoint: Path) -> None:
-    """Prints the commands that use a checkpoint."""
+def say_how_to_go_on(checkpoint: Path, trainer: Trainer) -> None:
+    """Prints the commands that end an interrupted run, and those that use a checkpoint."""
+    if trainer.interrupted:
+        print(f"go on with it:\n\n  python -m train --resume --out-dir {shlex.quote(str(trainer.out_dir))}\n")
     directory = shlex.quote(str(checkpoint))
     print("sample again, and measure the loss over the whole held-out text:\n")
     print(f"  python -m model.sample --checkpoint {directory} --max-new-tokens 1000 --temperature {TEMPERATURE}")
@@ -170,6 +188,10 @@ def _first_lines(run, trainer, backend, data):
         yield "attention", "plain PyTorch (--fused-kernels runs ours)"
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     yield "device", f"{trainer.device}{threads}, {config.precision}" + (", compiled" if config.compile else "")
+    if trainer.resumed_from is not None:
+        yield "resume", f"from {trainer.resumed_from}, step {trainer.step:,} of {trainer.total_steps:,}"
+    elif config.resume:
+        yield "resume", "no checkpoint yet: from the beginning"
     if run.init_from is not None:
         yield "weights", f"those of {run.init_from}, and its vocabulary"
     yield "data", _about_data(data)

@@ -1,22 +1,26 @@
 """A run directory, and the checkpoints in it.
 
     runs/20260131-174500/
-      run.json              command, versions, data, model and trainer settings
-      metrics.jsonl         one JSON object a line, as the run goes
-      loss.png              the curves: losses, learning rate, gradient norm
-      tensorboard/          the same for TensorBoard, with --tensorboard
-      best/                 the weights with the lowest held-out loss, a model directory:
+      run.json                  command, versions, data, model and trainer settings; each resumption as well
+      metrics.jsonl             one JSON object a line, as the run goes
+      loss.png                  the curves: losses, learning rate, gradient norm
+      tensorboard/              the same for TensorBoard, with --tensorboard
+      best/                     the weights with the lowest held-out loss, a model directory:
         config.json model.safetensors tokenizer.json      what model.from_pretrained reads
         training.json                                     step, losses, and the content of run.json
-      last/                 the newest weights, and with them what going on needs:
-        training_state.pt   optimizer, loss scaler and random states; read it with torch.load(weights_only=True)
+        SHA256SUMS                                        of all the others, as `sha256sum --check` reads it
+      checkpoints/step-000500/  weights, and with them what going on needs; the newest few (--keep-checkpoints):
+        training_state.pt       optimizer and the like; read it with torch.load(weights_only=True)
+      last -> checkpoints/step-000500    the newest
 
 A checkpoint is written beside its place, synced to the disk, and renamed: under its name there is only ever a whole
-one.
+one. What happens to it there, the checksums tell: a resumed run reads them first (train/resume.py).
 """
 
+import hashlib
 import json
 import platform
+import re
 import shutil
 import subprocess
 from functools import lru_cache
@@ -24,9 +28,12 @@ from pathlib import Path
 
 import numpy
 import torch
+from safetensors import SafetensorError
 
 from model import save_pretrained
-from model.files import replacing
+from model.files import replacing, sync
+
+SUMS, STATE, FACTS = "SHA256SUMS", "training_state.pt", "training.json"
 
 
 def open_run_directory(out_dir: str | Path, record: dict) -> Path:
@@ -36,7 +43,9 @@ def open_run_directory(out_dir: str | Path, record: dict) -> Path:
     """
     path = Path(out_dir)
     if path.is_dir() and (path / "run.json").exists():
-        raise FileExistsError(f"run directory {out_dir} holds a run already: choose another --out-dir, or remove it")
+        raise FileExistsError(
+            f"run directory {out_dir} holds a run already: choose another --out-dir, go on with --resume, or remove it"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / "run.json", record)
@@ -73,30 +82,90 @@ def _commit() -> str | None:
         return None
 
 
-def save_checkpoint(directory: Path, model, tokenizer, facts: dict, state: dict | None = None) -> None:
+def checkpoint_directory(run_directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return run_directory / "checkpoints" / f"step-{step:06d}"
+
+
+def checkpoints(run_directory: Path) -> list[Path]:
+    """The checkpoints of a run that it could go on from, oldest first."""
+    found = run_directory.glob("checkpoints/step-*")
+    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=_step)
+
+
+def save_checkpoint(directory: Path, model, tokenizer, facts: dict, state: dict | None = None, weights=None) -> None:
     """Writes a model directory with training.json (`facts`), and training_state.pt (`state`) where one is given.
 
-    A checkpoint of that name is replaced as a whole. If anything fails it stays as it was, and nothing is left over.
+    weights: {name: tensor} to save in place of the model's own. A checkpoint of that name is replaced as a whole. If
+    anything fails it stays as it was, nothing is left over, and the error is an OSError in one line.
     """
-    partial = directory.with_name(f"{directory.name}.partial")
+    partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_pretrained(model, partial, tokenizer=tokenizer)
-        write_json(partial / "training.json", facts)
+        save_pretrained(model, partial, tokenizer=tokenizer, weights=weights)
+        write_json(partial / FACTS, facts)
         if state is not None:
-            with replacing(partial / "training_state.pt") as (file,):
+            with replacing(partial / STATE) as (file,):
                 torch.save(state, file)
+        with replacing(partial / SUMS) as (file,):
+            file.write_text(_checksums(partial, sorted(path.name for path in partial.iterdir() if path != file)))
         _replace_directory(partial, directory)
-    except BaseException:
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: what torch.save makes of a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(
+            f"checkpoint {directory} cannot be written ({reason}): what was saved before is whole; make room and go on "
+            f"with --resume"
+        ) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def point_last_at(checkpoint: Path, keep: int) -> None:
+    """Makes `last` of a run this new checkpoint, and removes all but the `keep` newest.
+
+    Later ones are removed as well: they are damaged ones, which the run has passed over to come here again.
+    """
+    run_directory = checkpoint.parents[1]
+    # a link is replaced in one rename, where a directory would need two and be missing in between
+    link = run_directory / ".last.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.relative_to(run_directory))
+    link.replace(run_directory / "last")
+    sync(run_directory)
+    others = [path for path in checkpoints(run_directory) if path != checkpoint]
+    before = [path for path in others if _step(path) < _step(checkpoint)]
+    kept = before[max(0, len(before) - (keep - 1)) :]
+    for path in others:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint that a run would go on from; None if every byte of it is as it was written."""
+    try:
+        stored = (checkpoint / SUMS).read_text(encoding="utf-8")
+        names = re.findall(r"^[0-9a-f]{64}  (.+)$", stored, re.MULTILINE)
+        # the last name shows that the list itself was not cut short between two lines
+        if not stored.endswith(f"  {STATE}\n") or stored.count("\n") != len(names):
+            return f"{SUMS} is damaged"
+        for name, line in zip(names, stored.splitlines(keepends=True), strict=True):
+            if _checksums(checkpoint, [name]) != line:
+                return f"{name} is not what was written"
+    except (OSError, UnicodeDecodeError) as error:
+        return str(error)
+    return None
 
 
 def read_facts(directory: str | Path) -> dict:
     """training.json of a checkpoint; empty for a model directory that the trainer did not write."""
-    path = Path(directory) / "training.json"
+    path = Path(directory) / FACTS
+    return read_json(path) if path.exists() else {}
+
+
+def read_json(path: Path) -> dict:
+    """The content of a file that `write_json` wrote. Raises ValueError, in one line, for a damaged one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -107,11 +176,39 @@ def write_json(path: Path, content: dict) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def finish_replacing(place: Path) -> None:
+    """Puts back the directory that a process killed in the middle of replacing it had moved aside."""
+    previous = _aside(place)
+    if previous.exists() and not place.exists():
+        previous.rename(place)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
 def _replace_directory(new: Path, place: Path) -> None:
     # a directory cannot be renamed over another: the old one steps aside, and is still there if we die in between
-    previous = place.with_name(f"{place.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
+    finish_replacing(place)
     if place.exists():
-        place.rename(previous)
+        place.rename(_aside(place))
     new.rename(place)
-    shutil.rmtree(previous, ignore_errors=True)
+    sync(place.parent)
+    shutil.rmtree(_aside(place), ignore_errors=True)
+
+
+def _aside(place):
+    return place.with_name(f".{place.name}.previous")
+
+
+def _checksums(directory, names) -> str:
+    """A line `SHA-256, two spaces, name` for each file."""
+    lines = []
+    for name in names:
+        digest = hashlib.sha256()
+        with open(directory / name, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        lines.append(f"{digest.hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def _step(checkpoint):
+    return int(checkpoint.name.removeprefix("step-"))

@@ -26,9 +26,9 @@ class TrainerConfig:
     """
 
     max_steps: int | None = option(
-        None, f"steps to take; beside --max-epochs, whichever ends first; with neither, {DEFAULT_STEPS:,} steps"
+        None, f"steps to take; beside --max-epochs, whichever ends first; with neither, {DEFAULT_STEPS:,} steps", True
     )
-    max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)")
+    max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)", True)
     batch_size: int = option(16, "examples in a batch")
     grad_accumulation: int = option(1, "batches whose gradients make one step")
     optimizer: Literal["adamw", "muon"] = option(
@@ -50,20 +50,32 @@ class TrainerConfig:
         None, "evaluate and keep as best a running average of the weights, such as 0.99 (none: the weights themselves)"
     )
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the forward pass; weights stay fp32")
-    compile: bool = option(False, "torch.compile the model: faster steps after a minute or so")
-    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)")
+    compile: bool = option(False, "torch.compile the model: faster steps after a minute or so", True)
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)", True)
     seed: int = option(0, "of the initial weights, the order of the examples and the dropout")
-    num_workers: int = option(0, "processes that load items of data sets without a batch method (characters need none)")
-    eval_every: int = option(250, "steps between evaluations on the held-out text")
-    eval_examples: int = option(256, "held-out examples of one evaluation, spread evenly, always the same")
-    sample_tokens: int = option(100, "tokens of a text that the model writes at every evaluation (0: none)")
-    save_every: int = option(500, "steps between saves of the last checkpoint")
-    log_every: int = option(10, "steps between lines of metrics.jsonl")
-    tensorboard: bool = option(False, "write curves and samples for TensorBoard too, into the run directory")
-    out_dir: str | None = option(None, "run directory (none: the command makes runs/DATE-TIME, the library none)")
+    num_workers: int = option(
+        0, "processes that load items of data sets without a batch method (characters need none)", True
+    )
+    eval_every: int = option(250, "steps between evaluations on the held-out text", True)
+    eval_examples: int = option(256, "held-out examples of one evaluation, spread evenly, always the same", True)
+    sample_tokens: int = option(100, "tokens of a text that the model writes at every evaluation (0: none)", True)
+    save_every: int = option(500, "steps between checkpoints that the run can go on from", True)
+    keep_checkpoints: int = option(2, "how many of these are kept, the newest", True)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", True)
+    tensorboard: bool = option(False, "write curves and samples for TensorBoard too, into the run directory", True)
+    out_dir: str | None = option(None, "run directory (none: the command makes runs/DATE-TIME, the library none)", True)
+    resume: bool = option(False, "go on with the run in out_dir, with its settings, from its last checkpoint", True)
 
     def __post_init__(self):
-        for name in ("batch_size", "grad_accumulation", "eval_every", "eval_examples", "save_every", "log_every"):
+        for name in (
+            "batch_size",
+            "grad_accumulation",
+            "eval_every",
+            "eval_examples",
+            "save_every",
+            "log_every",
+            "keep_checkpoints",
+        ):
             _at_least(1, name, getattr(self, name))
         for name in ("max_steps", "max_epochs", "final_tokens"):
             _at_least(1, name, getattr(self, name))
@@ -85,6 +97,8 @@ class TrainerConfig:
             raise ValueError(f"betas is {self.betas}, wanted two numbers from 0 to below 1")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision is {self.precision!r}, wanted fp32, bf16 or fp16")
+        if self.resume and self.out_dir is None:
+            raise ValueError("resume needs the run directory to go on in: name it with --out-dir")
         if self.out_dir is not None:
             object.__setattr__(self, "out_dir", os.fspath(self.out_dir))  # a Path is welcome, the record takes text
         if self.warmup_steps is not None and self.warmup_tokens is not None:
@@ -117,12 +131,15 @@ class TrainerConfig:
 class RunConfig:
     """What `python -m train` trains, and on what text."""
 
-    fused_kernels: bool = option(False, "attention by our kernels: Triton on CUDA, banded PyTorch elsewhere")
-    backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels")
+    fused_kernels: bool = option(False, "attention by our kernels: Triton on CUDA, banded PyTorch elsewhere", True)
+    backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels", True)
+    # a text may move, but not change: a resumed run compares checksums (train/corpus.py)
     data: str = option(
-        "shakespeare", "shakespeare (38 plays), tinyshakespeare (9 of them), a UTF-8 text file, a folder, or a glob"
+        "shakespeare",
+        "shakespeare (38 plays), tinyshakespeare (9 of them), a UTF-8 text file, a folder, or a glob",
+        may_change=True,
     )
-    val_data: str | None = option(None, "a text for validation, given likewise (none: the last 10 % of the data)")
+    val_data: str | None = option(None, "a text for validation, given likewise (none: the last 10 % of the data)", True)
     embedding_type: Literal[EMBEDDING_TYPES] = option(
         "shakespearean",
         "what a token is: a character (shakespearean, however spelt), a byte, or a piece of a word",
@@ -130,7 +147,7 @@ class RunConfig:
     vocab_size: int | None = option(None, f"tokens of the bpe vocabulary made of the text (none: {DEFAULT_VOCAB_SIZE})")
     tokenizer: str | None = option(None, "tokenizer.json that is the vocabulary (none: it is made of the text)")
     token_cache: str | None = option(
-        None, "directory for the tokens of long texts, which are made once (none: ~/.cache/sliding-gqa)"
+        None, "directory for the tokens of long texts, which are made once (none: ~/.cache/sliding-gqa)", True
     )
     random_config: bool = option(
         False, "draw architecture and sizes of the model from the seed; flags that are stated stay as they are"

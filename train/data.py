@@ -14,7 +14,7 @@ import torch
 
 from model.tokenizer import ByteTokenizer, CharTokenizer, SubwordTokenizer
 
-from .corpus import HELD_OUT, Corpus
+from .corpus import HELD_OUT, Corpus, require_unchanged
 from .order import stream
 from .tokens import Encoded, as_tensor, encoder, fingerprint, tokenize
 from .vocabulary import make_tokenizer
@@ -42,29 +42,38 @@ def load_data(
     embedding_type: str = "shakespearean",
     vocab_size: int | None = None,
     cache=None,
+    recorded: dict | None = None,
 ) -> TextData:
     """The texts that --data and --val-data name, as tokens (train/tokens.py says where they are kept).
 
     Without a text of its own for validation, the last 10 % of the characters are held out, by position: they are
-    never trained on. tokenizer: a given vocabulary; otherwise the one of `embedding_type` is made. Raises ValueError,
-    OSError or ModuleNotFoundError, in one line, for texts and vocabularies that cannot be used.
+    never trained on. tokenizer: a given vocabulary; otherwise the one of `embedding_type` is made. recorded: the
+    record of a run to go on with, whose texts and vocabulary these must be. Raises ValueError, OSError or
+    ModuleNotFoundError, in one line, for texts and vocabularies that cannot be used.
     """
     corpus = Corpus(source)
+    record = describe(corpus)
+    held_out_corpus = None if val_source is None else Corpus(val_source)
+    if held_out_corpus is not None:
+        record["validation"] = describe(held_out_corpus)
+    if recorded is not None:  # before anything is made of another text
+        require_unchanged({name: value for name, value in recorded.items() if name != "vocabulary"}, record)
     boundary = corpus.boundary() if val_source is None else corpus.scan.characters
     if tokenizer is None:
         tokenizer = make_tokenizer(corpus, embedding_type, vocab_size=vocab_size, stop=boundary)
     training = tokenize(corpus, tokenizer, 0, boundary, cache=cache)
-    record = describe(corpus)
     record["vocabulary"] = {
         "kind": tokenizer.kind,
         "size": tokenizer.vocab_size,
         "sha256": fingerprint(tokenizer.to_json()),
     }
-    if val_source is None:
-        return TextData(tokenizer, training, tokenize(corpus, tokenizer, boundary, cache=cache), record)
-    corpus = Corpus(val_source)
-    held_out = tokenize(corpus, tokenizer, cache=cache)
-    return TextData(tokenizer, training, held_out, record | {"validation": describe(corpus)})
+    if recorded is not None:
+        require_unchanged(recorded, record)
+    if held_out_corpus is None:
+        held_out = tokenize(corpus, tokenizer, boundary, cache=cache)
+    else:
+        held_out = tokenize(held_out_corpus, tokenizer, cache=cache)
+    return TextData(tokenizer, training, held_out, record)
 
 
 def describe(corpus: Corpus) -> dict:

@@ -20,9 +20,12 @@ import types
 import typing
 
 
-def option(default, meaning: str):
-    """A dataclass field with its default and what it means, units included."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+def option(default, meaning: str, may_change: bool = False):
+    """A dataclass field with its default and what it means, units included.
+
+    may_change: a run that is resumed may have another value than it began with (train/resume.py).
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "may_change": may_change})
 
 
 class Parser(argparse.ArgumentParser):

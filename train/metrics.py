@@ -1,11 +1,14 @@
 """Watching a run: the history (metrics.jsonl) and the progress bar."""
 
+import contextlib
 import json
 import math
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
+
+from model.files import replacing
 
 from .curves import draw
 
@@ -33,6 +36,17 @@ class History:
                 file.write(json.dumps(values) + "\n")
         for follow in self.followers:
             follow(values)
+
+    def go_back_to(self, step: int) -> None:
+        """Takes up the metrics.jsonl of a run that goes on from `step`; what it holds of later steps comes again."""
+        path = self.directory / "metrics.jsonl"
+        self.lines = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):  # half a line: the run was killed as it wrote it
+                self.lines.append(json.loads(line))
+        self.lines = [line for line in self.lines if line["step"] <= step]
+        with replacing(path) as (file,):
+            file.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
     def series(self, name: str) -> tuple[list, list]:
         """(steps, values) of the lines that hold `name`."""

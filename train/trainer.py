@@ -6,25 +6,38 @@
     Trainer(model, dataset, None, TrainerConfig(max_steps=500)).train()
 
 A step is one update of the weights; what a run does at step n depends on the seed, n and the weights, nothing else.
+So a run that is stopped, however, and resumed ends in the same weights as one that was not (train/resume.py).
 """
 
 import contextlib
+import dataclasses
 import math
 import textwrap
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import GPT
 
-from .checkpoint import open_run_directory, save_checkpoint, versions
+from .checkpoint import (
+    checkpoint_directory,
+    finish_replacing,
+    open_run_directory,
+    point_last_at,
+    save_checkpoint,
+    versions,
+)
 from .config import TrainerConfig, resolve_device
 from .data import evaluation_batches, training_batches
+from .distributed import load_whole, whole_optimizer_state, whole_weights
 from .ema import AverageWeights
 from .flops import flops_a_token, peak_flops
 from .metrics import History, ProgressBar
 from .optim import learning_rate_at, make_optimizer
 from .passage import passage
+from .resume import checkpoint_to_resume, note_resumption, read_state
 from .stop import StopRequest
 from .tensorboard import TensorBoard, require_tensorboard
 
@@ -39,8 +52,10 @@ class Trainer:
     model: forward(x, y) -> (logits, loss); train_dataset, test_dataset: a length and items (x, y), such as CharDataset
     (test_dataset None: no evaluation); config: TrainerConfig; record: what else run.json shall hold, JSON values.
     The model is moved to the config's device. Nothing is written unless config.out_dir names a run directory.
+    With config.resume its newest whole checkpoint is loaded, whatever the weights of `model` were.
     `history.lines` has what was measured, `interrupted` whether a signal ended the run early.
-    Raises ValueError for settings that this machine cannot run, OSError for a run directory it cannot write.
+    Raises ValueError for settings that this machine cannot run, or other ones than those of the run to resume, OSError
+    for a run directory it cannot write.
     """
 
     def __init__(self, model, train_dataset, test_dataset=None, config: TrainerConfig | None = None, record=None):
@@ -73,22 +88,28 @@ class Trainer:
 
         self.step = 0  # steps taken: with the seed it fixes the data still to come
         self.best_held_out_loss = math.inf
+        self.loss_sum, self.losses = torch.zeros((), device=self.device), 0  # since the last line of metrics.jsonl
+        self.seconds = 0.0  # that the run took before it was resumed
         self.interrupted = False
         self.record = {"versions": versions(), "trainer": config.to_dict(), **(record or {})}
-        self.out_dir = None if config.out_dir is None else open_run_directory(config.out_dir, self.record)
-        self.history = History(self.out_dir)
+        if dataclasses.is_dataclass(getattr(model, "config", None)):
+            self.record["model"] = dataclasses.asdict(model.config)
+        self.resumed_from = checkpoint_to_resume(config.out_dir, self.record) if config.resume else None
+        if config.resume:
+            self._resume()
+        else:
+            self.out_dir = None if config.out_dir is None else open_run_directory(config.out_dir, self.record)
+            self.history = History(self.out_dir)
         if config.tensorboard:
             self.history.followers.append(TensorBoard(self.out_dir, self.step))
         self.peak_flops = peak_flops(self.device, config.precision) if isinstance(model, GPT) else None
 
     def train(self) -> None:
-        """Trains to the end, or until SIGINT (Ctrl-C) or SIGTERM, which saves the last checkpoint and returns.
+        """Trains to the end, or until SIGINT (Ctrl-C) or SIGTERM, which saves a checkpoint and returns.
 
         Raises TrainingFailed when the loss is no longer finite: the checkpoints of before stay.
         """
         config = self.config
-        if self.step == 0:
-            torch.manual_seed(config.seed)
         batches = training_batches(
             self.train_dataset,
             config.batch_size,
@@ -97,11 +118,12 @@ class Trainer:
             num_workers=config.num_workers,
         )
         self.model.train()
-        self._started = self._meter_started = time.perf_counter()
-        self._loss_sum, self._losses = torch.zeros((), device=self.device), 0
+        self._meter_started, self._metered = time.perf_counter(), 0
+        self._started = self._meter_started - self.seconds
 
         with StopRequest() as stop, ProgressBar(self.total_steps, self.step) as bar:
-            self._evaluate(bar)
+            if self.resumed_from is None:
+                self._evaluate(bar)
             while self.step < self.total_steps and not stop.requested:
                 self._take_step(batches)
                 bar.step()
@@ -110,11 +132,11 @@ class Trainer:
                     self._log(bar)
                 if last or self._due(config.eval_every):
                     self._evaluate(bar)
-                if self._due(config.save_every) and not last:
-                    self._save("last")
-            self.interrupted = stop.requested and self.step < self.total_steps
-            self._save("last")
+                if last or self._due(config.save_every):
+                    self._save_checkpoint()
+            self.interrupted = self.step < self.total_steps
             if self.interrupted:
+                self._save_checkpoint()
                 where = f"saved in {self.out_dir / 'last'}" if self.out_dir else "nothing saved (no out_dir)"
                 bar.say(f"stopped at step {self.step:,} of {self.total_steps:,}: {where}")
 
@@ -133,6 +155,7 @@ class Trainer:
     def _take_step(self, batches) -> None:
         """One update of the weights; nothing here waits for the device."""
         config = self.config
+        self._seed_step()
         rate = learning_rate_at((self.step + 1) * self.tokens_per_step, **self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -141,8 +164,9 @@ class Trainer:
             with self._autocast():
                 _, loss = self.forward(x, y)
             self.scaler.scale(loss / config.grad_accumulation).backward()
-            self._loss_sum += loss.detach()
-            self._losses += 1
+            self.loss_sum += loss.detach()
+            self.losses += 1
+            self._metered += 1
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.grad_clip is None else config.grad_clip
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -156,9 +180,9 @@ class Trainer:
 
     def _log(self, bar) -> None:
         """The mean loss since the line before, into history and bar."""
-        loss = self._loss_sum.item() / self._losses
+        loss = self.loss_sum.item() / self.losses
         now = time.perf_counter()
-        speed = self._losses * self.tokens_per_step / self.config.grad_accumulation / (now - self._meter_started)
+        speed = self._metered * self.tokens_per_step / self.config.grad_accumulation / (now - self._meter_started)
         shown = {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"}
         measured = {}
         if self.peak_flops is not None:
@@ -175,8 +199,8 @@ class Trainer:
             seconds=round(now - self._started, 3),
         )
         bar.show(**shown)
-        self._loss_sum.zero_()
-        self._losses, self._meter_started = 0, now
+        self.loss_sum.zero_()
+        self.losses, self._metered, self._meter_started = 0, 0, now
         if not math.isfinite(loss):
             raise TrainingFailed(
                 f"the loss is {loss} at step {self.step:,}: lower learning_rate (it is {self._learning_rate:.2g}), "
@@ -197,7 +221,7 @@ class Trainer:
                 self.history.add(step=self.step, tokens=self.step * self.tokens_per_step, **seen, seconds=seconds)
             if best:
                 self.best_held_out_loss = seen["held_out_loss"]
-                self._save("best")
+                self._save_best()
         if self.test_dataset is not None:
             loss = seen["held_out_loss"]
             bar.show(**{"held out": f"{loss:.3f}"})
@@ -214,28 +238,63 @@ class Trainer:
         with self._autocast():
             return "".join(passage(self.model, self.tokenizer, self.config.sample_tokens, self.config.seed))
 
-    def _save(self, name: str) -> None:
-        """Writes the checkpoint `best` (weights) or `last` (also what going on needs)."""
+    def _save_best(self) -> None:
+        """Writes the weights alone, as `best`."""
+        if self.out_dir is not None:
+            weights = whole_weights(self.model)
+            save_checkpoint(self.out_dir / "best", self.model, self.tokenizer, self._facts(), weights=weights)
+
+    def _save_checkpoint(self) -> None:
+        """Writes all that going on needs, as checkpoints/step-NNNNNN and `last`."""
         if self.out_dir is None:
             return
+        state = {
+            "step": self.step,
+            "optimizer": whole_optimizer_state(self.model, self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "best_held_out_loss": self.best_held_out_loss,
+            "loss_sum": self.loss_sum.cpu(),
+            "losses": self.losses,
+            "seconds": time.perf_counter() - self._started,
+        }
+        place = checkpoint_directory(self.out_dir, self.step)
+        save_checkpoint(place, self.model, self.tokenizer, self._facts(), state, whole_weights(self.model))
+        point_last_at(place, self.config.keep_checkpoints)
+
+    def _facts(self) -> dict:
         held_out = self.history.series("held_out_loss")[1]
-        facts = {
+        return {
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
             "held_out_loss": held_out[-1] if held_out else None,
             "best_held_out_loss": self.best_held_out_loss if math.isfinite(self.best_held_out_loss) else None,
             "run": self.record,
         }
-        state = None
-        if name == "last":
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            }
-        save_checkpoint(self.out_dir / name, self.model, self.tokenizer, facts, state)
+
+    def _resume(self) -> None:
+        """Takes up the run in config.out_dir where its newest whole checkpoint left it, or at its beginning."""
+        self.out_dir = Path(self.config.out_dir)
+        finish_replacing(self.out_dir / "best")
+        if self.resumed_from is not None:
+            weights, state = read_state(self.resumed_from, self.model)
+            load_whole(self.model, weights, self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.step, self.best_held_out_loss = state["step"], state["best_held_out_loss"]
+            self.loss_sum, self.losses = state["loss_sum"].to(self.device), state["losses"]
+            self.seconds = state["seconds"]
+        self.record = note_resumption(self.out_dir, self.record, self.step)
+        self.history = History(self.out_dir)
+        self.history.go_back_to(self.step if self.resumed_from is not None else -1)
+
+    def _seed_step(self) -> None:
+        """Random numbers of a step, such as dropout's, follow from the seed and the step: there is no state to keep."""
+        (seed,) = np.random.SeedSequence([self.config.seed, self.step]).generate_state(1, np.uint64).tolist()
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0
