@@ -31,15 +31,15 @@ class TrainerConfig:
     max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)", True)
     batch_size: int = option(16, "examples in a batch")
     grad_accumulation: int = option(1, "batches whose gradients make one step")
-    optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "AdamW, or Muon for the hidden layers' matrices with AdamW for the rest, at the same learning rate"
+    optimizer: Literal["muon", "adamw"] = option(
+        "muon", "Muon for the hidden layers' matrices with AdamW for the rest, at one learning rate, or AdamW for all"
     )
-    learning_rate: float = option(4e-3, "peak learning rate")
+    learning_rate: float = option(1e-2, "peak learning rate")
     lr_decay: bool = option(True, "let the learning rate fall after the warm-up; otherwise the peak stays")
     schedule: Literal["cosine", "linear", "wsd"] = option(
-        "cosine", "how it falls: half a cosine, a straight line, or one in the last fifth only (warm-up, stable, decay)"
+        "linear", "how it falls: half a cosine, a straight line, or one in the last fifth only (warm-up, stable, decay)"
     )
-    final_fraction: float = option(0.1, "the learning rate at the end, as a fraction of the peak")
+    final_fraction: float = option(0.0, "the learning rate at the end, as a fraction of the peak")
     warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of the run, at most 100)")
     warmup_tokens: int | None = option(None, "the same in tokens; give one of the two")
     final_tokens: int | None = option(None, "tokens after which it has fallen (none: those of the whole run)")

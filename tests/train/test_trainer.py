@@ -112,7 +112,8 @@ def test_accumulated_gradients_are_those_of_the_larger_batch():
 
 
 def test_the_first_step_is_adamw_on_the_clipped_gradient_at_the_scheduled_rate():
-    trainer = tiny_trainer(max_steps=1, learning_rate=0.1, warmup_steps=4, grad_clip=0.05, weight_decay=0.3)
+    settings = {"optimizer": "adamw", "learning_rate": 0.1, "grad_clip": 0.05, "weight_decay": 0.3}
+    trainer = tiny_trainer(max_steps=1, warmup_steps=4, **settings)
     model = GPT(trainer.model.config, seed=0)
     trainer.train()
     model(*next(training_batches(trainer.train_dataset, 4, seed=0)))[1].backward()

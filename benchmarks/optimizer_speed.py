@@ -1,0 +1,122 @@
+"""What does a training step take with AdamW, with our Muon and with torch's, where a step has few tokens?
+
+    python benchmarks/optimizer_speed.py                  # half a minute on two CPU cores
+
+The setting is nanoGPT's CPU example (context 64, 12 rows, 4 layers, width 128), in which the optimizer's own work is no
+small part of a step. Every contestant takes whole steps on a batch of its own: forward, backward, clipping, update.
+They take turns, so that whatever else the machine does meets all of them. Columns:
+
+    ms         the median step (20th to 80th percentile)
+    x GPT-2    its time over that of GPT-2 in plain PyTorch with AdamW: what nanoGPT's run is made of
+"""
+
+import sys
+from functools import partial
+
+import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
+import torch
+from measure import alternate, shown, three_digits
+
+from model import GPT, GPTConfig
+from train.optim import hidden_matrices, make_optimizer
+
+SIZES = {"vocab_size": 65, "context_length": 64, "window": 32, "n_layer": 4, "n_head": 4, "n_kv_head": 2}
+ROWS = 12
+BASELINE = "GPT-2, AdamW"
+SECONDS = {"quick": 10.0, "default": 30.0}
+
+
+def main(arguments=None):
+    flags = harness.parser("optimizer_speed", __doc__)
+    flags.add_argument("--d-model", type=int, default=128, help="width of the models")
+    harness.add_only(flags, CONTESTANTS)
+    return harness.run(flags, prepare, arguments)
+
+
+def prepare(options, device):
+    if options.d_model < 8 or options.d_model % 8:
+        raise harness.BadInput(f"--d-model is {options.d_model}, wanted a multiple of 8: 4 heads of an even size")
+    chosen = harness.chosen(options.only, CONTESTANTS)
+    seconds = options.seconds or SECONDS["quick" if options.quick else "default"]
+    return partial(measure, chosen, options.d_model, device, seconds)
+
+
+def step(architecture, fused_kernels, optimizer_of, d_model, device):
+    """A function that takes one step."""
+    config = GPTConfig.for_architecture(architecture, d_model=d_model, **SIZES)
+    model = GPT(config, fused_kernels, seed=0).to(device)
+    optimizer = optimizer_of(model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.99))
+    tokens = torch.randint(config.vocab_size, (ROWS, config.context_length + 1), device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def take():
+        model(x, y)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return take
+
+
+def torchs_muon(model, *, learning_rate, weight_decay, betas):
+    """torch.optim.Muon for the same matrices as ours, with our scale, and AdamW beside it."""
+    taken = hidden_matrices(model)
+    hidden = [parameter for parameter in model.parameters() if parameter in taken]
+    others = [parameter for parameter in model.parameters() if parameter not in taken]
+    return _Both(
+        torch.optim.Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=True),
+    )
+
+
+class _Both:
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
+ADAMW, MUON = partial(make_optimizer, optimizer="adamw"), partial(make_optimizer, optimizer="muon")
+CONTESTANTS = {  # architecture, whether it runs the fused kernels, optimizer
+    BASELINE: ("original", False, ADAMW),
+    "ours, AdamW": ("rope-window-gqa", True, ADAMW),
+    "ours, our Muon": ("rope-window-gqa", True, MUON),
+    "ours, torch's Muon": ("rope-window-gqa", True, torchs_muon),
+}
+
+
+def measure(chosen, d_model, device, seconds):
+    calls = {name: step(*made, d_model, device) for name, made in chosen.items()}
+    for call in calls.values():
+        call()
+    times = alternate(calls, device, seconds)
+    rows, table = [], []
+    for name, time in times.items():
+        against = time.median / times[BASELINE].median if BASELINE in times else None
+        rows.append({"contestant": name, "not_timed": None, "x_gpt2": against} | time.as_dict())
+        table.append([name, shown(rows[-1]), three_digits(against) if against else "-"])
+    bars = {"a step": {row["contestant"]: row["median_ms"] for row in rows}}
+    return {
+        "rows": rows,
+        "tables": [
+            {
+                "title": f"A step of {ROWS} x {SIZES['context_length']} tokens",
+                "columns": ["contestant", "ms", "x GPT-2"],
+                "rows": table,
+                "notes": [],
+            }
+        ],
+        "plots": [{"title": "a training step", "x": "ms", "bars": bars}],
+        "left_out": [],
+        "failed": [],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
