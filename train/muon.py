@@ -15,7 +15,6 @@ launch; a CPU fp32, since few have bf16 units, and one product at a time, which 
 import math
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 MOMENTUM = 0.95
@@ -130,11 +129,13 @@ def _by_shape(parameters):
 
 
 def _whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _sharded_as(parameter, whole):
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "full_tensor"):
         return whole
+    from torch.distributed.tensor import distribute_tensor  # takes most of a second: only sharded runs pay for it
+
     # every process has computed the whole: each takes its own part of it, nothing is sent
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 import train.muon
 from model import GPT, GPTConfig
@@ -171,3 +172,31 @@ def test_muon_leaves_parameters_without_a_gradient_and_computes_the_loss_of_a_cl
 def test_muon_refuses_what_is_no_matrix():
     with pytest.raises(ValueError, match=r"Muon updates matrices, not a parameter of shape \(3,\)"):
         Muon([{"params": [torch.nn.Parameter(torch.ones(3))], "muon": True}], lr=0.1)
+
+
+def take_steps(model):
+    optimizer = make_optimizer(model, optimizer="muon", **SETTINGS)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        x, y = torch.randint(11, (2, 2, 8), generator=generator)
+        model(x, y)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def compare_sharded(rank, rendezvous):
+    """In one of two processes: raises unless the sharded model ends where the whole one does."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    whole, sharded = GPT(GPTConfig(**CONFIG), seed=0), GPT(GPTConfig(**CONFIG), seed=0)
+    torch.distributed.fsdp.fully_shard(sharded)
+    take_steps(whole)
+    take_steps(sharded)
+    for expected, part in zip(whole.parameters(), sharded.parameters(), strict=True):
+        assert part.to_local().shape != expected.shape or len(expected) == 1
+        torch.testing.assert_close(part.full_tensor(), expected, atol=1e-5, rtol=0)
+    torch.distributed.destroy_process_group()
+
+
+def test_muon_of_sharded_matrices_is_that_of_whole_ones(tmp_path):
+    torch.multiprocessing.spawn(compare_sharded, (tmp_path / "rendezvous",), nprocs=2)
