@@ -52,62 +52,79 @@ def sliding_gqa_attention(
         cos, sin = (None, None) if rope is None else rope
         # the banded backward needs no lse, so it is only made where it is asked for
         with_lse = return_lse or sinks is not None or name != "banded"
-        out, lse = _Attention.apply(q, k, v, sinks, cos, sin, window, scale, softcap, name, with_lse)
+        arguments = q, k, v, sinks, cos, sin, window, scale, softcap, name
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+            out, lse, *_ = _Attention.apply(*arguments, with_lse)
+        else:
+            out, lse, _ = torch.ops.sliding_gqa.attention_forward(*arguments, with_lse, 0)
     return (out, lse) if return_lse else out
 
 
 torch.library.define(
     "sliding_gqa::attention_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, float scale, "
-    "float? softcap, str backend, bool with_lse) -> (Tensor out, Tensor lse)",
+    "float? softcap, str backend, bool with_lse, SymInt threads) -> (Tensor out, Tensor lse, Tensor[] kept)",
 )
 torch.library.define(
     "sliding_gqa::attention_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sinks, "
-    "Tensor? cos, Tensor? sin, SymInt? window, float scale, float? softcap, str backend) "
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] kept, "
+    "Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, float scale, float? softcap, str backend, "
+    "SymInt threads) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
 )
 
 
-def _modules(backend):
-    """The modules that hold attention_forward and attention_backward of a backend."""
-    if backend == "triton":
-        from . import attention_bwd, attention_fwd
-
-        return attention_fwd, attention_bwd
-    from . import banded
-
-    return banded, banded
+# threads: for how many the banded backend cuts its work, where its forward pass keeps the probabilities of each part
+# for its backward pass; 0 where nothing is kept.
 
 
 @torch.library.impl("sliding_gqa::attention_forward", "default")
-def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
-    rope = None if cos is None else (cos, sin)
+def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse, threads):
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": None if cos is None else (cos, sin)}
     with torch.autocast(q.device.type, enabled=False):
-        return _modules(backend)[0].attention_forward(
-            q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope, with_lse=with_lse
-        )
+        if backend == "triton":
+            from .attention_fwd import attention_forward
+
+            out, lse = attention_forward(q, k, v, window, **options, with_lse=with_lse)
+            return out, lse, []
+        from .banded import attention_forward
+
+        return attention_forward(q, k, v, window, **options, with_lse=with_lse, threads=threads)
 
 
 @torch.library.register_fake("sliding_gqa::attention_forward")
-def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
-    lse = q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.promote_types(q.dtype, torch.float32))
-    return torch.empty_like(q), lse
+def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse, threads):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(q.shape[:3] if with_lse else 0, dtype=wide)
+    kept = []
+    if threads:
+        from .banded import kept_shapes
+
+        kept = [q.new_empty(shape, dtype=wide) for shape in kept_shapes(q, k, window, cos, int(threads))]
+    return torch.empty_like(q), lse, kept
 
 
 @torch.library.impl("sliding_gqa::attention_backward", "default")
-def _backward(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, window, scale, softcap, backend):
-    rope = None if cos is None else (cos, sin)
+def _backward(grad_out, grad_lse, q, k, v, out, lse, kept, sinks, cos, sin, window, scale, softcap, backend, threads):
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": None if cos is None else (cos, sin)}
+    grads, inputs = (grad_out, grad_lse), (q, k, v, out, lse)
     with torch.autocast(q.device.type, enabled=False):
-        dq, dk, dv, dsinks = _modules(backend)[1].attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
-        )
+        if backend == "triton":
+            from .attention_bwd import attention_backward
+
+            dq, dk, dv, dsinks = attention_backward(*grads, *inputs, window, **options)
+        else:
+            from .banded import attention_backward
+
+            dq, dk, dv, dsinks = attention_backward(*grads, *inputs, window, **options, kept=kept, threads=threads)
     # an operator's result is a tensor: without sinks, one of no elements
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 @torch.library.register_fake("sliding_gqa::attention_backward")
-def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, window, scale, softcap, backend):
+def _backward_fake(
+    grad_out, grad_lse, q, k, v, out, lse, kept, sinks, cos, sin, window, scale, softcap, backend, threads
+):
     return (
         torch.empty_like(q),
         torch.empty_like(k),
@@ -117,29 +134,34 @@ def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, windo
 
 
 class _Attention(torch.autograd.Function):
+    # forward takes ctx: with a setup_context beside it, PyTorch inspects its signature at every call, 0.1 ms on a CPU
     @staticmethod
-    def forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
-        # not *arguments: where no gradient is needed, torch.compile counts the parameters to tell that there is no ctx
-        return torch.ops.sliding_gqa.attention_forward(
-            q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse
-        )
+    def forward(ctx, q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
+        threads = 0
+        # torch.compile has no numbers for shapes, and its backward pass computes the probabilities again
+        if backend == "banded" and sinks is None and softcap is None and not torch.compiler.is_compiling():
+            from .banded import keeps
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, sinks, cos, sin, *ctx.options, ctx.with_lse = inputs
+            threads = torch.get_num_threads() if keeps(q, k, window) else 0
+        ctx.options, ctx.with_lse = (window, scale, softcap, backend, threads), with_lse
+        out, lse, kept = torch.ops.sliding_gqa.attention_forward(
+            q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse, threads
+        )
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *output, sinks, cos, sin)
+        ctx.save_for_backward(q, k, v, sinks, cos, sin, out, lse, *kept)
+        return out, lse, *kept
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        q, k, v, out, lse, sinks, cos, sin = ctx.saved_tensors
+    def backward(ctx, grad_out, grad_lse, *_):
+        q, k, v, sinks, cos, sin, out, lse, *kept = ctx.saved_tensors
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
         if not ctx.with_lse:  # torch.compile sends zeros for a result that was not used
             grad_lse = None
         dq, dk, dv, dsinks = torch.ops.sliding_gqa.attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, *ctx.options
+            grad_out, grad_lse, q, k, v, out, lse, kept, sinks, cos, sin, *ctx.options
         )
         return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
 
@@ -162,7 +184,7 @@ def _forward_flops(q_shape, k_shape, v_shape, sinks, cos, sin, window, *args, **
 @register_flop_formula(torch.ops.sliding_gqa.attention_backward)
 def _backward_flops(grad_out_shape, grad_lse, q_shape, k_shape, *args, **kwargs):
     B, Hq, T, D = q_shape
-    window = args[6]  # behind v, out, lse, sinks, cos, sin
+    window = args[7]  # behind v, out, lse, kept, sinks, cos, sin
     return 5 * 2 * D * B * Hq * visible_pairs(T, k_shape[2], window)
 
 

@@ -49,9 +49,10 @@ def inputs(shape, options, dtype=torch.float64):
 
 CUTS = {  # threads and scores per thread: they decide how the work is cut into steps
     "all blocks at once": (1, 2**20),
-    "one block of all heads": (1, 3 * 2**13),
-    "one block of one head": (1, 1),
-    "blocks of one head": (64, 2**9),
+    "some sequences": (3, 2**15),
+    "some heads": (3, 2**14),
+    "blocks of one head": (3, 2**11),
+    "one block": (1, 1),
 }
 
 
@@ -61,43 +62,56 @@ def cut(monkeypatch, threads, scores):
     banded.plan.cache_clear()
 
 
+def steps_of(case, threads):
+    T, S, Hq, Hkv, window = SHAPES[case]
+    window = window if window and window < S else None
+    return banded.plan(B, Hkv, Hq // Hkv, T, S, window, D, threads)
+
+
 @pytest.mark.parametrize("case", SHAPES)
 def test_every_row_is_in_exactly_one_step_with_every_key_it_sees(case, monkeypatch):
     T, S, Hq, Hkv, window = SHAPES[case]
     for threads, scores in CUTS.values():
         cut(monkeypatch, threads, scores)
-        counts = torch.zeros(B, Hkv, Hq // Hkv, T)
-        for step in banded.plan(B, Hkv, Hq // Hkv, T, S, window if window and window < S else None, threads):
-            step.queries(counts).add_(1)
-            for block in range(step.blocks):
-                row, first = step.first_row + block * step.rows, step.first_key + block * step.rows
-                newest = S - T + row + step.rows - 1
-                assert first + step.keys - 1 == newest
+        counts = torch.zeros(B, Hq, T, 1)
+        for step in steps_of(case, threads):
+            region = step.region
+            step.rows(counts, Hq // Hkv).add_(1)
+            for block in range(step.first, step.first + step.blocks):
+                row, first = region.first_row + block * region.rows, region.first_key + block * region.rows
+                newest = S - T + row + region.rows - 1
+                assert first + region.keys - 1 == newest
                 assert 0 <= first <= (0 if window is None else max(0, S - T + row - window + 1))
         assert (counts == 1).all()
 
 
 def test_the_cuts_are_all_taken(monkeypatch):
-    """The cases above are only worth something if each of these ways to cut comes up in them."""
-    shapes = {}
+    """The cases here are only worth something if each of these ways to cut comes up in them."""
+    taken = {}
     for name, (threads, scores) in CUTS.items():
         cut(monkeypatch, threads, scores)
-        steps = banded.plan(B, 2, 3, 400, 400, 7, threads)
-        heads = [(s.batch.stop - s.batch.start) * (s.heads.stop - s.heads.start) for s in steps]
-        shapes[name] = max(s.blocks for s in steps), min(heads), max(heads)
-    assert shapes["all blocks at once"][0] > 8
-    assert shapes["one block of all heads"] == (1, 4, 4)
-    assert shapes["one block of one head"] == (1, 1, 1)
-    blocks, fewest_heads, _ = shapes["blocks of one head"]
-    assert 1 < blocks <= 8 and fewest_heads == 1
+        step = banded.plan(B, 2, 3, 400, 400, 7, D, threads)[-1]
+        taken[name] = *step.pairs, step.blocks < step.region.blocks, step.blocks
+    assert taken["all blocks at once"][:3] == (2, 2, False)
+    assert taken["some sequences"][:3] == (1, 2, False)
+    assert taken["some heads"][:3] == (1, 1, False)
+    assert taken["blocks of one head"] == (1, 1, True, 6)  # as many for each of three threads
+    assert taken["one block"] == (1, 1, True, 1)
 
 
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize(
-    "option, how", [*((o, "all blocks at once") for o in OPTIONS), *(("everything", c) for c in CUTS)]
+    "option, how, keep",
+    [
+        *((option, "all blocks at once", True) for option in OPTIONS),
+        *((option, "all blocks at once", False) for option in ("plain", "partial rope")),
+        *((option, how, True) for option in ("partial rope", "everything") for how in CUTS),
+    ],
 )
-def test_banded_equals_reference(case, option, how, monkeypatch):
+def test_banded_equals_reference(case, option, how, keep, monkeypatch):
     cut(monkeypatch, *CUTS[how])
+    if not keep:
+        monkeypatch.setattr(banded, "KEPT_KEYS", 0)
     arguments, options = inputs(SHAPES[case], OPTIONS[option])
     leaves = [*arguments[:3], *([options["sinks"]] if "sinks" in options else [])]
     results = []
@@ -108,6 +122,32 @@ def test_banded_equals_reference(case, option, how, monkeypatch):
         results.append([out, lse, *grads])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("head_dim", [D, 15])
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("option", ["plain", "partial rope"])
+def test_gradients_without_lse_equal_those_of_the_reference(case, option, head_dim):
+    """Short sequences are PyTorch's own kernel then; and heads of an odd size are rotated in another way."""
+    (q, k, v, window), options = inputs(SHAPES[case], OPTIONS[option])
+    q, k, v = (x.detach()[..., :head_dim].requires_grad_() for x in (q, k, v))
+    grads = []
+    for backend in ("banded", "reference"):
+        out = sliding_gqa_attention(q, k, v, window, **options, backend=backend)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        grads.append([out, *torch.autograd.grad((out * weights).sum(), (q, k, v))])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-9)
+
+
+def test_kept_probabilities_serve_a_second_backward_pass(monkeypatch):
+    cut(monkeypatch, 1, 2**11)
+    arguments, options = inputs(SHAPES["many blocks, group 3"], OPTIONS["partial rope"])
+    out = sliding_gqa_attention(*arguments, **options, backend="banded")
+    first = torch.autograd.grad(out.square().sum(), arguments[:3], retain_graph=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # which would cut the work otherwise
+    for again, grad in zip(torch.autograd.grad(out.square().sum(), arguments[:3]), first, strict=True):
+        torch.testing.assert_close(again, grad, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 3])

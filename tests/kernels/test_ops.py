@@ -29,13 +29,17 @@ def test_operators_pass_opcheck(backend, everything, device):
     sinks = torch.randn(4, device=device) if everything else None
     cos, sin = rope_tables(15, 8, device=device) if everything else (None, None)
     shared = (sinks, cos, sin, 6, 0.25, 5.0 if everything else None, backend)
-    torch.library.opcheck(torch.ops.sliding_gqa.attention_forward, (q, k, v, *shared, True))
+    forward, backward = torch.ops.sliding_gqa.attention_forward, torch.ops.sliding_gqa.attention_backward
     if backend == "banded" and not everything:
-        torch.library.opcheck(torch.ops.sliding_gqa.attention_forward, (q, k, v, *shared, False))
-    out, lse = torch.ops.sliding_gqa.attention_forward(q, k, v, *shared, True)
-    grad_out, grad_lse = torch.randn_like(out).transpose(1, 3).contiguous().transpose(1, 3), torch.randn_like(lse)
-    arguments = (grad_out, grad_lse if everything else None, q, k, v, out, lse, *shared)
-    torch.library.opcheck(torch.ops.sliding_gqa.attention_backward, arguments)
+        torch.library.opcheck(forward, (q, k, v, *shared, False, 0))
+    for threads in (0, 2) if backend == "banded" and not everything else (0,):
+        torch.library.opcheck(forward, (q, k, v, *shared, True, threads))
+        *results, kept = forward(q, k, v, *shared, True, threads)
+        assert bool(kept) == bool(threads)
+        grad_out, grad_lse = (torch.randn_like(x) for x in results)
+        grad_out = grad_out.transpose(1, 3).contiguous().transpose(1, 3)
+        grads = grad_out, grad_lse if everything else None
+        torch.library.opcheck(backward, (*grads, q, k, v, *results, kept, *shared, threads))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
