@@ -8,6 +8,7 @@ made once a step (`Place`), and q, k and v come side by side, as the projection 
 """
 
 import torch
+from torch.nn.functional import pad
 
 
 class Place:
@@ -25,8 +26,9 @@ class Place:
         if rope is not None:
             # x turns to x * cos + other(x) * sin, other(x) being the partner in the pair; past R nothing turns
             cos, sin = (table[self.position] for table in rope)
-            rest = cos.new_zeros(*cos.shape[:-1], head_dim - 2 * cos.shape[-1])
-            self.cos, self.sin = torch.cat([cos, cos, rest + 1], dim=-1), torch.cat([-sin, sin, rest], dim=-1)
+            self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+            if rest := head_dim - self.cos.shape[-1]:
+                self.cos, self.sin = pad(self.cos, (0, rest), value=1.0), pad(self.sin, (0, rest))
             if not self.even:
                 self.cos, self.sin = self.cos[:, None], self.sin[:, None]  # (B, 1, D)
 
@@ -46,7 +48,7 @@ class TokenRing:
         B, Hkv, self.slots, D = k_cache.shape
         self.k_cache, self.v_cache = k_cache, v_cache
         self.keys, self.values = k_cache.view(B * Hkv, -1, D).mT, v_cache.view(B * Hkv, -1, D)
-        self.rows = torch.arange(B)
+        self.batch, self.rows = B, torch.arange(B)
         self.num_heads, self.grouped = num_heads, (B * Hkv, num_heads // Hkv, D)
         self.turned = num_heads + Hkv
         self.scale = D**-0.5
@@ -60,7 +62,7 @@ class TokenRing:
     def __call__(self, qkv, place):
         """Write the new keys and values and attend to the ring: (B, Hq * D) of qkv (B, (Hq + 2 Hkv) * D)."""
         Hq, D = self.num_heads, self.grouped[2]
-        heads = qkv.view(len(qkv), -1, D)
+        heads = qkv.view(self.batch, -1, D)
         turned = heads[:, : self.turned]
         if place.cos is not None:
             turned = torch.addcmul(turned * place.cos, turned[..., self.partner], place.sin)
@@ -78,5 +80,5 @@ class TokenRing:
         scores = torch.bmm(turned[:, :Hq].reshape(self.grouped), keys).mul_(self.scale)
         if not place.even and place.shortest < self.slots:
             unwritten = place.unwritten(scores.shape[-1])
-            scores.view(len(qkv), Hq, -1).masked_fill_(unwritten[:, None], float("-inf"))
-        return torch.bmm(torch.softmax(scores, dim=-1), values).view(len(qkv), Hq * D)
+            scores.view(self.batch, Hq, -1).masked_fill_(unwritten[:, None], float("-inf"))
+        return torch.bmm(torch.softmax(scores, dim=-1), values).view(self.batch, Hq * D)

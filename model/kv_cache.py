@@ -23,6 +23,7 @@ class KVCache:
     lengths    (B,) int32 on the device: tokens of each row so far, without its padding
     columns    the same on the host, padding included: an upper limit that no step has to wait for
     k, v       a tensor (B, Hkv, slots, D) a layer
+    bounded    whether some layer, or learned positions, end the sequence at max_length; a ring alone never does
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class KVCache:
                 f"max_length={self.max_length} is more than the {config.context_length} positions that the model "
                 "learned (context_length)"
             )
+        self.bounded = config.positions == "learned" or None in map(config.layer_window, range(config.n_layer))
         self.k, self.v = [], []
         for layer in range(config.n_layer):
             shape = (batch_size, config.n_kv_head, self._slots(layer), config.head_dim)
@@ -60,12 +62,6 @@ class KVCache:
     def _slots(self, layer):
         window = self.config.layer_window(layer)
         return self.max_length if window is None else window + self.max_new_tokens_per_call - 1
-
-    @property
-    def bounded(self) -> bool:
-        """Whether some layer, or learned positions, end the sequence at max_length; a ring alone never does."""
-        windows = [self.config.layer_window(layer) for layer in range(self.config.n_layer)]
-        return self.config.positions == "learned" or None in windows
 
     @property
     def num_bytes(self) -> int:

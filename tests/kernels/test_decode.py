@@ -145,6 +145,7 @@ def call(**changed):
         ({"window": None, "lengths": torch.tensor([3, 7], dtype=torch.int32)}, "6 slots, fewer than the longest row"),
         ({"lengths": torch.tensor([3, 4])}, "lengths is torch.int64 \\(2,\\) on cpu, expected torch.int32 \\(2,\\)"),
         ({"lengths": torch.tensor([3], dtype=torch.int32)}, "lengths is torch.int32 \\(1,\\)"),
+        ({"lengths": torch.ones(2, dtype=torch.int32, device="meta")}, "\\(2,\\) on meta, expected .* on cpu"),
         ({"q": torch.randn(2, 3, 2, 8)}, "k_cache has 2 heads, which do not divide q's 3"),
         ({"v_cache": torch.randn(2, 2, 5, 8)}, "v_cache has shape \\(2, 2, 5, 8\\), expected k_cache's"),
         ({"window": 0}, "window is 0"),

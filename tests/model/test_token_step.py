@@ -6,6 +6,7 @@ import pytest
 import torch
 from mixes import MIXES, lively
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from model import GPT, KVCache, generate
 from model.steps import NextLogits
@@ -42,6 +43,24 @@ def test_its_logits_are_the_models(name, padding):
             new = tokens[:, column]
             torch.testing.assert_close(step(new), model(new[:, None], cache=cache)[0][:, -1], atol=1e-5, rtol=1e-5)
         assert torch.equal(step.cache.lengths, cache.lengths) and step.cache.columns == cache.columns
+
+
+def test_a_step_at_position_4000_takes_the_memory_of_one_at_position_100():
+    model, found = make(), []
+    for length in (100, 4000):
+        cache = KVCache(model.config, 1, max_new_tokens_per_call=100)
+        for part in torch.randint(41, (1, length)).split(100, dim=1):
+            model(part, cache=cache)
+        cache.fit_single_tokens()
+        step, new = TokenStep(model, cache), torch.tensor([1])
+        places = [x.data_ptr() for x in (*cache.k, *cache.v)]
+        step(new)  # grows the table of angles if this is its turn
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            step(new)
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        found.append(sum(event.nbytes() for event in events if event.nbytes() > 0))
+        assert places == [x.data_ptr() for x in (*cache.k, *cache.v)]
+    assert found[0] == found[1] > 0
 
 
 def test_the_sampler_takes_it_on_a_cpu_also_past_a_cache_that_had_to_grow():
