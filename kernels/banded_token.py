@@ -14,18 +14,19 @@ from torch.nn.functional import pad
 class Place:
     """Where one new token a row stands. lengths (B,) int32 on the CPU count it, and are at least 1.
 
-    rope   the tables (cos, sin) of `rope_tables`, or None.
+    angles   gives (cos, sin) of a position, (R / 2,), or of a tensor (B,) of them, (B, R / 2): rows of the tables of
+             `rope_tables`. None: nothing is rotated.
     """
 
-    def __init__(self, lengths, head_dim, rope=None):
+    def __init__(self, lengths, head_dim, angles=None):
         rows = lengths.tolist()
         self.lengths, self.shortest, self.longest = lengths, min(rows), max(rows)
         self.even = self.shortest == self.longest  # then a slot is a number and the angles are of one position
         self.position = self.longest - 1 if self.even else lengths.long() - 1
         self.cos = self.sin = None
-        if rope is not None:
+        if angles is not None:
             # x turns to x * cos + other(x) * sin, other(x) being the partner in the pair; past R nothing turns
-            cos, sin = (table[self.position] for table in rope)
+            cos, sin = angles(self.position)
             self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
             if rest := head_dim - self.cos.shape[-1]:
                 self.cos, self.sin = pad(self.cos, (0, rest), value=1.0), pad(self.sin, (0, rest))

@@ -30,13 +30,13 @@ def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None)
         raise ValueError(f"rotary_dim is {rotary_dim}, expected a positive even number")
     if length < 0:
         raise ValueError(f"length is {length}, expected 0 or more")
-    inv_freq, temperature = _inverse_frequencies(rotary_dim, theta, scaling, device)
+    inv_freq, temperature = inverse_frequencies(rotary_dim, theta, scaling, device)
     angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq
     return angles.cos() * temperature, angles.sin() * temperature
 
 
-def _inverse_frequencies(dim, theta, scaling, device):
-    """(R / 2,) angle per position of each pair, and the factor that cos and sin are multiplied with."""
+def inverse_frequencies(dim, theta, scaling, device):
+    """(R / 2,) angle per position of each pair, and the factor that cos and sin are multiplied with: `rope_tables`."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     if scaling is None:
         return 1.0 / theta**exponents, 1.0

@@ -3,6 +3,7 @@
 import torch
 
 from kernels import rope_tables
+from kernels.rope import inverse_frequencies
 
 
 class RopeTables:
@@ -15,6 +16,7 @@ class RopeTables:
     def __init__(self, config):
         self.config = config
         self.tables = {}
+        self.frequencies = {}
         rope_tables(1, config.rotated, theta=config.rope_theta, scaling=config.rope_scaling, device="cpu")  # checks
 
     def __call__(self, length, device):
@@ -24,6 +26,21 @@ class RopeTables:
             have = 0 if tables is None else len(tables[0])
             tables = self.tables[device] = self._make(max(length, 2 * have, self.config.context_length), device)
         return tables
+
+    def at(self, position, device):
+        """(cos, sin) of one position, (rotary_dim / 2,), or of a tensor (B,) of them, (B, rotary_dim / 2).
+
+        The rows that the tables have there, without tables: a text of any length takes no memory.
+        """
+        if device not in self.frequencies:
+            config = self.config
+            with torch.inference_mode(False):
+                self.frequencies[device] = inverse_frequencies(
+                    config.rotated, config.rope_theta, config.rope_scaling, device
+                )
+        frequency, temperature = self.frequencies[device]
+        angle = position[:, None].float() * frequency if torch.is_tensor(position) else position * frequency
+        return angle.cos() * temperature, angle.sin() * temperature
 
     def _make(self, length, device):
         config = self.config

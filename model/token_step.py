@@ -8,6 +8,8 @@ GPU: the same step, with what is known beforehand left out.
     logits = step(tokens)                 # (B,) -> (B, V): as model(tokens[:, None], cache=cache)[0][:, -1]
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn.functional import embedding, gelu
@@ -61,12 +63,13 @@ class TokenStep:
     def __init__(self, model, cache, compile=False):
         self.model, self.config, self.cache = model, model.config, cache
         self.forward = torch.compile(self._forward) if compile else self._forward
-        self.rope = model.blocks[0].attn.rope
+        rope = model.blocks[0].attn.rope
+        self.angles = None if rope is None else partial(rope.at, device=cache.lengths.device)
         self.embedding = model.wte.weight.detach()
         self.positions = model.wpe.weight.detach() if self.config.positions == "learned" else None
         self.head = self.embedding.t() if self.config.tie_weights else model.lm_head.weight.detach().t()
         self.norm = _norm(model.ln_f)
-        rotated = 0 if self.rope is None else self.config.rotated
+        rotated = 0 if rope is None else self.config.rotated
         self.layers = [
             (
                 _norm(block.ln_1),
@@ -84,8 +87,7 @@ class TokenStep:
     def __call__(self, tokens):
         """The logits (B, V) after one more token of each row, tokens (B,)."""
         self.cache.advance(1, self.model.config)
-        rope = None if self.rope is None else self.rope(self.cache.columns, tokens.device)
-        return self.forward(tokens, Place(self.cache.lengths, self.config.head_dim, rope))
+        return self.forward(tokens, Place(self.cache.lengths, self.config.head_dim, self.angles))
 
     def _forward(self, tokens, place):
         addmm, norm = torch.addmm, torch.layer_norm

@@ -16,6 +16,7 @@ def test_it_equals_append_and_decode(lengths, rotary_dim, window):
     lengths = torch.tensor(lengths, dtype=torch.int32)
     B, total, dtype = len(lengths), int(lengths.max()) + 12, torch.float64
     rope = tuple(t.to(dtype) for t in rope_tables(total, rotary_dim)) if rotary_dim else None
+    angles = None if rope is None else lambda position: tuple(table[position] for table in rope)
     shape = (2, B, Hkv, total if window is None else window, D)
     k_cache, v_cache = torch.randn(shape, dtype=dtype)
     for row, length in enumerate(lengths.tolist()):  # poison: slots never written must not be read
@@ -25,7 +26,7 @@ def test_it_equals_append_and_decode(lengths, rotary_dim, window):
     for _ in range(12):
         lengths += 1
         qkv = torch.randn(B, (Hq + 2 * Hkv) * D, dtype=dtype)
-        out = ring(qkv, Place(lengths, D, rope))
+        out = ring(qkv, Place(lengths, D, angles))
         q, k, v = qkv.view(B, Hq + 2 * Hkv, 1, D).split([Hq, Hkv, Hkv], dim=1)
         append_to_cache(k, v, k_expected, v_expected, lengths, rope=rope, backend="banded")
         expected = sliding_gqa_decode(q, k_expected, v_expected, lengths, window, rope=rope, backend="banded")

@@ -1,5 +1,6 @@
 """The step that the sampler takes on a CPU does what the model does, and is taken where it does."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -54,13 +55,18 @@ def test_a_step_at_position_4000_takes_the_memory_of_one_at_position_100():
         cache.fit_single_tokens()
         step, new = TokenStep(model, cache), torch.tensor([1])
         places = [x.data_ptr() for x in (*cache.k, *cache.v)]
-        step(new)  # grows the table of angles if this is its turn
+        step(new)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             step(new)
         events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
         found.append(sum(event.nbytes() for event in events if event.nbytes() > 0))
         assert places == [x.data_ptr() for x in (*cache.k, *cache.v)]
     assert found[0] == found[1] > 0
+    rope = model.blocks[0].attn.rope
+    size = len(rope.tables[new.device][0])
+    for _ in range(size - 4000 + 1):
+        step(new)
+    assert len(rope.tables[new.device][0]) == size < cache.columns  # no table grows with the text
 
 
 def test_the_sampler_takes_it_on_a_cpu_also_past_a_cache_that_had_to_grow():
@@ -105,6 +111,17 @@ def test_a_model_that_does_more_than_its_weights_say_runs_itself(how, reason):
     model = changed(how)
     found = why_not(model, KVCache(model.config, 1))
     assert found is reason is None or reason in found
+
+
+@pytest.mark.parametrize("scaling", [None, ("yarn", {"factor": 4.0, "original_max_position_embeddings": 48})], ids=str)
+def test_angles_of_a_position_are_a_row_of_the_tables(scaling):
+    config = dataclasses.replace(MIXES["partial rotation"], rope_scaling=scaling)
+    rope, device = GPT(config).blocks[0].attn.rope, torch.device("cpu")
+    tables, positions = rope(5000, device), torch.tensor([0, 7, 4999])
+    for found, table in zip(rope.at(positions, device), tables, strict=True):
+        torch.testing.assert_close(found, table[positions], atol=1e-6, rtol=0)
+    for found, table in zip(rope.at(4999, device), tables, strict=True):
+        torch.testing.assert_close(found, table[4999], atol=1e-6, rtol=0)
 
 
 def test_weights_that_are_changed_in_place_are_seen_at_the_next_token():
