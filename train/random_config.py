@@ -15,7 +15,7 @@ from .config import RunConfig
 
 HEADS = (1, 2, 3, 4, 6, 8)
 HEAD_SIZES = (16, 32, 64)
-WIDTHS = range(48, 193)  # a drawn model trains in minutes on a CPU
+WIDTHS = range(48, 129)  # a drawn model trains in minutes on a CPU
 FIELDS = ("architecture", "context_size", "n_layer", "n_head", "n_kv_head", "d_model", "window", "window_pattern")
 
 
@@ -33,7 +33,7 @@ def random_config(run: RunConfig, seed: int, stated: set[str] = frozenset()) -> 
 
     draw("architecture", ARCHITECTURES)
     context = draw("context_size", (32, 64, 128, 256))
-    draw("n_layer", range(2, 7))
+    draw("n_layer", range(2, 6))
     width, kv_heads = values.get("d_model"), values.get("n_kv_head", 1)
     if width is None:
         heads = draw("n_head", (n for n in HEADS if n % kv_heads == 0))

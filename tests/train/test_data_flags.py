@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from model import from_pretrained
+from model import ARCHITECTURES, from_pretrained
 from train.__main__ import main
 from train.config import RunConfig
 from train.evaluate import main as evaluate_main
@@ -73,6 +73,24 @@ def test_bytes_and_bpe_train_write_and_are_evaluated(texts, tmp_path, capsys, em
     assert result["bits_per_byte"] == result["bits_per_character"]  # of plain English letters
 
 
+@pytest.mark.parametrize("embedding_type", ["shakespearean", "bpe"])
+def test_a_long_text_is_trained_and_evaluated_as_a_short_one(texts, tmp_path, monkeypatch, capsys, embedding_type):
+    pytest.importorskip("tokenizers")
+    found = []
+    for limit in (2**20, -1):
+        monkeypatch.setattr("train.tokens.IN_MEMORY", {"characters": limit, "subwords": limit})
+        cache = ("--token-cache", tmp_path / "cache")
+        last = run(tmp_path, "--data", texts, "--embedding-type", embedding_type, *cache)
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        losses = [line.get("loss", line.get("held_out_loss")) for line in lines]
+        result = evaluated(capsys, last, *cache)
+        found.append((losses, {name: value for name, value in result.items() if name != "seconds"}))
+        (tmp_path / "run").rename(tmp_path / f"run{limit}")
+        found[-1][1].pop("checkpoint")
+    assert found[0] == found[1] and len(found[0][0]) > 1
+    assert len(list((tmp_path / "cache").glob("*.tokens"))) == 2  # training and held-out part
+
+
 def test_bits_per_byte_count_every_byte_of_a_character(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("żółć " * 400)
     result = evaluated(capsys, run(tmp_path, "--data", tmp_path / "text.txt"))
@@ -133,15 +151,10 @@ def test_a_wrong_size_is_refused_before_a_text_is_read(texts, capsys):
 def test_a_drawn_model_is_valid_and_the_same_for_the_same_seed():
     drawn = [random_config(RunConfig(), seed) for seed in range(300)]
     assert drawn == [random_config(RunConfig(), seed) for seed in range(300)]
-    assert {run.model_config(65).architecture for run in drawn} >= {
-        "original",
-        "rope",
-        "rope-window",
-        "rope-window-gqa",
-    }
+    assert {run.model_config(65).architecture for run in drawn} >= set(ARCHITECTURES)
     for name in FIELDS:
         assert len({getattr(run, name) for run in drawn}) > 2
-    assert max(run.model_config(65).d_model for run in drawn) <= 192
+    assert max(run.n_layer * 12 * run.d_model**2 for run in drawn) < 10**6  # parameters: minutes on a CPU
 
 
 @pytest.mark.parametrize(
