@@ -25,6 +25,7 @@ from model import GPT, CharTokenizer, from_pretrained
 
 from .config import RunConfig, TrainerConfig, resolve_device
 from .data import TextData, TokenDataset, load_data
+from .distributed import is_first, local_device
 from .flags import Parser, add_flags, from_flags, given
 from .passage import TEMPERATURE, passage
 from .random_config import as_flags, random_config
@@ -51,14 +52,19 @@ def main(arguments: list[str] | None = None) -> int:
         run, config = from_flags(RunConfig, flags), from_flags(TrainerConfig, flags)
         trainer = prepare(run, config, command, stated)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if not is_first():
+            return 2
         parser.error(str(error).splitlines()[0])
     try:
         trainer.train()
-        if not trainer.interrupted:
-            write_passage(best_checkpoint(trainer), trainer)
-        say_how_to_go_on(best_checkpoint(trainer), trainer)
+        trainer.processes.leave()
+        if is_first():
+            if not trainer.interrupted:
+                write_passage(best_checkpoint(trainer), trainer)
+            say_how_to_go_on(best_checkpoint(trainer), trainer)
     except (TrainingFailed, OSError, RuntimeError) as error:
-        print(f"{parser.prog}: run failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        if is_first():
+            print(f"{parser.prog}: run failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0
 
@@ -68,7 +74,7 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
 
     stated: the flags that the command line has, which --init-from asks for.
     """
-    device = resolve_device(config.device)
+    device = resolve_device(local_device(config.parallel, config.device))
     backend = resolve_backend(run.backend, device) if run.fused_kernels else None
     if run.random_config and not config.resume:  # what was drawn then is recorded
         run = random_config(run, config.seed, stated)
@@ -99,7 +105,7 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     training_set, held_out_set = data_sets(run, data)
     record = {"command": command, "stated": sorted(stated), "run": dataclasses.asdict(run), "data": data.record}
     trainer = Trainer(model, training_set, held_out_set, config, record)
-    for name, value in _first_lines(run, trainer, backend, data.record):
+    for name, value in _first_lines(run, trainer, backend, data.record) if is_first() else ():
         print(f"{name:<10} {value}")
     return trainer
 
@@ -188,6 +194,9 @@ def _first_lines(run, trainer, backend, data):
         yield "attention", "plain PyTorch (--fused-kernels runs ours)"
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     yield "device", f"{trainer.device}{threads}, {config.precision}" + (", compiled" if config.compile else "")
+    if config.parallel != "none":
+        parts = f"{trainer.processes.part_of(config.batch_size)} of {config.batch_size} examples of a batch each"
+        yield "parallel", f"{config.parallel}, {trainer.processes.count} processes, {parts}"
     if trainer.resumed_from is not None:
         yield "resume", f"from {trainer.resumed_from}, step {trainer.step:,} of {trainer.total_steps:,}"
     elif config.resume:

@@ -29,7 +29,7 @@ class TrainerConfig:
         None, f"steps to take; beside --max-epochs, whichever ends first; with neither, {DEFAULT_STEPS:,} steps", True
     )
     max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)", True)
-    batch_size: int = option(16, "examples in a batch")
+    batch_size: int = option(16, "examples in a batch, all processes together")
     grad_accumulation: int = option(1, "batches whose gradients make one step")
     optimizer: Literal["muon", "adamw"] = option(
         "muon", "Muon for the hidden layers' matrices with AdamW for the rest, at one learning rate, or AdamW for all"
@@ -51,6 +51,9 @@ class TrainerConfig:
     )
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the forward pass; weights stay fp32")
     compile: bool = option(False, "torch.compile the model: faster steps after a minute or so", True)
+    parallel: Literal["none", "ddp", "fsdp"] = option(
+        "none", "under torchrun: processes that share every batch, with all weights each (ddp) or a part (fsdp)", True
+    )
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)", True)
     seed: int = option(0, "of the initial weights, the order of the examples and the dropout")
     num_workers: int = option(
@@ -95,6 +98,8 @@ class TrainerConfig:
             raise ValueError(f"grad_clip is {self.grad_clip}, wanted a norm above 0, or None for no clipping")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}, wanted two numbers from 0 to below 1")
+        if self.parallel not in ("none", "ddp", "fsdp"):
+            raise ValueError(f"parallel is {self.parallel!r}, wanted none, ddp or fsdp")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision is {self.precision!r}, wanted fp32, bf16 or fp16")
         if self.resume and self.out_dir is None:

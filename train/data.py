@@ -146,17 +146,20 @@ class CharDataset(TokenDataset):
         super().__init__(as_tensor(encoder(tokenizer)(text), tokenizer.vocab_size), block_size, tokenizer)
 
 
-def training_batches(dataset, batch_size: int, seed: int, first_batch: int = 0, num_workers: int = 0):
+def training_batches(
+    dataset, batch_size: int, seed: int, first_batch: int = 0, num_workers: int = 0, part: tuple[int, int] = (0, 1)
+):
     """Batches (x, y) without end, in the shuffled order of train/order.py, beginning with number `first_batch`.
 
+    part: (i, n) gives the i-th of n equal parts of every batch, for one of n processes; n divides batch_size.
     dataset: anything with a length and items (x, y). One with a `batch` method, as CharDataset, is asked for whole
     batches here; another is read item by item in `num_workers` processes (0: in this one).
     """
     if hasattr(dataset, "batch"):
-        for indices in _batch_indices(len(dataset), batch_size, seed, first_batch):
+        for indices in _batch_indices(len(dataset), batch_size, seed, first_batch, part):
             yield dataset.batch(indices)
     else:
-        indices = _batch_indices(len(dataset), batch_size, seed, first_batch)
+        indices = _batch_indices(len(dataset), batch_size, seed, first_batch, part)
         # a generator of its own: the loader would otherwise draw from the global one, which dropout uses
         yield from torch.utils.data.DataLoader(
             dataset, batch_sampler=indices, num_workers=num_workers, generator=torch.Generator()
@@ -173,8 +176,11 @@ def evaluation_batches(dataset, batch_size: int, examples: int):
             yield torch.utils.data.default_collate([dataset[int(index)] for index in some])
 
 
-def _batch_indices(length, batch_size, seed, batch):
+def _batch_indices(length, batch_size, seed, batch, part):
     """Index lists of the batches from number `batch` on; drawn for many batches at a time, which costs the same."""
+    size = batch_size // part[1]
+    mine = slice(part[0] * size, (part[0] + 1) * size)
     while True:
-        yield from stream(batch * batch_size, 64 * batch_size, length, seed).reshape(64, batch_size).tolist()
+        drawn = stream(batch * batch_size, 64 * batch_size, length, seed).reshape(64, batch_size)
+        yield from drawn[:, mine].tolist()
         batch += 64

@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from .distributed import sharded_as, whole
+
 
 class AverageWeights:
     """A running average of a model's parameters, fp32, to evaluate and to keep in place of the newest.
@@ -36,12 +38,12 @@ class AverageWeights:
             self._set(own)
 
     def state_dict(self) -> dict:
-        return {"steps": self.steps, "average": self._average}
+        return {"steps": self.steps, "average": [whole(average).cpu() for average in self._average]}
 
     def load_state_dict(self, state: dict) -> None:
         self.steps = state["steps"]
         for average, saved in zip(self._average, state["average"], strict=True):
-            average.copy_(saved)
+            average.copy_(sharded_as(average, saved.to(average.device)))
 
     @torch.no_grad()
     def _set(self, values):

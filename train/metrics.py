@@ -66,9 +66,12 @@ def _is_no_number(value):
 class ProgressBar:
     """A bar on stderr: steps, time left, loss, tokens/s, MFU on CUDA. In a file, a line every ten seconds."""
 
-    def __init__(self, total: int, done: int = 0):
+    def __init__(self, total: int, done: int = 0, shown: bool = True):
         interval = 0.2 if sys.stderr.isatty() else 10
-        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=interval)
+        self._says = shown
+        self._bar = tqdm(
+            total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=interval, disable=not shown
+        )
         self._shown = {}
 
     def __enter__(self):
@@ -87,4 +90,5 @@ class ProgressBar:
 
     def say(self, line: str) -> None:
         """A line on stdout, above the bar."""
-        tqdm.write(line)
+        if self._says:
+            tqdm.write(line)

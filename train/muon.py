@@ -17,6 +17,8 @@ import math
 import torch
 from torch.optim.adamw import adamw
 
+from .distributed import sharded_as, whole
+
 MOMENTUM = 0.95
 EPSILON = 1e-7
 
@@ -71,14 +73,14 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             momentum = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-            ahead.append(_whole(torch.lerp(parameter.grad, momentum, MOMENTUM)))
+            ahead.append(whole(torch.lerp(parameter.grad, momentum, MOMENTUM)))
         if ahead[0].is_cuda:
             updates = orthogonal(torch.stack(ahead), torch.bfloat16).unbind()
         else:
             updates = [orthogonal(matrix, torch.float32) for matrix in ahead]
         scale = 0.2 * math.sqrt(max(parameters[0].shape))
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - lr * weight_decay).add_(_sharded_as(parameter, update), alpha=-lr * scale)
+            parameter.mul_(1 - lr * weight_decay).add_(sharded_as(parameter, update), alpha=-lr * scale)
 
     def _adamw(self, parameters, group):
         states = [self.state[parameter] for parameter in parameters]
@@ -126,16 +128,3 @@ def _by_shape(parameters):
     for parameter in parameters:
         alike.setdefault(parameter.shape, []).append(parameter)
     return alike.values()
-
-
-def _whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _sharded_as(parameter, whole):
-    if not hasattr(parameter, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor  # takes most of a second: only sharded runs pay for it
-
-    # every process has computed the whole: each takes its own part of it, nothing is sent
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

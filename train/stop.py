@@ -3,6 +3,10 @@
 import os
 import signal
 import threading
+import time
+
+# torchrun passes on to its processes the Ctrl-C that the terminal has given them already: these two are one
+_SAME = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0  # seconds
 
 
 class StopRequest:
@@ -26,8 +30,14 @@ class StopRequest:
         self._restore()
 
     def _request(self, number, frame):
-        self.requested = True
-        self._restore()
+        if self.requested:
+            if time.monotonic() - self._first > _SAME:
+                self._restore()
+                signal.raise_signal(number)
+            return
+        self.requested, self._first = True, time.monotonic()
+        if not _SAME:
+            self._restore()
         # not print: the signal may have come in the middle of one, and a buffered stream cannot be entered twice
         os.write(2, f"\n{signal.Signals(number).name}: stopping after this step (again: at once)\n".encode())
 

@@ -16,7 +16,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from model import GPT
@@ -31,13 +30,14 @@ from .checkpoint import (
 )
 from .config import TrainerConfig, resolve_device
 from .data import evaluation_batches, training_batches
-from .distributed import load_whole, whole_optimizer_state, whole_weights
+from .distributed import join_processes, local_device, whole, whole_weights
 from .ema import AverageWeights
 from .flops import flops_a_token, peak_flops
 from .metrics import History, ProgressBar
 from .optim import learning_rate_at, make_optimizer
 from .passage import passage
-from .resume import checkpoint_to_resume, note_resumption, read_state
+from .resume import checkpoint_to_resume, note_resumption
+from .state import load_state, seed_step, state_of
 from .stop import StopRequest
 from .tensorboard import TensorBoard, require_tensorboard
 
@@ -60,18 +60,20 @@ class Trainer:
 
     def __init__(self, model, train_dataset, test_dataset=None, config: TrainerConfig | None = None, record=None):
         self.config = config = config or TrainerConfig()
-        self.device = resolve_device(config.device)
+        self.device = resolve_device(local_device(config.parallel, config.device))
         if config.precision == "fp16" and self.device.type != "cuda":
             raise ValueError(f"precision fp16 needs a CUDA device, not {self.device}: take bf16 or fp32")
         if config.tensorboard:
             require_tensorboard()
             if config.out_dir is None:
                 raise ValueError("tensorboard needs a run directory to write into: give out_dir")
+        self.processes = join_processes(config.parallel, self.device)
+        self.processes.part_of(config.batch_size)
         self.train_dataset, self.test_dataset = train_dataset, test_dataset
         self.tokenizer = getattr(train_dataset, "tokenizer", None)
 
         self.model = model.to(self.device)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward = self.processes.distribute(self.model, self.device, config.compile)
         self.optimizer = make_optimizer(
             self.model,
             optimizer=config.optimizer,
@@ -94,15 +96,17 @@ class Trainer:
         self.record = {"versions": versions(), "trainer": config.to_dict(), **(record or {})}
         if dataclasses.is_dataclass(getattr(model, "config", None)):
             self.record["model"] = dataclasses.asdict(model.config)
-        self.resumed_from = checkpoint_to_resume(config.out_dir, self.record) if config.resume else None
+        self.out_dir = None if config.out_dir is None else Path(config.out_dir)
+        self.writes = self.out_dir is not None and self.processes.rank == 0
+        self.history = History(self.out_dir if self.writes else None)
+        self.resumed_from = None
         if config.resume:
             self._resume()
-        else:
-            self.out_dir = None if config.out_dir is None else open_run_directory(config.out_dir, self.record)
-            self.history = History(self.out_dir)
-        if config.tensorboard:
+        elif self.out_dir is not None:
+            self.processes.first_does(open_run_directory, self.out_dir, self.record)
+        if config.tensorboard and self.writes:
             self.history.followers.append(TensorBoard(self.out_dir, self.step))
-        self.peak_flops = peak_flops(self.device, config.precision) if isinstance(model, GPT) else None
+        self.peak_flops = peak_flops(self.device, config.precision) if isinstance(model, GPT) else None  # of a device
 
     def train(self) -> None:
         """Trains to the end, or until SIGINT (Ctrl-C) or SIGTERM, which saves a checkpoint and returns.
@@ -116,15 +120,16 @@ class Trainer:
             config.seed,
             first_batch=self.step * config.grad_accumulation,
             num_workers=config.num_workers,
+            part=(self.processes.rank, self.processes.count),
         )
         self.model.train()
         self._meter_started, self._metered = time.perf_counter(), 0
-        self._started = self._meter_started - self.seconds
+        self.started = self._meter_started - self.seconds
 
-        with StopRequest() as stop, ProgressBar(self.total_steps, self.step) as bar:
+        with StopRequest() as stop, ProgressBar(self.total_steps, self.step, self.processes.rank == 0) as bar:
             if self.resumed_from is None:
                 self._evaluate(bar)
-            while self.step < self.total_steps and not stop.requested:
+            while self.step < self.total_steps and not self.processes.any(stop.requested):
                 self._take_step(batches)
                 bar.step()
                 last = self.step == self.total_steps
@@ -144,32 +149,38 @@ class Trainer:
     def held_out_loss(self) -> float:
         """Mean loss over the same held-out examples at every call: an estimate, train/evaluate.py takes them all."""
         self.model.eval()
-        total, examples = 0.0, 0
+        rank, count = self.processes.rank, self.processes.count
+        total, examples = torch.zeros((), dtype=torch.float64), 0
         for x, y in evaluation_batches(self.test_dataset, self.config.batch_size, self.config.eval_examples):
+            # where the processes cannot share a batch equally, as it may be with the last, each of them takes all of it
+            shared = slice(rank * len(x) // count, (rank + 1) * len(x) // count) if len(x) % count == 0 else slice(None)
             with self._autocast():
-                _, loss = self.model(*self._on_device(x, y))
+                _, loss = self.model(*self._on_device(x[shared], y[shared]))
             total, examples = total + loss.item() * len(x), examples + len(x)
         self.model.train()
-        return total / examples
+        return self.processes.mean(total).item() / examples
 
     def _take_step(self, batches) -> None:
         """One update of the weights; nothing here waits for the device."""
         config = self.config
-        self._seed_step()
+        seed_step(config.seed, self.step, self.processes.rank, self.device)
         rate = learning_rate_at((self.step + 1) * self.tokens_per_step, **self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for _ in range(config.grad_accumulation):
+        for number in range(1, config.grad_accumulation + 1):
             x, y = self._on_device(*next(batches))
-            with self._autocast():
-                _, loss = self.forward(x, y)
-            self.scaler.scale(loss / config.grad_accumulation).backward()
+            with self.processes.averaging(self.forward, last=number == config.grad_accumulation):
+                with self._autocast():
+                    _, loss = self.forward(x, y)
+                self.scaler.scale(loss / config.grad_accumulation).backward()
             self.loss_sum += loss.detach()
             self.losses += 1
             self._metered += 1
         self.scaler.unscale_(self.optimizer)
-        limit = math.inf if config.grad_clip is None else config.grad_clip
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        self._grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        if config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, self._grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -180,13 +191,13 @@ class Trainer:
 
     def _log(self, bar) -> None:
         """The mean loss since the line before, into history and bar."""
-        loss = self.loss_sum.item() / self.losses
+        loss = self.processes.mean(self.loss_sum).item() / self.losses
         now = time.perf_counter()
         speed = self._metered * self.tokens_per_step / self.config.grad_accumulation / (now - self._meter_started)
         shown = {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"}
         measured = {}
         if self.peak_flops is not None:
-            measured["mfu"] = speed * flops_a_token(self.model.config) / self.peak_flops
+            measured["mfu"] = speed * flops_a_token(self.model.config) / (self.peak_flops * self.processes.count)
             shown["MFU"] = f"{measured['mfu']:.1%}"
         self.history.add(
             step=self.step,
@@ -196,7 +207,7 @@ class Trainer:
             grad_norm=self._grad_norm.item(),
             tokens_per_second=round(speed),
             **measured,
-            seconds=round(now - self._started, 3),
+            seconds=round(now - self.started, 3),
         )
         bar.show(**shown)
         self.loss_sum.zero_()
@@ -217,7 +228,7 @@ class Trainer:
                 seen["sample"] = text
             best = self.step > 0 and seen.get("held_out_loss", math.inf) < self.best_held_out_loss
             if seen:
-                seconds = round(time.perf_counter() - self._started, 3)
+                seconds = round(time.perf_counter() - self.started, 3)
                 self.history.add(step=self.step, tokens=self.step * self.tokens_per_step, **seen, seconds=seconds)
             if best:
                 self.best_held_out_loss = seen["held_out_loss"]
@@ -235,32 +246,27 @@ class Trainer:
         """A short text by the model, the same for the same weights; "" if there is no tokenizer or none is wanted."""
         if self.tokenizer is None or not self.config.sample_tokens or not isinstance(self.model, GPT):
             return ""
+        if self.processes.rank > 0 or self.processes.parallel == "fsdp":  # whose processes would gather every token
+            return ""
         with self._autocast():
             return "".join(passage(self.model, self.tokenizer, self.config.sample_tokens, self.config.seed))
 
     def _save_best(self) -> None:
         """Writes the weights alone, as `best`."""
         if self.out_dir is not None:
-            weights = whole_weights(self.model)
-            save_checkpoint(self.out_dir / "best", self.model, self.tokenizer, self._facts(), weights=weights)
+            self._write(self.out_dir / "best")
 
     def _save_checkpoint(self) -> None:
         """Writes all that going on needs, as checkpoints/step-NNNNNN and `last`."""
-        if self.out_dir is None:
-            return
-        state = {
-            "step": self.step,
-            "optimizer": whole_optimizer_state(self.model, self.optimizer),
-            "scaler": self.scaler.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "best_held_out_loss": self.best_held_out_loss,
-            "loss_sum": self.loss_sum.cpu(),
-            "losses": self.losses,
-            "seconds": time.perf_counter() - self._started,
-        }
-        place = checkpoint_directory(self.out_dir, self.step)
-        save_checkpoint(place, self.model, self.tokenizer, self._facts(), state, whole_weights(self.model))
-        point_last_at(place, self.config.keep_checkpoints)
+        if self.out_dir is not None:
+            place = checkpoint_directory(self.out_dir, self.step)
+            self._write(place, state_of(self))
+            self.processes.first_does(point_last_at, place, self.config.keep_checkpoints)
+
+    def _write(self, place: Path, state: dict | None = None) -> None:
+        # every process has a part in gathering the weights, the first one writes them
+        weights = whole_weights(self.model)
+        self.processes.first_does(save_checkpoint, place, self.model, self.tokenizer, self._facts(), state, weights)
 
     def _facts(self) -> dict:
         held_out = self.history.series("held_out_loss")[1]
@@ -273,28 +279,14 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        """Takes up the run in config.out_dir where its newest whole checkpoint left it, or at its beginning."""
-        self.out_dir = Path(self.config.out_dir)
-        finish_replacing(self.out_dir / "best")
+        """Takes up the run in out_dir where its newest whole checkpoint left it, or at its beginning."""
+        self.resumed_from = self.processes.first_does(checkpoint_to_resume, self.out_dir, self.record)
+        self.processes.first_does(finish_replacing, self.out_dir / "best")
         if self.resumed_from is not None:
-            weights, state = read_state(self.resumed_from, self.model)
-            load_whole(self.model, weights, self.optimizer, state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.step, self.best_held_out_loss = state["step"], state["best_held_out_loss"]
-            self.loss_sum, self.losses = state["loss_sum"].to(self.device), state["losses"]
-            self.seconds = state["seconds"]
-        self.record = note_resumption(self.out_dir, self.record, self.step)
-        self.history = History(self.out_dir)
-        self.history.go_back_to(self.step if self.resumed_from is not None else -1)
-
-    def _seed_step(self) -> None:
-        """Random numbers of a step, such as dropout's, follow from the seed and the step: there is no state to keep."""
-        (seed,) = np.random.SeedSequence([self.config.seed, self.step]).generate_state(1, np.uint64).tolist()
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+            load_state(self, self.resumed_from)
+        self.record = self.processes.first_does(note_resumption, self.out_dir, self.record, self.step)
+        if self.writes:
+            self.history.go_back_to(self.step if self.resumed_from is not None else -1)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0

@@ -1,0 +1,139 @@
+"""Two processes with gloo on a CPU: the losses of one, checkpoints that any number of processes can go on from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from two_processes import RUNS, TEXT, stop_at, trainer_of
+
+from model import from_pretrained
+from train.__main__ import main
+from train.checkpoint import checkpoints, damage
+from train.data import training_batches
+from train.distributed import Processes
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start(*command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*TORCHRUN, *map(str, command)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def two_processes(directory, *runs):
+    process = start(ROOT / "tests" / "train" / "two_processes.py", directory, *runs)
+    shown, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return shown
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The directory of all RUNS, and in moved/ of two that went on from 2 processes to 1 to 2."""
+    directory = tmp_path_factory.mktemp("runs")
+    for name in RUNS:
+        if name.startswith("one"):
+            trainer_of(directory, name).train()
+    two_processes(directory, *(name for name in RUNS if not name.startswith("one")), "moved/ddp@5", "moved/fsdp-muon@5")
+    for name in ("moved/ddp", "moved/fsdp-muon"):
+        alone = trainer_of(directory, name, parallel="none", resume=True)
+        assert alone.step == 5
+        stop_at(alone, 8)
+    two_processes(directory, "moved/ddp+", "moved/fsdp-muon+")
+    return directory
+
+
+def measured(run, name):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RUNS if not name.startswith("one")] + ["moved/ddp", "moved/fsdp-muon"]
+)
+def test_two_processes_have_the_losses_of_one(runs, name):
+    one = runs / ("one-muon" if name.endswith("muon") else "one")
+    for value in ("loss", "held_out_loss", "grad_norm"):
+        found, expected = measured(runs / name, value), measured(one, value)
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [loss for _, loss in found] == pytest.approx(
+            [loss for _, loss in expected], abs=1e-5 if "l" in value else 1e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-muon", "moved/fsdp-muon"])
+def test_the_checkpoint_of_two_processes_is_that_of_one(runs, name):
+    one = runs / ("one-muon" if name.endswith("muon") else "one")
+    assert [path.name for path in checkpoints(runs / name)][-1] == "step-000012" and damage(
+        runs / name / "last"
+    ) is None
+    for which in ("last", "best"):
+        found, expected = (from_pretrained(run / which)[0].state_dict() for run in (runs / name, one))
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, atol=1e-3, rtol=0)
+    states = [torch.load(run / "last" / "training_state.pt", weights_only=True) for run in (runs / name, one)]
+    for key, state in states[1]["optimizer"]["state"].items():
+        for part, tensor in state.items():
+            assert type(states[0]["optimizer"]["state"][key][part]) is torch.Tensor
+            torch.testing.assert_close(states[0]["optimizer"]["state"][key][part], tensor, atol=1e-3, rtol=1e-2)
+
+
+def test_the_parts_of_a_batch_make_up_the_batch():
+    train_set = trainer_of(Path(), "one", out_dir=None).train_dataset
+    whole = next(training_batches(train_set, 6, seed=1, first_batch=70))[0]
+    parts = [next(training_batches(train_set, 6, seed=1, first_batch=70, part=(i, 3)))[0] for i in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_processes_that_cannot_share_a_batch_equally_are_refused():
+    with pytest.raises(ValueError, match="batch_size is 16, which 3 processes cannot share equally: take a multiple"):
+        Processes("ddp", 0, 3).part_of(16)
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def test_parallel_without_torchrun_and_torchrun_without_parallel_are_refused(text, tmp_path, capsys, monkeypatch):
+    def refused(*arguments):
+        with pytest.raises(SystemExit):
+            main(["--data", text, "--device", "cpu", "--out-dir", str(tmp_path / "run"), *arguments])
+        return capsys.readouterr().err
+
+    assert "torchrun --nproc-per-node 2 -m train --parallel fsdp" in refused("--parallel", "fsdp")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "there are 2 processes: add --parallel ddp or fsdp" in refused()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_says_everything_once_and_sigterm_to_torchrun_saves(text, tmp_path):
+    run = tmp_path / "run"
+    sizes = (
+        "--context-size 16 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 16 --window 8 --batch-size 2 --log-every 1"
+    )
+    process = start("-m", "train", "--parallel", "ddp", *sizes.split(), "--device", "cpu", "--data", text,
+                    "--max-steps", 1000000, "--sample-tokens", 0, "--out-dir", run)  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 5:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        shown, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "ddp, 2 processes, 1 of 2 examples of a batch each" in shown
+    assert shown.count("stopped at step") == shown.count("model  ") == 1 and "Error" not in shown
+    step = json.loads((run / "last" / "training.json").read_text())["step"]
+    assert f"stopped at step {step:,} of 1,000,000: saved in {run}/last" in shown
+    assert main(["--resume", "--out-dir", str(run), "--parallel", "none", "--max-steps", str(step + 1)]) == 0
