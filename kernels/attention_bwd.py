@@ -19,6 +19,7 @@ from . import tuning
 from .rope_kernel import rotary_tables, rotate
 from .tiles import (
     LOG2_E,
+    anew,
     dot,
     head_block,
     head_columns,
@@ -130,6 +131,10 @@ def attention_dq_kernel(
         scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_K, PRECISION, False,
     )  # fmt: skip
     dq *= scale
+    query, head = packed_rows(anew(block, num_queries) * BLOCK_Q, first_head, PACK, BLOCK_M)
+    q_pos = query + offset
+    in_queries = query < num_queries
+    ok = in_queries[:, None] & in_head[None, :]
     if ROTARY_DIM > 0:
         dq = rotate_back(dq, q_pos, in_queries, cos_ptr, sin_ptr, ROTARY_DIM)
     dq_row = row_offset(batch, head, query, dq_strides)
@@ -232,6 +237,10 @@ def attention_dkdv_kernel(
         )  # fmt: skip
     dk, dv = state
     dk *= scale
+    k_pos = anew(block, num_keys) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_keys = k_pos < num_keys
+    k_ok = in_keys[:, None] & k_in_head[None, :]
+    v_ok = in_keys[:, None] & v_in_head[None, :]
     if ROTARY_DIM > 0:
         dk = rotate_back(dk, k_pos, in_keys, cos_ptr, sin_ptr, ROTARY_DIM)
     dk_row = row_offset(batch, kv_head, k_pos, dk_strides)

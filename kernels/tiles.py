@@ -91,6 +91,15 @@ def packed_rows(first_query, first_head, PACK: tl.constexpr, BLOCK_M: tl.constex
 
 
 @triton.jit
+def anew(index, length):
+    """index, hidden from the compiler by a term that is 0 for any length: what follows from it is computed anew.
+
+    Without it, positions, masks and addresses of the prologue would wait in registers for the epilogue, over the loops.
+    """
+    return index + tl.where(length < 0, 1, 0)
+
+
+@triton.jit
 def row_offset(batch, head, position, strides):
     """Elements before a row, in 64 bits: each product with a stride may pass 2**31."""
     batch, head, position = batch.to(tl.int64), head.to(tl.int64), position.to(tl.int64)

@@ -4,10 +4,14 @@ A kernel's program owns `own` rows of its tile (packed queries in the forward an
 the others in steps: `edge` where a mask is needed, `step` in the interior. A narrow edge keeps the band tight, a wide
 interior spreads what a step costs whatever its width.
 
-The table was made by compiling each candidate without and with rope, sinks and softcap (Triton 3.7.1, sm_80 and sm_90)
-and taking, of those that spill no register, the fewest instructions per score. For fp16 and bf16 no entry spills at
-head sizes that are powers of two, but for dq at 256 on Hopper; fp32 spills in the backward from 64 on, where smaller
-tiles would cost more than they save.
+The entries for 16-bit attention at head sizes up to 128 were chosen by `python benchmarks/tune_tiles.py --write`, with
+Triton 3.7.1: of the candidates that spill nowhere, with or without rope, sinks, softcap and a gradient of lse, the best
+in a model of the card's pipes. No GPU has timed them. The others are those with the fewest instructions per score of
+those that spill least; fp32 spills in the backward from 64 on, where smaller tiles would cost more than they save.
+`python benchmarks/kernel_report.py` shows what all of them compile to.
+
+Decoding: own is the most rows; one token of a group of up to 16 heads takes 16. Memory is the limit: a tile of keys and
+values has up to 32 kB, two are under way, and two programs (on consumer GPUs one) fit a multiprocessor's memory.
 """
 
 import functools
@@ -24,17 +28,28 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-# {(pass, bytes an element): {first architecture: {largest head size: config}}}
-AMPERE, HOPPER = 80, 90
+# Compute capabilities as numbers. An architecture takes the tiles of the last family that is not newer than itself, so
+# that an unknown one takes those of its nearest kin; where a family has none of its own, those of the next one here.
+AMPERE, CONSUMER, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 80, 86, 90, 100, 120
+AMD = 942  # gfx942; every AMD GPU counts as one
+FAMILIES = {
+    AMPERE: (AMPERE,),
+    CONSUMER: (CONSUMER, AMPERE),  # 99 kB of shared memory a program, in place of 163
+    HOPPER: (HOPPER, AMPERE),  # 227 kB, and products of warp groups
+    BLACKWELL: (BLACKWELL, HOPPER, AMPERE),  # 227 kB, and tensor memory
+    CONSUMER_BLACKWELL: (CONSUMER_BLACKWELL, CONSUMER, AMPERE),  # 99 kB, and Ampere's products
+    AMD: (AMD, AMPERE),  # 64 kB
+}
+# {(pass, bytes an element): {family: {largest head size: config}}}
 CONFIGS = {
     ("forward", 2): {
         AMPERE: {
-            64: TileConfig(64, 32, 64, 4, 2),
+            64: TileConfig(128, 32, 64, 4, 2),
             128: TileConfig(128, 32, 64, 8, 2),
             256: TileConfig(64, 32, 32, 8, 2),
         },
         HOPPER: {
-            64: TileConfig(64, 32, 64, 4, 3),
+            64: TileConfig(128, 32, 64, 4, 2),
             128: TileConfig(128, 32, 64, 8, 3),
             256: TileConfig(64, 32, 32, 8, 2),
         },
@@ -53,19 +68,16 @@ CONFIGS = {
     },
     ("dkdv", 2): {
         AMPERE: {
-            32: TileConfig(64, 32, 64, 4, 2),
-            64: TileConfig(128, 32, 64, 8, 2),
-            128: TileConfig(64, 32, 64, 8, 2),
+            64: TileConfig(64, 32, 64, 4, 2),
+            128: TileConfig(64, 16, 32, 4, 2),
             256: TileConfig(32, 32, 32, 8, 2),
         },
         HOPPER: {
             64: TileConfig(64, 32, 64, 4, 2),
-            128: TileConfig(128, 32, 32, 8, 2),
+            128: TileConfig(64, 16, 32, 4, 2),
             256: TileConfig(32, 32, 32, 8, 2),
         },
     },
-    # own: the most rows; one token of a group of up to 16 heads takes 16. Memory is the limit: a tile of keys and
-    # values has up to 32 kB, two are under way, and two programs (on consumer GPUs one) fit a multiprocessor's memory
     ("decode", 2): {
         AMPERE: {
             32: TileConfig(64, 64, 64, 4, 3),
@@ -113,7 +125,7 @@ def architecture(device):
     if device.type != "cuda":
         return 0
     if torch.version.hip is not None:
-        return AMPERE  # 64 kB of shared memory, no asynchronous matrix unit: its tiles are the ones that fit
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -122,10 +134,10 @@ def tile_config(name, head_dim, dtype, arch):
     """The TileConfig of pass `name` ("forward", "dq", "dkdv", "decode") for heads of head_dim elements on arch."""
     if arch == 0 or dtype.itemsize > 4:
         return INTERPRETED
-    by_arch = CONFIGS[name, dtype.itemsize]
-    # consumer Blackwell, sm_120, has the matrix instruction and the 99 kB of shared memory of consumer Ampere
-    family = HOPPER if HOPPER <= arch < 120 and HOPPER in by_arch else AMPERE
-    return next(config for largest, config in by_arch[family].items() if head_dim <= largest)
+    by_family = CONFIGS[name, dtype.itemsize]
+    kin = FAMILIES[max((family for family in FAMILIES if family <= arch), default=AMPERE)]
+    sizes = next(by_family[family] for family in kin if family in by_family)
+    return next(config for largest, config in sizes.items() if head_dim <= largest)
 
 
 def dot_precision(dtype, arch):
@@ -133,4 +145,4 @@ def dot_precision(dtype, arch):
 
     One TF32 product keeps 11 bits; fp32's own units ("ieee") take 4 to 8 times the instructions and spill at any size.
     """
-    return "tf32x3" if dtype == torch.float32 and arch and torch.version.hip is None else "ieee"
+    return "tf32x3" if dtype == torch.float32 and 0 < arch < AMD else "ieee"

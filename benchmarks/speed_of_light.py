@@ -1,0 +1,333 @@
+"""A model of how fast a compiled kernel can run: bounds from its instructions, its bytes and a card's data sheet.
+
+It is a model. Nothing here was measured on a GPU, and each formula is one function below. Two bounds are given:
+
+    overlapped   the busiest pipe is never idle:  max over all pipes, and memory
+    serial       a tile's products wait for its softmax and the softmax for the products:
+                 max(matrix unit, shared memory) + max(issue, ALU, FMA, MUFU); or L2 or memory if that takes longer
+
+Code without warp specialisation, as Triton's is, should lie between them. Assumed throughout: clocks at their boost,
+latencies hidden by other warps (short loops, one program a multiprocessor: not so), all of the memory's bandwidth,
+inputs read once from memory and then from L2, no bank conflicts, and full waves of programs but for the last one.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+from cards import PEAKS
+
+ISSUE_SLOTS = 4  # warp instructions that a multiprocessor issues in a cycle
+SHARED_BYTES = 128  # that shared memory moves in a cycle
+L2_BYTES = 5120  # that L2 gives all multiprocessors in a cycle: an A100's (its white paper), taken for every card
+# How often the inputs' products run through the matrix unit at its 16-bit rate: three TF32 products, each at half of it
+PRODUCTS = {2: 1, 4: 6}
+# What HMMA reaches on cards whose full rate only the warp-group instructions get: 63 % on an H100 (arXiv:2402.13499);
+# a quarter on a B200 is a guess
+HMMA_RATE = {"sm_90": 0.63, "sm_100": 0.25}
+
+
+class Card(NamedTuple):
+    """One card for each architecture; throughputs per multiprocessor and cycle (CUDA programming guide)."""
+
+    name: str  # in cards.PEAKS, which has its matrix rate and its bandwidth
+    multiprocessors: int
+    gigahertz: float
+    fma: int = 128
+    alu: int = 64
+    mufu: int = 16
+
+    @property
+    def l2_bytes(self):
+        """That a multiprocessor gets from L2 in a cycle: its share of L2_BYTES, at most what its port takes."""
+        return min(64, L2_BYTES / self.multiprocessors)
+
+    @property
+    def flops(self):
+        """FLOP/s of the matrix unit, 16-bit inputs, fp32 sums."""
+        return PEAKS[self.name].tflops * 1e12
+
+    @property
+    def flops_per_cycle(self):
+        """Of one multiprocessor."""
+        return self.flops / (self.multiprocessors * self.gigahertz * 1e9)
+
+    @property
+    def bytes_per_second(self):
+        return PEAKS[self.name].gb_per_second * 1e9
+
+
+CARDS = {
+    "sm_80": Card("A100", 108, 1.41, fma=64),
+    "sm_86": Card("A10", 72, 1.695),
+    "sm_89": Card("4090", 128, 2.52),
+    "sm_90": Card("H100", 132, 1.83),
+    "sm_100": Card("B200", 148, 1.85),
+    "sm_120": Card("5090", 170, 2.407),
+}
+
+
+class Shape(NamedTuple):
+    B: int
+    Hq: int
+    Hkv: int
+    T: int
+    D: int
+    W: int | None  # None: causal without a window
+
+    @property
+    def window(self):
+        return self.T if self.W is None else min(self.W, self.T)
+
+
+class Estimate(NamedTuple):
+    """What the model says of one kernel at one shape. Cycles are a program's, all its loops together."""
+
+    cycles: dict  # {pipe: cycles}
+    efficiency: float  # visible pairs over computed pairs
+    useful_flops: float
+    bytes: float
+    memory_ms: float
+    overlapped_ms: float
+    serial_ms: float
+    bound_by: str  # the pipe, or "memory"
+    runner_up: str  # what bounds next, and
+    margin: float  # how much shorter the time would be then: 1 for not at all
+
+
+def visible_pairs(T, W):
+    """(query, key) pairs that a head of T queries and keys sees: sum over i of min(i + 1, W) = W T - W (W - 1) / 2."""
+    W = min(W, T)
+    return W * T - W * (W - 1) // 2
+
+
+@functools.cache
+def row_tiles(T, W, queries, edge, step):
+    """(edge tiles, interior tiles) of all row blocks of `queries` queries; `tiles.key_spans` in closed form."""
+    edges = interior = 0
+    for first in range(0, T, queries):
+        last = min(first + queries, T) - 1
+        begin = max(first - W + 1, 0) // edge * edge
+        end = (last // edge + 1) * edge
+        full_begin = min(-(-max(last - W + 1, 0) // edge) * edge, end)
+        full_end = max((first + 1) // edge * edge, full_begin)
+        counted = _tiles(begin, full_begin, full_end, end, edge, step)
+        edges, interior = edges + counted[0], interior + counted[1]
+    return edges, interior
+
+
+@functools.cache
+def key_tiles(T, W, keys, edge, step):
+    """(edge tiles, interior tiles) of all blocks of `keys` keys, tiles of queries: `tiles.query_spans`."""
+    edges = interior = 0
+    for first in range(0, T, keys):
+        last = min(first + keys, T) - 1
+        begin = first // edge * edge
+        end = max(-(-min(last + W, T) // edge) * edge, begin)
+        full_begin = min(-(-last // edge) * edge, end)
+        full_end = max(min(first + W, T) // edge * edge, full_begin)
+        counted = _tiles(begin, full_begin, full_end, end, edge, step)
+        edges, interior = edges + counted[0], interior + counted[1]
+    return edges, interior
+
+
+def _tiles(begin, full_begin, full_end, end, edge, step):
+    full_end -= (full_end - full_begin) % step
+    return (full_begin - begin + end - full_end) // edge, (full_end - full_begin) // step
+
+
+def work_efficiency(T, W, own, edge, step, pack, tiles=row_tiles):
+    """Visible pairs over computed pairs of a head; own, edge, step in rows (queries x pack heads) or keys.
+
+    With row_tiles own counts rows, edge and step keys; with key_tiles own counts keys, edge and step rows.
+    """
+    if tiles is row_tiles:
+        edges, interior = row_tiles(T, W, own // pack, edge, step)
+        computed = own // pack * (edges * edge + interior * step)
+    else:
+        edges, interior = key_tiles(T, W, own, edge // pack, step // pack)
+        computed = own * (edges * edge + interior * step) // pack
+    return visible_pairs(T, W) / computed
+
+
+def matrix_cycles(rows, columns, depth, products, card, target, element_bytes, instructions):
+    """Cycles of the matrix unit for `products` products of rows x columns x depth: 2 FLOP each, over its rate."""
+    rate = card.flops_per_cycle / PRODUCTS[element_bytes]
+    if not any(name.startswith(("HGMMA", "UTC")) for name in instructions):
+        rate *= HMMA_RATE.get(target, 1)
+    return products * 2 * rows * columns * depth / rate
+
+
+def pipe_cycles(pipes, opcodes, warps, card):
+    """{pipe: cycles} for one turn of a loop: instructions x warps x 32 lanes, over the lanes that the pipe has."""
+
+    def lanes(count, width):
+        return count * warps * 32 / width
+
+    packed = sum(count for name, count in opcodes.items() if re.match(r"F(FMA|MUL|ADD)2\b", name))  # two in one
+    return {
+        "issue": sum(opcodes.values()) * warps / ISSUE_SLOTS,
+        "alu": lanes(pipes.get("alu", 0), card.alu),
+        "fma": lanes(pipes.get("fma", 0) + packed, card.fma),
+        "mufu": lanes(pipes.get("mufu", 0), card.mufu),
+        "shared": sum(_shared_bytes(name) * count for name, count in opcodes.items()) * warps / SHARED_BYTES,
+    }
+
+
+@functools.cache
+def _shared_bytes(name):
+    """Bytes of shared memory that one warp's instruction moves; a shuffle takes as long as 4 bytes a lane."""
+    if matrices := re.match(r"(?:LDSM|STSM)\.16\.MT?88(?:\.(\d))?", name):
+        return 128 * int(matrices.group(1) or 1)  # of 8 x 8 16-bit elements
+    if plain := re.match(r"(?:LDS|STS)(?:\.U?S?(\d+))?", name):
+        return 32 * max(4, int(plain.group(1) or 32) // 8)
+    if name.startswith("LDGSTS"):
+        return 32 * (int(found.group(1)) // 8 if (found := re.search(r"\.(\d+)", name)) else 4)
+    if group := re.match(r"HGMMA\.64x(\d+)x(\d+)", name):
+        return int(group.group(1)) * 32 / 4  # its (columns x 32 bytes) operand, once for the 4 warps of a group
+    return 128 if name.startswith("SHFL") else 0
+
+
+def l2_cycles(rows, head_dim, element_bytes, card):
+    """Two tiles of `rows` rows (k and v, or q and do), which each program fetches for itself."""
+    return 2 * rows * head_dim * element_bytes / card.l2_bytes
+
+
+def serial_cycles(cycles):
+    """A tile's products, beside which operands are read, then its softmax; copies go on beside both."""
+    softmax = max(cycles[pipe] for pipe in ("issue", "alu", "fma", "mufu"))
+    return max(max(cycles["matrix"], cycles["shared"]) + softmax, cycles["l2"])
+
+
+def overlapped_cycles(cycles):
+    """The busiest pipe alone."""
+    return max(cycles.values())
+
+
+def wave_factor(programs, multiprocessors):
+    """How much longer the last, partly filled wave makes it. A multiprocessor's programs share its pipes: 1 a wave."""
+    return -(-programs // multiprocessors) * multiprocessors / programs
+
+
+def attention_bytes(kernel, shape, element_bytes, rope):
+    """Bytes that must cross the memory's interface once: inputs and outputs (docs/kernels.md has the table)."""
+    queries = shape.B * shape.Hq * shape.T * shape.D * element_bytes
+    keys = shape.B * shape.Hkv * shape.T * shape.D * element_bytes
+    rows = 4 * shape.B * shape.Hq * shape.T
+    return {
+        "attention_forward": 2 * queries + 2 * keys + rows,
+        "attention_dq": (5 if rope else 4) * queries + 2 * keys + 2 * rows,
+        "attention_dkdv": 2 * queries + 4 * keys + 2 * rows,
+    }[kernel]
+
+
+def rope_bytes(shape, element_bytes):
+    """q and k read and written."""
+    return 2 * shape.B * shape.T * (shape.Hq + shape.Hkv) * shape.D * element_bytes
+
+
+def decode_bytes(shape, element_bytes):
+    """The keys and values of the window, for one new token of each row of the batch; q and out."""
+    return 2 * shape.B * shape.D * element_bytes * (shape.Hkv * shape.window + shape.Hq)
+
+
+PRODUCTS_A_TILE = {"attention_forward": 2, "attention_dq": 3, "attention_dkdv": 4}  # FlashAttention-2, Alg. 1 and 2
+
+
+def attention_estimate(made, shape, element_bytes, rope, without=()):
+    """The `Estimate` of an attention kernel, forward, dq or dk/dv, as compiled. None if its two loops were not found.
+
+    without: pipes that are taken to be free, to compare with models that leave them out.
+    """
+    card, tile = CARDS[made.target], made.tile
+    pack, padded_head_dim = tile["PACK"], max(16, 1 << (shape.D - 1).bit_length())
+    loops = {loop.masked: loop for loop in made.loops}
+    if set(loops) != {True, False}:
+        return None
+    T, W = shape.T, shape.window
+    if made.kernel == "attention_dkdv":
+        own, edge, step, tiles = tile["BLOCK_N"], tile["EDGE_M"], tile["BLOCK_M"], key_tiles
+        counts = key_tiles(T, W, own, edge // pack, step // pack)
+        programs = shape.B * shape.Hkv * -(-T // own)
+        turns = shape.Hq // shape.Hkv // pack  # each program walks all packs of its group
+    else:
+        own, edge, step, tiles = tile["BLOCK_M"], tile["EDGE_K"], tile["BLOCK_K"], row_tiles
+        counts = row_tiles(T, W, own // pack, edge, step)
+        programs = shape.B * shape.Hq // pack * -(-T // (own // pack))
+        turns = 1
+    blocks = programs // (shape.B * (shape.Hkv if tiles is key_tiles else shape.Hq // pack))
+    products = PRODUCTS_A_TILE[made.kernel]
+    total = dict.fromkeys(("matrix", "issue", "alu", "fma", "mufu", "shared", "l2"), 0.0)
+    serial = overlapped = 0.0
+    for masked, count, width in ((True, counts[0], edge), (False, counts[1], step)):
+        loop, times = loops[masked], turns * count / blocks  # a program's average
+        cycles = pipe_cycles(loop.pipes, loop.opcodes, tile["num_warps"], card)
+        cycles["matrix"] = matrix_cycles(
+            own, width, padded_head_dim, products, card, made.target, element_bytes, made.matrix
+        )
+        cycles["l2"] = l2_cycles(width, shape.D, element_bytes, card)
+        cycles |= dict.fromkeys(without, 0.0)
+        total = {pipe: total[pipe] + times * cycles[pipe] for pipe in total}
+        serial += times * serial_cycles(cycles)
+        overlapped += times * overlapped_cycles(cycles)
+    # what is in front of the loops, between and behind them runs once, and nothing of it beside them
+    outside = (made.instructions - sum(loop.instructions for loop in made.loops)) * tile["num_warps"] / ISSUE_SLOTS
+    flops = products * 2 * shape.B * shape.Hq * visible_pairs(T, W) * shape.D
+    efficiency = work_efficiency(T, W, own, edge, step, pack, tiles)
+    moved = attention_bytes(made.kernel, shape, element_bytes, rope)
+    factor = programs / card.multiprocessors * wave_factor(programs, card.multiprocessors) / (card.gigahertz * 1e6)
+    return _estimate(total, efficiency, flops, moved, overlapped * factor, (serial + outside) * factor, card)
+
+
+def decode_estimate(made, shape, element_bytes):
+    """The `Estimate` of a decode step, one new token a row, every tile of keys once."""
+    card, interior = CARDS[made.target], next((loop for loop in made.loops if not loop.masked), None)
+    if interior is None:
+        return None
+    depth, rows, keys = max(16, 1 << (shape.D - 1).bit_length()), made.tile["BLOCK_M"], made.tile["BLOCK_K"]
+    cycles = pipe_cycles(interior.pipes, interior.opcodes, made.tile["num_warps"], card)
+    cycles["matrix"] = matrix_cycles(rows, keys, depth, 2, card, made.target, element_bytes, made.matrix)
+    cycles["l2"] = l2_cycles(keys, shape.D, element_bytes, card)
+    tiles = shape.B * shape.Hkv * -(-shape.window // keys)
+    factor = tiles / card.multiprocessors / (card.gigahertz * 1e6)
+    moved = decode_bytes(shape, element_bytes)
+    overlapped, serial = overlapped_cycles(cycles) * factor, serial_cycles(cycles) * factor
+    return _estimate(cycles, 1.0, 0.0, moved, overlapped, serial, card)
+
+
+def memory_estimate(made, moved, card, programs=0):
+    """The `Estimate` of a kernel that streams `moved` bytes; its instructions run once in each of `programs`."""
+    cycles = {"issue": made.instructions * made.tile.get("num_warps", 4) / ISSUE_SLOTS}
+    issue_ms = cycles["issue"] * programs / card.multiprocessors / (card.gigahertz * 1e6)
+    return _estimate(cycles, 1.0, 0.0, moved, issue_ms, issue_ms, card)
+
+
+def _estimate(cycles, efficiency, flops, moved, overlapped_ms, serial_ms, card):
+    memory_ms = moved / card.bytes_per_second * 1e3
+    busiest = max(cycles, key=cycles.get)
+    ms = {pipe: overlapped_ms * cycles[pipe] / cycles[busiest] for pipe in cycles} | {"memory": memory_ms}
+    ranked = sorted(ms, key=ms.get, reverse=True)
+    return Estimate(
+        cycles,
+        efficiency,
+        flops,
+        moved,
+        memory_ms,
+        max(overlapped_ms, memory_ms),
+        max(serial_ms, memory_ms),
+        bound_by=ranked[0],
+        runner_up=ranked[1],
+        margin=ms[ranked[1]] / ms[ranked[0]] if ms[ranked[0]] else 1.0,
+    )
+
+
+REMEDIES = {
+    "matrix": "fewer pairs computed in vain (narrower edges and row blocks) or fewer products; else a faster card",
+    "issue": "fewer instructions a score: a taller tile for each warp, wider interior tiles",
+    "alu": "fewer maxima, conversions and pointer steps a score",
+    "fma": "fewer multiplications a score: rescale less often (wider tiles), scale folded into the exponent",
+    "mufu": "fewer exponentials: none are spare, so part of them as polynomials on the FMA pipe",
+    "shared": "more rows for each warp, so that a key tile is read by fewer warps",
+    "l2": "taller tiles, or the same keys for neighbouring programs (clusters), so that fewer copies are fetched",
+    "memory": "fewer bytes: fuse with what makes or takes them, or a narrower dtype",
+}

@@ -1,0 +1,288 @@
+"""What the compiler makes of a kernel, for any GPU, on a machine without one.
+
+    from kernels import offline
+    for launch in offline.launches("sm_90", head_dim=128, dtype=torch.bfloat16, rope=True):
+        made = offline.compile_launch(launch, "sm_90")
+        print(made.kernel, made.registers, made.spilled_bytes, made.shared_bytes, [loop.pipes for loop in made.loops])
+
+Tensors on the meta device go through the real launchers, which choose their tiles and arguments as they would on the
+card named; what they launch is recorded instead of run, then compiled by Triton with a driver that only knows a
+target. So what is reported is what would run. Triton's package carries the assembler and the disassemblers.
+
+Not for a process that decorates kernels with TRITON_INTERPRET=1: interpreted functions cannot be compiled.
+"""
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from . import machine_code, tuning
+from .attention_bwd import attention_backward
+from .attention_fwd import attention_forward
+from .decode_kernels import append, decode
+from .rope_kernel import rotate
+
+
+class Limits(NamedTuple):
+    """What one multiprocessor has for its programs (CUDA programming guide, "compute capabilities"; AMD CDNA3 ISA)."""
+
+    number: int  # as kernels.tuning counts architectures
+    cards: str
+    shared_per_block: int  # bytes
+    shared_total: int
+    registers: int  # 32 bits each
+    warps: int
+    blocks: int
+    warp_size: int = 32
+
+
+LIMITS = {
+    "sm_80": Limits(80, "A100", 163 << 10, 164 << 10, 65536, 64, 32),
+    "sm_86": Limits(86, "A10, RTX 3090", 99 << 10, 100 << 10, 65536, 48, 16),
+    "sm_89": Limits(89, "L4, L40S, RTX 4090", 99 << 10, 100 << 10, 65536, 48, 24),
+    "sm_90": Limits(90, "H100, H200", 227 << 10, 228 << 10, 65536, 64, 32),
+    "sm_100": Limits(100, "B200", 227 << 10, 228 << 10, 65536, 64, 32),
+    "sm_120": Limits(120, "RTX 5090", 99 << 10, 100 << 10, 65536, 48, 24),
+    "gfx942": Limits(tuning.AMD, "MI300X", 64 << 10, 64 << 10, 4 * 512 * 64, 32, 32, 64),
+}
+RESERVED_SHARED = 1 << 10  # bytes that CUDA takes for itself from every block
+TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell multiprocessor
+
+
+class Launch(NamedTuple):
+    """One recorded kernel launch."""
+
+    kernel: JITFunction
+    arguments: tuple
+    keywords: dict  # constexprs, num_warps, num_stages
+    grid: tuple
+
+    @property
+    def name(self):
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+    @property
+    def tile(self):
+        """The launch's tile: blocks, packed heads, warps and stages by name."""
+        wanted = ("BLOCK_", "EDGE_", "PACK", "num_")
+        return {name: value for name, value in self.keywords.items() if name.startswith(wanted)}
+
+
+class Compiled(NamedTuple):
+    """One kernel as machine code. Counts are per thread (on AMD per lane) unless another unit is named."""
+
+    kernel: str
+    target: str
+    tile: dict
+    registers: int
+    stack_bytes: int
+    spilled_bytes: int  # registers that the code stores into local memory, 4 bytes each
+    shared_bytes: int  # a block's
+    blocks_per_multiprocessor: int  # 0: it does not fit
+    limited_by: str  # what allows no further block
+    instructions: int  # of the whole kernel
+    matrix: tuple  # the matrix instructions used, such as ("HGMMA",)
+    accesses: tuple  # of machine_code.Access: global loads and stores with their widths
+    loops: tuple  # of machine_code.Loop: the innermost ones, in the order of the code
+    binary: bytes  # a cubin, on AMD a code object
+
+    @property
+    def narrow_tile_loads(self):
+        """Loads of tiles (not of one number a row) that move under 16 bytes a thread."""
+        return [
+            access for access in self.accesses if not access.of_rows and access.kind != "store" and access.bytes < 16
+        ]
+
+
+def limits(target):
+    """The `Limits` of a target. Raises ValueError for one that is unknown or that this Triton cannot assemble."""
+    known = [name for name in LIMITS if _assembles(name)]
+    if target not in known:
+        raise ValueError(f"architecture {target!r} is not one that triton {triton.__version__} compiles for here: "
+                         f"wanted one of {', '.join(known)}")  # fmt: skip
+    return LIMITS[target]
+
+
+def launches(
+    target, *, head_dim, dtype, rope=False, half_rope=False, sinks=False, softcap=None, grad_lse=False, group=4,
+    new_tokens=1, configs=None,
+):  # fmt: skip
+    """The launches of every pass on `target`, once each: a list of `Launch`.
+
+    rope: whether q and k are rotated, with half_rope only half of each head. grad_lse: whether lse has a gradient.
+    configs {pass: TileConfig}: in place of the table's. The other arguments are those of `sliding_gqa_attention`.
+    """
+    configs = configs or {}
+    batch, heads, length, window, splits = 1, 2, 1024, 512, 2
+    rotary_dim = (head_dim // 2 if half_rope else head_dim) if rope or half_rope else 0
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def projected(tokens, heads):
+        return meta(batch, tokens, heads, head_dim).transpose(1, 2)
+
+    q, k = projected(length, heads * group), projected(length, heads)
+    table = meta(length, max(1, rotary_dim // 2), dtype=torch.float32)
+    extras = {
+        "scale": head_dim**-0.5,
+        "softcap": softcap,
+        "sinks": meta(heads * group) if sinks else None,
+        "rope": (table, table) if rotary_dim else None,
+    }
+    with recorded(target) as found:
+        out, lse = attention_forward(q, k, k, window, config=configs.get("forward"), **extras)
+        by_pass = (configs.get("dq"), configs.get("dkdv"))
+        attention_backward(out, lse if grad_lse else None, q, k, k, out, lse, window, configs=by_pass, **extras)
+        rotate(q, k, *(extras["rope"] or (meta(length, head_dim // 2, dtype=torch.float32),) * 2))
+        cache, lengths = meta(batch, heads, length, head_dim), meta(batch, dtype=torch.int32)
+        append(projected(new_tokens, heads), projected(new_tokens, heads), cache, cache, lengths, rope=extras["rope"])
+        decode(projected(new_tokens, heads * group), cache, cache, lengths, window, num_splits=splits,
+               config=configs.get("decode"), **extras)  # fmt: skip
+    return list({launch.name: launch for launch in found}.values())
+
+
+@contextlib.contextmanager
+def recorded(target):
+    """A list that receives a `Launch` for every kernel that is launched inside, none of which runs.
+
+    Launchers choose tiles as they would on `target`. Not for more than one thread at a time.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("kernels were decorated with TRITON_INTERPRET=1: record and compile in a process without it")
+    found = []
+    number = limits(target).number
+    run, architecture = JITFunction.run, tuning.architecture
+    JITFunction.run = lambda kernel, *arguments, grid, warmup, **keywords: found.append(
+        Launch(kernel, arguments, keywords, grid)
+    )
+    tuning.architecture = lambda device: number
+    try:
+        yield found
+    finally:
+        JITFunction.run, tuning.architecture = run, architecture
+
+
+def compile_launch(launch, target):
+    """The `Compiled` of a launch. Raises whatever Triton and its assembler raise for a kernel they do not take."""
+    card = limits(target)
+    with _compiling_for(target, card):
+        code = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.keywords)
+    read = machine_code.read_amd if "amdgcn" in code.asm else _read_cuda
+    found = read(code.asm)
+    shared = code.metadata.shared + found.static_shared_bytes
+    warps = code.metadata.num_warps
+    columns = getattr(code.metadata, "tmem_size", None) or 0
+    blocks, limited_by = resident_blocks(card, found.registers, warps, shared, columns)
+    return Compiled(
+        kernel=launch.name,
+        target=target,
+        tile=launch.tile,
+        registers=found.registers,
+        stack_bytes=found.stack_bytes,
+        spilled_bytes=found.spilled_bytes,
+        shared_bytes=shared,
+        blocks_per_multiprocessor=blocks,
+        limited_by=limited_by,
+        instructions=found.instructions,
+        matrix=found.matrix,
+        accesses=found.accesses,
+        loops=found.loops,
+        binary=code.asm.get("cubin") or code.asm.get("hsaco"),
+    )
+
+
+def resident_blocks(card, registers, warps, shared, tensor_memory_columns=0):
+    """(blocks that a multiprocessor of `Limits` card holds at a time, what allows no more). registers: a thread's."""
+    if card.warp_size == 64:
+        # registers of a SIMD: 512 a lane, handed out by 8; a block's waves are spread over 4 SIMDs
+        waves = min(8, 512 // max(1, -(-registers // 8) * 8))
+        by_registers = 4 * waves // warps
+        by_shared = card.shared_total // max(1, shared)
+    else:
+        # registers are handed out to warps, 256 at a time
+        by_registers = card.registers // (max(1, -(-registers * 32 // 256)) * 256 * warps)
+        by_shared = card.shared_total // (shared + RESERVED_SHARED)
+    if shared > card.shared_per_block:
+        by_shared = 0
+    counts = {"shared memory": by_shared, "registers": by_registers, "warps": card.warps // warps}
+    counts["blocks"] = card.blocks
+    if tensor_memory_columns:
+        counts["tensor memory"] = TENSOR_MEMORY_COLUMNS // tensor_memory_columns
+    limited_by = min(counts, key=counts.get)
+    return counts[limited_by], limited_by
+
+
+class _TargetOnly(DriverBase):
+    """A driver for a card that is not there: enough for Triton to compile, nothing to launch with."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target = target
+        self.get_current_device = lambda: target.arch  # what Triton keeps compiled kernels by
+        self.get_current_stream = lambda device: 0
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        raise NotImplementedError("nothing is launched offline")
+
+    def get_current_target(self):
+        return self.target
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+    def get_benchmarker(self):
+        raise NotImplementedError("nothing runs offline")
+
+
+@contextlib.contextmanager
+def _compiling_for(target, card):
+    cuda = target.startswith("sm_")
+    wanted = GPUTarget("cuda" if cuda else "hip", card.number if cuda else target, card.warp_size)
+    before = driver._active  # `driver.active` would look for a GPU
+    driver.set_active(_TargetOnly(wanted))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def _read_cuda(asm):
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernel.cubin"
+        cubin.write_bytes(asm["cubin"])
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+        sass = _output(knobs.nvidia.nvdisasm.path, "-c", "-g", str(cubin))
+    return machine_code.read_cuda(sass, usage, asm["ptx"])
+
+
+def _output(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _assembles(target):
+    """Whether this installation of Triton has what it takes to make machine code of `target`."""
+    if target.startswith("gfx"):
+        return "amd" in backends
+    if "nvidia" not in backends:
+        return False
+    assembler = knobs.nvidia.ptxas_blackwell if LIMITS[target].number >= 100 else knobs.nvidia.ptxas
+    return re.search(rf"'{target}a?'", _output(assembler.path, "--help")) is not None

@@ -1,0 +1,201 @@
+"""Kernels as machine code, without a GPU: no shipped tile spills, products are matrix instructions, loads are wide.
+
+They are compiled in one process of its own, since those of this one are interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernels import machine_code, offline
+from kernels.control_flow import Branch, innermost_loops
+
+ROOT = Path(__file__).parents[2]
+MATRIX = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"]}
+WITH_PRODUCTS = {"attention_forward", "attention_dq", "attention_dkdv", "decode"}
+COMPILE = """
+import json, torch
+from kernels import offline
+from kernels.tuning import TileConfig
+
+everything = dict(sinks=True, softcap=20.0, grad_lse=True)
+variants = {"all": dict(rope=True, **everything), "half": dict(half_rope=True, **everything), "plain": {}}
+attention = ("attention_forward", "attention_dq", "attention_dkdv")
+compiled = set()
+for target in ("sm_80", "sm_90"):
+    for D, name in ((128, "half"), (128, "plain"), (64, "all")):
+        for launch in offline.launches(target, head_dim=D, dtype=torch.bfloat16, **variants[name]):
+            if name == "plain" and launch.name not in attention:
+                continue
+            made = offline.compile_launch(launch, target)._asdict() | {"D": D, "variant": name}
+            tiles = [one for one in made["accesses"] if one.kind != "store" and not one.of_rows]
+            made["narrow"] = [tuple(one) for one in tiles if one.bytes < 16]
+            made["loops"] = [loop._asdict() for loop in made["loops"]]
+            del made["binary"]
+            print(json.dumps(made))
+# one that is known not to fit into registers
+too_large = {"forward": TileConfig(128, 64, 64, 4, 2)}
+launch = offline.launches("sm_80", head_dim=128, dtype=torch.bfloat16, configs=too_large)[0]
+made = offline.compile_launch(launch, "sm_80")
+print(json.dumps({"kernel": "too large", "spilled_bytes": made.spilled_bytes, "stack_bytes": made.stack_bytes}))
+"""
+
+
+def run_compiled(code):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def all_made():
+    return run_compiled(COMPILE)
+
+
+@pytest.fixture(scope="module")
+def shipped(all_made):
+    return all_made[:-1]
+
+
+def named(made):
+    return made["target"], made["kernel"], made["D"], made["variant"]
+
+
+def test_no_shipped_tile_spills(shipped):
+    assert not [
+        (named(made), made["spilled_bytes"]) for made in shipped if made["spilled_bytes"] or made["stack_bytes"]
+    ]
+
+
+def test_a_tile_that_spills_is_seen(all_made):
+    assert all_made[-1]["kernel"] == "too large"
+    assert all_made[-1]["spilled_bytes"] > 0 and all_made[-1]["stack_bytes"] > 0
+
+
+def test_every_kernel_was_compiled_and_fits(shipped):
+    everything = {*WITH_PRODUCTS, "rope", "append", "combine"}
+    assert {(made["target"], made["kernel"]) for made in shipped} == {(t, k) for t in MATRIX for k in everything}
+    assert not [named(made) for made in shipped if made["blocks_per_multiprocessor"] < 1]
+
+
+def test_products_run_on_the_matrix_unit(shipped):
+    for made in shipped:
+        if made["kernel"] in WITH_PRODUCTS:
+            # 16 rows are too few for Hopper's warp-group instruction, which takes 64
+            wanted = ["HMMA"] if made["kernel"] == "decode" else MATRIX[made["target"]]
+            assert made["matrix"] == wanted, named(made)
+
+
+def test_tiles_are_loaded_16_bytes_a_thread(shipped):
+    assert not [(named(made), made["narrow"]) for made in shipped if made["narrow"]]
+    for made in shipped:  # and their names are known, so that none slips through
+        assert all(what for what, kind, *_ in made["accesses"]), named(made)
+
+
+def test_there_is_one_masked_loop_and_one_without_a_mask(shipped):
+    for made in shipped:
+        if made["kernel"] in WITH_PRODUCTS:
+            assert [loop["masked"] for loop in made["loops"]] == [True, False], named(made)
+            compares = sum(n for name, n in made["loops"][1]["opcodes"].items() if name.startswith("ISETP"))
+            # of the loop's own counter and its copies, and of the ring's end
+            assert compares <= (12 if made["kernel"] == "decode" else 4), named(made)
+
+
+@pytest.mark.parametrize(("target", "most"), [("sm_80", 515), ("sm_90", 350)])
+def test_the_forwards_interior_is_short(shipped, target, most):
+    forward = [m for m in shipped if named(m) == (target, "attention_forward", 128, "plain")]
+    assert [made["tile"]["BLOCK_M"] for made in forward] == [128]
+    interior = forward[0]["loops"][1]
+    assert forward[0]["tile"]["BLOCK_K"] == 64 and interior["instructions"] <= most
+
+
+def test_an_unknown_architecture_is_named_with_those_possible():
+    with pytest.raises(ValueError, match=r"architecture 'sm_70' is not one .* wanted one of sm_80, .*sm_90"):
+        offline.limits("sm_70")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+def test_interpreted_kernels_are_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1: record and compile in a process without it"):
+        offline.launches("sm_90", head_dim=64, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "warps", "shared", "expected"),
+    [
+        ("sm_80", 128, 8, 0, (2, "registers")),  # 65,536 / (128 x 32 x 8)
+        ("sm_80", 129, 8, 0, (1, "registers")),  # registers come in eights
+        ("sm_80", 32, 4, 80 << 10, (2, "shared memory")),
+        ("sm_80", 32, 4, 82 << 10, (1, "shared memory")),  # 1 kB of each block is CUDA's: 2 x 83 > 164
+        ("sm_86", 32, 4, 100 << 10, (0, "shared memory")),
+        ("sm_90", 16, 1, 0, (32, "blocks")),
+        ("gfx942", 128, 4, 0, (4, "registers")),
+    ],
+)
+def test_resident_blocks(target, registers, warps, shared, expected):
+    assert offline.resident_blocks(offline.LIMITS[target], registers, warps, shared) == expected
+
+
+def test_a_jump_back_from_code_behind_the_end_is_no_loop():
+    """0; 1: loop of 1 .. 4, whose 3 may leave to wait at 6 .. 7, which loops on 6 and comes back to 4."""
+    branches = [
+        Branch(3, 6, conditional=True),
+        Branch(4, 1, conditional=True),
+        Branch(5, None, conditional=False),
+        Branch(6, 6, conditional=True),
+        Branch(7, 4, conditional=False),
+    ]
+    assert innermost_loops(8, branches) == [[6]]
+    assert innermost_loops(8, branches, lambda loop: len(loop) > 1) == [[1, 2, 3, 4, 6, 7]]
+    # without the loop over 1 .. 4, the jump from 7 back to 4 makes none
+    assert innermost_loops(8, [b for b in branches if b.at not in (4, 6)]) == []
+
+
+SASS = """
+	//## File "/somewhere/kernels/{file}", line {line}
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @!P0 LDS.128 R4, [R2] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0030*/                   STL.64 [R1], R4 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+"""
+PTX = """
+	.loc	1 {load} 5                         // attention_fwd.py:{load}:5
+	@%p1 ld.global.v4.b32 {{ %r1, %r2, %r3, %r4 }}, [ %rd1 + 0 ];
+	cp.async.ca.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x4, %r5;
+	st.global.b16 [ %rd1 + 0 ], {{ %rs1 }};
+"""
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_machine_code_is_read(masked):
+    def line_of(name, text):
+        lines = (ROOT / "kernels" / name).read_text().splitlines()
+        return next(i for i, line in enumerate(lines, 1) if text in line)
+
+    line = line_of("tiles.py", "return (k_pos <= q_pos)" if masked else "rescale = tl.exp2(")
+    load = line_of("attention_fwd.py", "q = load_rotated(")
+    sass = SASS.format(file="tiles.py", line=line)
+    found = machine_code.read_cuda(sass, "REG:40 STACK:8 SHARED:16 LOCAL:0", PTX.format(load=load))
+    assert (found.registers, found.stack_bytes, found.static_shared_bytes, found.instructions) == (40, 8, 16, 6)
+    assert found.spilled_bytes == 8 and found.matrix == ("HMMA",)
+    (loop,) = found.loops
+    assert loop.masked == masked and loop.instructions == 4
+    assert loop.pipes == {"matrix": 1, "shared": 1, "global": 1, "control": 1}
+    assert loop.opcodes["HMMA.16816.F32.BF16"] == 1 and next(iter(loop.lines.values())) == 4
+    assert [access[:4] for access in found.accesses] == [
+        ("q", "load", 16, 1),
+        ("q", "copy", 4, 1),
+        ("q", "store", 2, 1),
+    ]
