@@ -40,7 +40,7 @@ def random_config(run: RunConfig, seed: int, stated: set[str] = frozenset()) -> 
         draw("d_model", [heads * size for size in HEAD_SIZES if heads * size in WIDTHS] or [heads * HEAD_SIZES[0]])
     else:  # heads of equal size, which rotary positions want to be even
         heads = draw("n_head", (n for n in HEADS if n % kv_heads == 0 and width % (2 * n) == 0))
-    draw("n_kv_head", (n for n in range(1, heads + 1) if heads % n == 0))
+    draw("n_kv_head", [n for n in range(1, heads) if heads % n == 0] or [1])  # fewer than heads, where there are any
     draw("window", sorted({max(1, context // parts) for parts in (8, 4, 2)}))
     draw("window_pattern", ("S", "SL", "SSL", "SSSL"))
     return dataclasses.replace(run, **values)
