@@ -94,7 +94,7 @@ def main(arguments=None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args([_with_hyphens(argument) for argument in arguments])
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal does not have becomes a question mark
-    written = _Count()
+    written = types.SimpleNamespace(tokens=0)  # of all texts
     text = None
     try:
         try:
@@ -122,14 +122,8 @@ def main(arguments=None) -> int:
     return 0
 
 
-class _Count:
-    """How many tokens have been made, of all texts."""
-
-    tokens = 0
-
-
 def _prepare(options, written):
-    """An iterator over the pieces of text for each sample. Raises for what the user got wrong."""
+    """An iterator over the pieces of text for each sample, counted in `written`. Raises for what the user got wrong."""
     device = _device(options.device)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples is {options.num_samples}, expected at least 1")
