@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 
 from ..config import TrainerConfig
 from .plan import MODIFIED, Settings
-from .training import quiet_trainer
+from .training import OPTIMIZER, quiet_trainer
 
 LETTERS, NOISE = 8, 8
 QUESTION = LETTERS + NOISE
@@ -87,8 +87,10 @@ def copy_and_measure(run: CopyRun, settings: Settings, steps: int) -> dict:
         batch_size=BATCH,
         learning_rate=LEARNING_RATE,
         device=settings.device,
+        warmup_steps=min(100, steps // 10),
         seed=run.seed,
         sample_tokens=0,
+        **OPTIMIZER,
     )
     # seeds 2 n and 2 n + 1: no text is trained on and tested with
     quiet_trainer(model, CopyingTexts(steps * BATCH, run.distance, 2 * run.seed), None, training)

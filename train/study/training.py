@@ -19,6 +19,15 @@ from ..trainer import Trainer
 from .plan import Run, Settings, model_config
 
 STRETCH = 4  # loss by position is measured on texts of so many contexts
+# GPT-2's optimizer, stated here and not left to the trainer's defaults: a study that is gone on with must not change
+OPTIMIZER = dict(
+    optimizer="adamw",
+    schedule="cosine",
+    final_fraction=0.1,
+    weight_decay=0.1,
+    betas=(0.9, 0.99),
+    grad_clip=1.0,
+)
 SAMPLE_CHARACTERS, TEMPERATURE, TOP_K = 200, 0.8, 40
 
 
@@ -75,17 +84,19 @@ def make_model(run: Run, settings: Settings, vocab_size: int, fused_kernels: boo
 
 
 def trainer_config(run: Run, settings: Settings) -> TrainerConfig:
-    """The same for every architecture: AdamW and schedule as the trainer has them by default."""
+    """The same for every architecture."""
     batch_size = settings.batch_size(run.context)
     return TrainerConfig(
         max_steps=settings.steps,
         batch_size=batch_size,
         learning_rate=run.learning_rate,
+        warmup_steps=min(100, settings.steps // 10),
         device=settings.device,
         seed=run.seed,
         eval_every=max(1, settings.steps // settings.curve_points),
         eval_examples=max(1, settings.curve_tokens // run.context),
         sample_tokens=0,
+        **OPTIMIZER,
     )
 
 
