@@ -4,7 +4,8 @@
     equal parameters   the width that brings the parameters closest to those of the original at equal width, since a
                        smaller model that loses may only have lost for want of parameters
 
-A model that both readings ask for is trained once. The contexts come one after the other, and within each the seeds.
+A model that both readings ask for is trained once. The contexts come one after the other, in each
+first the comparison with all its seeds, then the windows and the learning rates.
 """
 
 from dataclasses import dataclass
@@ -151,9 +152,11 @@ def all_runs(settings: Settings, design: Design, vocab_size: int) -> list[Run]:
     """Every run of the study once, in the order in which they are made."""
     runs = {}  # a dict keeps the order, and each run once
     for context in design.contexts:
-        for seed in range(design.seeds):
-            wanted = list(compared(settings, design, vocab_size, context).values())
-            wanted += windows(settings, design, context) if seed < design.window_seeds else []
-            wanted += rates(settings, design, context) if seed == 0 else []
-            runs |= dict.fromkeys(run._replace(seed=seed) for run in wanted)
+        main = compared(settings, design, vocab_size, context).values()
+        for some, seeds in (
+            (main, design.seeds),
+            (windows(settings, design, context), min(design.seeds, design.window_seeds)),
+            (rates(settings, design, context), 1),
+        ):
+            runs |= {run._replace(seed=seed): None for seed in range(seeds) for run in some}
     return list(runs)
