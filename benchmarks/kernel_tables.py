@@ -115,16 +115,16 @@ def prototypes(rows):
 
 
 def plots(estimates):
-    pipes, times = {}, {}
+    """Of the largest head size, and of A100 and H100 or the first two cards: more bars could not be read."""
+    pipes = {}
+    targets = list(dict.fromkeys(row["target"] for row in estimates))
+    targets = [target for target in targets if target in ("sm_80", "sm_90")] or targets[:2]
+    largest = max((row["head_dim"] for row in estimates), default=0)
     for row in estimates:
-        if row["kernel"] in ATTENTION:
+        if row["kernel"] in ATTENTION and row["target"] in targets and row["head_dim"] == largest:
             group = f"{row['kernel'].removeprefix('attention_')}, {row['target']}, D {row['head_dim']} ({row['shape']})"
             pipes[group] = {pipe: cycles / 1e3 for pipe, cycles in row["cycles"].items()}
-            times[group] = {key.removesuffix("_ms"): row[key] for key in ("memory_ms", "overlapped_ms", "serial_ms")}
-    return [
-        {"title": "Model: a program's time on each pipe", "x": "thousand cycles", "bars": pipes},
-        {"title": "Model: bounds of the time", "x": "ms", "bars": times},
-    ]
+    return [{"title": "A model: a program's time on each pipe", "x": "thousand cycles", "bars": pipes}]
 
 
 def widths(row, *kinds):

@@ -1,11 +1,11 @@
-"""Writes docs/benchmarks.md, and its plots, from the results in docs/results.
+"""Writes docs/benchmarks.md and docs/kernel-report.md, and their plots, from the results in docs/results.
 
     python benchmarks/attn_speed.py --json docs/results/cpu-attn_speed.json      # rope_speed, train_speed, decode_speed
     make gpu-check                                                               # on a machine with a GPU
     python benchmarks/report.py
 
 A result is what a benchmark writes with --json, or what gpu_check.py writes. What stands under a GPU's name was
-measured on that GPU; figures that come from a compiler or a formula ("modelled" in their document) stand apart.
+measured on that GPU; figures that come from a compiler or a formula ("modelled" in their document) have their own page.
 """
 
 import argparse
@@ -21,6 +21,7 @@ TITLES = {
     "rope_speed": "Rotary positions",
     "train_speed": "Training",
     "decode_speed": "Writing",
+    "kernel_report": "Compiled kernels",
 }
 HEAD = """\
 # Benchmarks
@@ -37,7 +38,15 @@ NO_GPU = """\
 There is no result of a GPU yet. `make gpu-check`, on a machine that has one with torch >= 2.11 and triton >= 3.6, runs
 the tests and the quick grid of every benchmark in under 10 minutes and writes `docs/results/<card>.json`.
 """
-MODEL = "*These figures are a model's: nothing in this table was run on a GPU.*"
+MODELLED_HEAD = """\
+# What the compiler makes of the kernels
+
+Written by `python benchmarks/report.py` from the files in [results](results): change those, not this page.
+
+Compiled without a GPU. Registers, spills, load widths and instructions are facts about the code; *times and shares of
+peak are a model's: nothing on this page was run on a GPU.* `python benchmarks/kernel_report.py --help` says what the
+columns mean, `benchmarks/speed_of_light.py` has every formula of the model and its assumptions.
+"""
 
 
 class BadResult(ValueError):
@@ -104,9 +113,10 @@ def write_page(results, docs):
             for result in sorted(of_machine, key=_place):
                 lines += _section(*result[:2], docs)
     if modelled := [result for result in results if result[1].get("modelled")]:
-        lines.append("## What the compiler says, without a GPU\n")
-        for name, document, _ in modelled:
-            lines += [MODEL + "\n", *_section(name, document, docs)]
+        lines.append("[What the compiler makes of the kernels](kernel-report.md), on cards that were not here.")
+        sections = [line for name, document, _ in modelled for line in _section(name, document, docs)]
+        text = "\n".join([MODELLED_HEAD, *sections]).rstrip() + "\n"
+        (docs / "kernel-report.md").write_text(text, encoding="utf-8")
     page = docs / "benchmarks.md"
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return page

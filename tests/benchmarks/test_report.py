@@ -76,12 +76,13 @@ def test_a_check_of_a_card_shows_its_steps_and_its_documents(tmp_path):
     assert "![Attention](results/card-attn_speed.png)" in page
 
 
-def test_modelled_figures_are_said_to_be_a_models(tmp_path):
+def test_modelled_figures_have_their_own_page_and_are_said_to_be_a_models(tmp_path):
     modelled = on_a_gpu(DOCUMENT, benchmark="kernel_report", modelled=True)
     page = page_of(tmp_path, kernels=modelled, cpu=DOCUMENT)
     assert "## Some Card (GPU)" not in page and "There is no result of a GPU yet" in page
-    last = page[page.index("## What the compiler says") :]
-    assert "These figures are a model's" in last and "kernel_report" in last
+    assert "kernel_report" not in page and "(kernel-report.md)" in page
+    modelled_page = (tmp_path / "kernel-report.md").read_text()
+    assert "a model's: nothing on this page was run on a GPU" in modelled_page and "kernel_report" in modelled_page
 
 
 def test_what_failed_is_on_the_page(tmp_path):
