@@ -22,171 +22,34 @@ one step are all that ever exists.
 Inside, rotated queries and keys have the two elements of a pair side by side, where one complex product turns them.
 That changes no score, and it is two to six times as fast as turning halves.
 
-Of a few dozen tokens the calls cost more than the products: PyTorch's own CPU kernel, which is one call, takes these,
-with the band as its mask.
+How the rows are cut into blocks is in banded_plan.py; sequences of a few dozen tokens are left to banded_short.py.
 """
 
 from functools import lru_cache
-from itertools import product
-from typing import NamedTuple
 
 import torch
 
-from .rope import turn
+from .banded_plan import steps_of
+from .banded_short import is_short, short_backward, short_forward
+from .rope import rotation_of, turn_pairs, turn_pairs_back
 
-STEP_SCORES_PER_THREAD = 256 * 1024  # fp32 scores of one step: 1 MB, a core's L2 cache; smaller steps cost calls
-SHORT = 64  # tokens up to which PyTorch's own attention is faster
-BLOCK_LENGTHS = (16, 32, 64, 128)  # L
-KEPT_KEYS = 8  # probabilities are kept for at most so many keys for each element of a head: 8 times the memory of q
-# What `plan` weighs, in multiply-adds: measured on two cores of an AMD EPYC (Zen 4)
-STEP_WORK = 2**23  # the calls of one step, forward and backward, a thread
-ROW_WORK = 9  # what a score costs beside its products, in the rows of its block: adding its gradients, softmax, copies
-
-
-class Region(NamedTuple):
-    """Row blocks of one shape, in all sequences and KV heads: each a product of (L * G) query rows with N keys."""
-
-    blocks: int
-    first_row: int
-    rows: int  # L
-    first_key: int  # of the first block; the next ones are L further on each
-    keys: int  # N
-    left: int  # columns from the left that some row of the block does not see
-
-    def scores(self, B, Hkv, G):
-        return B * Hkv * self.blocks * self.rows * G * self.keys
-
-
-class Step(NamedTuple):
-    """The blocks first .. first + blocks - 1 of a region, of some sequences and KV heads: one batch of products."""
-
-    region: Region
-    batch: slice
-    heads: slice
-    first: int
-    blocks: int
-
-    def rows(self, x, G):
-        """The step's part of x (B, Hkv * G, T, D), as a view (b, h, n, L, G, D)."""
-        L, (b, h, t, d) = self.region.rows, x.stride()
-        offset = self.batch.start * b + self.heads.start * G * h + (self.region.first_row + self.first * L) * t
-        size = (*self.pairs, self.blocks, L, G, x.shape[3])
-        return x.as_strided(size, (b, G * h, L * t, t, h, d), x.storage_offset() + offset)
-
-    def numbers(self, x, G):
-        """The same of one number a row: x (B, Hkv * G, T) as (b * h * n, L * G, 1)."""
-        return self.rows(x[..., None], G).reshape(-1, self.region.rows * G, 1)
-
-    def stretches(self, x):
-        """The step's keys of x (B, Hkv, S, D), (b * h * n, N, D): overlapping views where b * h is 1."""
-        return self.pieces(x, 0, self.region.keys).flatten(0, 2)
-
-    def pieces(self, x, first, width):
-        """Keys first .. first + width - 1 of each stretch, as a view (b, h, n, width, D)."""
-        L, (b, h, s, d) = self.region.rows, x.stride()
-        offset = self.batch.start * b + self.heads.start * h + (self.region.first_key + self.first * L + first) * s
-        size = (*self.pairs, self.blocks, width, x.shape[3])
-        return x.as_strided(size, (b, h, L * s, s, d), x.storage_offset() + offset)
-
-    def add_to_stretches(self, x, summands):
-        """x (B, Hkv, S, D) += summands (b * h * n, N, D), each at its block's keys."""
-        keys = self.region.keys
-        summands = summands.view(*self.pairs, self.blocks, keys, -1)
-        # stretches overlap, but their first L keys do not, nor do the next L
-        width = self.region.rows if self.blocks > 1 else keys
-        for first in range(0, keys, width):
-            self.pieces(x, first, width).add_(summands[:, :, :, first : first + width])
-
-    @property
-    def pairs(self):
-        """(sequences, KV heads)"""
-        return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
-
-    @property
-    def products(self):
-        sequences, heads = self.pairs
-        return sequences * heads * self.blocks
-
-
-@lru_cache(maxsize=256)
-def regions(B, Hkv, G, T, S, window, D):
-    """The cheapest way to cut T queries of S keys into regions, by a small model: scores, and calls."""
-    lengths = sorted({min(T, n) for n in BLOCK_LENGTHS})
-    if window is None:
-        cuts = [_regions(T, S, S, L, L) for L in lengths]
-    else:
-        parts = [(L, -(-window // (L * n)) * L) for L in lengths for n in (1, 2, 4)]
-        cuts = [_regions(T, S, window, L, early_block) for L, early_block in parts]
-    return min(cuts, key=lambda cut: _work(cut, B, Hkv, G, D))
-
-
-def _regions(T, S, window, L, early_block):
-    """Blocks of L rows, and of early_block those before the first whole stretch, which are few and see less."""
-    full = -(-(L + window - 1) // L) * L  # keys of a whole stretch, in pieces of L
-    early = min(T, max(0, full - L - (S - T)))
-    cut, row = [], 0
-    while row < T:
-        whole = row >= early and T - row >= L
-        rows = L if whole else min(early_block, early - row) if row < early else T - row
-        last = S - T + row + rows  # one past the newest key of the block
-        first = last - full if whole else max(0, last - rows - window + 1)
-        blocks = (T - row) // L if whole else 1
-        cut.append(Region(blocks, row, rows, first, last - first, max(0, last - window - first)))
-        row += blocks * rows
-    return cut
-
-
-def _work(cut, B, Hkv, G, D):
-    """Multiply-adds of all products forward and backward, with all else counted as such."""
-    return sum(STEP_WORK + 7 * D * r.scores(B, Hkv, G) * (1 + ROW_WORK / (r.rows * G)) for r in cut)
-
-
-@lru_cache(maxsize=256)
-def plan(B, Hkv, G, T, S, window, D, threads):
-    """The steps of one call: every query row is in exactly one, with every key that it sees."""
-    steps = []
-    for region in regions(B, Hkv, G, T, S, window, D) if B and T else ():
-        blocks = region.blocks
-        most = max(1, STEP_SCORES_PER_THREAD * threads // (region.rows * G * region.keys))  # products in one step
-        batch, heads, n = _share(B, most // (Hkv * blocks)), _share(Hkv, most // blocks), _share(blocks, most)
-        if n < blocks:  # as many for each thread, and steps of one length
-            n = -(-n // threads) * threads
-        for b, h, first in product(range(0, B, batch), range(0, Hkv, heads), range(0, blocks, n)):
-            some = slice(b, min(B, b + batch)), slice(h, min(Hkv, h + heads))
-            steps.append(Step(region, *some, first, min(n, blocks - first)))
-    return steps
-
-
-def _share(total, most):
-    """The size of the parts of `total` that are at most so large, and all about one size."""
-    return -(-total // -(-total // max(1, min(total, most))))
-
-
-def _steps(q, k, window, threads):
-    """`plan` for q (B, Hq, T, D) and k (B, Hkv, S, D)."""
-    # numbers, which a plan is remembered for; in a fake implementation sizes may be symbols
-    (B, Hq, T, D), (Hkv, S) = map(int, q.shape), map(int, k.shape[1:3])
-    return plan(B, Hkv, Hq // Hkv, T, S, None if window is None or window >= S else int(window), D, threads)
+KEPT_KEYS = 8  # what is kept for the backward pass takes at most about 8 times the memory of q
 
 
 def keeps(q, k, window):
     """Whether the forward pass is to keep the probabilities, and what goes with them, for the backward pass."""
-    longest = max((step.region.keys for step in _steps(q, k, window, 1)), default=0)
+    longest = max((step.region.keys for step in steps_of(q, k, window, 1)), default=0)
     return longest <= KEPT_KEYS * q.shape[3]
 
 
 def kept_shapes(q, k, window, rope, threads):
     """The shapes of what it keeps: probabilities and stacked queries of each step, then the rotated keys."""
     D, G = q.shape[3], q.shape[1] // k.shape[1]
-    if _is_short(q, k):
+    if is_short(q, k):
         return [q.shape[:3], *([q.shape, k.shape] if rope is not None else [])]
-    stacks = [(s.products, s.region.rows * G, s.region.keys) for s in _steps(q, k, window, threads)]
+    stacks = [(s.products, s.region.rows * G, s.region.keys) for s in steps_of(q, k, window, threads)]
     shapes = [shape for n, rows, keys in stacks for shape in ((n, rows, keys), (n, rows, D))]
     return shapes + ([k.shape] if rope is not None and shapes else [])
-
-
-def _is_short(q, k):
-    return 0 < q.shape[2] == k.shape[2] <= SHORT and q.shape[0] > 0 and q.dtype.itemsize >= 4
 
 
 class _Scratch:
@@ -212,13 +75,13 @@ class _Band:
         self.T, self.S, self.D, self.G = q.shape[2], k.shape[2], q.shape[3], q.shape[1] // k.shape[1]
         self.scale, self.softcap, self.rotation = scale, softcap, None
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.steps = _steps(q, k, window, threads or torch.get_num_threads())
+        self.steps = steps_of(q, k, window, threads or torch.get_num_threads())
         self.scratch = _Scratch(self.dtype, q.device)
         self.k, self.v = k.to(self.dtype), v.to(self.dtype)
         if rope is not None:
-            self.rotation = _rotation(rope, self.S, self.dtype)
+            self.rotation = rotation_of(rope, self.S, self.dtype)
             if rotated_k is None:
-                rotated_k = _rotate(self.k, self.rotation, torch.empty(k.shape, dtype=self.dtype, device=k.device))
+                rotated_k = turn_pairs(self.k, self.rotation, torch.empty(k.shape, dtype=self.dtype, device=k.device))
             self.k = rotated_k
 
     def step_rotation(self, step):
@@ -238,7 +101,7 @@ class _Band:
         if self.rotation is None:
             return self.rows(step, q, out)
         q = step.rows(q, self.G)
-        _rotate(q.to(self.dtype), self.step_rotation(step), out.view(q.shape))
+        turn_pairs(q.to(self.dtype), self.step_rotation(step), out.view(q.shape))
         return out
 
     def row_buffer(self, name, step):
@@ -269,42 +132,6 @@ class _Band:
         return self.scratch("s", step.products, step.region.rows * self.G, step.region.keys)
 
 
-def _rotation(rope, length, dtype):
-    """cos + i sin of the first positions: (length, R / 2)."""
-    cos, sin = (table[:length].to(dtype) for table in rope)
-    return torch.complex(cos, sin)
-
-
-def _rotate(x, rotation, out):
-    """x (..., D) turned into `out`, which x must not share memory with, partners side by side. Returns out.
-
-    (x[i], x[i + R/2]) is a complex number; (out[2i], out[2i + 1]) is its product with the rotation. Heads of an odd
-    size have no complex view: there halves stay halves.
-    """
-    half = rotation.shape[-1]
-    if x.shape[-1] % 2:
-        return turn(x, rotation.real, rotation.imag, out)
-    pairs = torch.view_as_complex(out[..., : 2 * half].unflatten(-1, (half, 2)))
-    torch.complex(x[..., :half], x[..., half : 2 * half], out=pairs).mul_(rotation)
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :].copy_(x[..., 2 * half :])
-    return out
-
-
-def _rotate_back(grad, rotation, out):
-    """The transpose of `_rotate`: a wide gradient of its result, which is overwritten, into `out` of any dtype."""
-    half = rotation.shape[-1]
-    if grad.shape[-1] % 2:
-        return out.copy_(turn(grad, rotation.real, -rotation.imag, torch.empty_like(grad)))
-    pairs = grad[..., : 2 * half].unflatten(-1, (half, 2))
-    torch.view_as_complex(pairs).mul_(rotation.conj().resolve_conj())
-    out[..., :half].copy_(pairs[..., 0])
-    out[..., half : 2 * half].copy_(pairs[..., 1])
-    if 2 * half < grad.shape[-1]:
-        out[..., 2 * half :].copy_(grad[..., 2 * half :])
-    return out
-
-
 @lru_cache(maxsize=32)
 def _triangles(rows, left, dtype, device):
     """What is added to the first `left` columns and the last rows - 1 columns of a block's scores: 0 or -inf.
@@ -324,8 +151,8 @@ def attention_forward(q, k, v, window=None, *, scale, softcap=None, sinks=None, 
     Sums and lse are fp64 for fp64 inputs. Without with_lse, which sinks need, lse has no elements: the backward pass
     does without. threads: for how many the work is cut, if what `kept_shapes` lists is to be kept; 0 if nothing is.
     """
-    if softcap is None and sinks is None and _is_short(q, k):
-        return _short_forward(q, k, v, window, scale, rope, with_lse, threads)
+    if softcap is None and sinks is None and is_short(q, k):
+        return short_forward(q, k, v, window, scale, rope, with_lse, threads)
     band = _Band(q, k, v, window, scale, softcap, rope, threads)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3] if with_lse else 0, dtype=band.dtype, device=q.device)
@@ -363,9 +190,9 @@ def attention_backward(
 
     ds_ij = p_ij (do_i . v_j - do_i . o_i + dlse_i);  dq = scale ds k,  dk = scale ds^T q,  dv = p^T do
     """
-    if kept and _is_short(q, k):
+    if kept and is_short(q, k):
         if grad_lse is None:
-            return *_short_backward(grad_out, q, k, v, out, kept, window, scale, rope), None
+            return *short_backward(grad_out, q, k, v, out, kept, window, scale, rope), None
         kept = ()
     band = _Band(q, k, v, window, scale, softcap, rope, threads, kept[-1] if kept else None)
     G, dq = band.G, torch.empty_like(q)
@@ -396,9 +223,9 @@ def attention_backward(
         if rope is None:
             target.copy_(step_dq)
         else:
-            _rotate_back(step_dq, band.step_rotation(step), target)
+            turn_pairs_back(step_dq, band.step_rotation(step), target)
     if rope is not None:
-        dk = _rotate_back(dk, band.rotation, torch.empty_like(k))
+        dk = turn_pairs_back(dk, band.rotation, torch.empty_like(k))
     dsinks = None
     if sinks is not None:
         # the sink's probability times its ds, whose do . v is zero
@@ -406,48 +233,3 @@ def attention_backward(
         ds = (sinks.to(lse.dtype)[:, None] - lse).exp_() * (-delta if grad_lse is None else grad_lse - delta)
         dsinks = ds.sum((0, 2)).to(sinks.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
-
-
-@lru_cache(maxsize=32)
-def _band_mask(T, window, dtype, device):
-    """(T, T): 0 where a query sees a key, -inf elsewhere; None if the mask is just causal."""
-    if window is None or window >= T:
-        return None
-    unseen = torch.ones(T, T, dtype=torch.bool, device=device)
-    unseen = unseen.triu(1) | unseen.tril(-window)
-    return torch.zeros(T, T, dtype=dtype, device=device).masked_fill_(unseen, float("-inf"))
-
-
-def _short_options(q, window, scale):
-    """How PyTorch's kernel is to drop, mask and scale."""
-    mask = _band_mask(q.shape[2], window, q.dtype, q.device)
-    return (0.0, mask is None), {"attn_mask": mask, "scale": scale}
-
-
-def _short_forward(q, k, v, window, scale, rope, with_lse, threads):
-    causal, options = _short_options(q, window, scale)
-    like, rotated = q, []
-    if rope is not None:
-        rotation = _rotation(rope, q.shape[2], q.dtype)
-        q, k = rotated = [_rotate(x, rotation, torch.empty(x.shape, dtype=x.dtype)) for x in (q, k)]
-    result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, *causal, **options)
-    out = result if result.stride() == like.stride() else torch.empty_like(like).copy_(result)
-    lse = lse.contiguous()
-    # where nothing else asks for lse, it is what the backward pass needs; an operator's results share no memory
-    kept = [lse.clone() if with_lse else lse, *rotated] if threads else []
-    return out, lse if with_lse else lse.new_empty(0), kept
-
-
-def _short_backward(grad_out, q, k, v, out, kept, window, scale, rope):
-    causal, options = _short_options(q, window, scale)
-    lse, *rotated = kept
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, *(rotated or (q, k)), v, out, lse, *causal, **options
-    )
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    if rope is None:
-        dq.copy_(grads[0]), dk.copy_(grads[1])
-    else:
-        rotation = _rotation(rope, q.shape[2], q.dtype)
-        _rotate_back(grads[0], rotation, dq), _rotate_back(grads[1], rotation, dk)
-    return dq, dk, dv.copy_(grads[2])

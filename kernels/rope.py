@@ -112,6 +112,42 @@ def turn(x, cos, sin, out):
     return out
 
 
+def rotation_of(rope, length, dtype):
+    """cos + i sin of the first positions: (length, R / 2)."""
+    cos, sin = (table[:length].to(dtype) for table in rope)
+    return torch.complex(cos, sin)
+
+
+def turn_pairs(x, rotation, out):
+    """x (..., D) turned into `out`, which x must not share memory with, partners side by side. Returns out.
+
+    (x[i], x[i + R/2]) is a complex number; (out[2i], out[2i + 1]) is its product with the rotation. Heads of an odd
+    size have no complex view: there halves stay halves.
+    """
+    half = rotation.shape[-1]
+    if x.shape[-1] % 2:
+        return turn(x, rotation.real, rotation.imag, out)
+    pairs = torch.view_as_complex(out[..., : 2 * half].unflatten(-1, (half, 2)))
+    torch.complex(x[..., :half], x[..., half : 2 * half], out=pairs).mul_(rotation)
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :].copy_(x[..., 2 * half :])
+    return out
+
+
+def turn_pairs_back(grad, rotation, out):
+    """The transpose of `turn_pairs`: a wide gradient of its result, which is overwritten, into `out` of any dtype."""
+    half = rotation.shape[-1]
+    if grad.shape[-1] % 2:
+        return out.copy_(turn(grad, rotation.real, -rotation.imag, torch.empty_like(grad)))
+    pairs = grad[..., : 2 * half].unflatten(-1, (half, 2))
+    torch.view_as_complex(pairs).mul_(rotation.conj().resolve_conj())
+    out[..., :half].copy_(pairs[..., 0])
+    out[..., half : 2 * half].copy_(pairs[..., 1])
+    if 2 * half < grad.shape[-1]:
+        out[..., 2 * half :].copy_(grad[..., 2 * half :])
+    return out
+
+
 def check_tables(cos, sin, length, head_dim):
     """Raise ValueError unless cos and sin are (>= length, R / 2) tables with R <= head_dim."""
     if cos.dim() != 2 or cos.shape != sin.shape:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import apply_rope, banded, reference, rope_tables, sliding_gqa_attention
+from kernels import apply_rope, banded, banded_plan, reference, rope_tables, sliding_gqa_attention
 
 B, D = 2, 16
 SHAPES = {  # T, S, Hq, Hkv, window
@@ -58,14 +58,14 @@ CUTS = {  # threads and scores per thread: they decide how the work is cut into 
 
 def cut(monkeypatch, threads, scores):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(banded, "STEP_SCORES_PER_THREAD", scores)
-    banded.plan.cache_clear()
+    monkeypatch.setattr(banded_plan, "STEP_SCORES_PER_THREAD", scores)
+    banded_plan.plan.cache_clear()
 
 
 def steps_of(case, threads):
     T, S, Hq, Hkv, window = SHAPES[case]
     window = window if window and window < S else None
-    return banded.plan(B, Hkv, Hq // Hkv, T, S, window, D, threads)
+    return banded_plan.plan(B, Hkv, Hq // Hkv, T, S, window, D, threads)
 
 
 @pytest.mark.parametrize("case", SHAPES)
@@ -90,7 +90,7 @@ def test_the_cuts_are_all_taken(monkeypatch):
     taken = {}
     for name, (threads, scores) in CUTS.items():
         cut(monkeypatch, threads, scores)
-        step = banded.plan(B, 2, 3, 400, 400, 7, D, threads)[-1]
+        step = banded_plan.plan(B, 2, 3, 400, 400, 7, D, threads)[-1]
         taken[name] = *step.pairs, step.blocks < step.region.blocks, step.blocks
     assert taken["all blocks at once"][:3] == (2, 2, False)
     assert taken["some sequences"][:3] == (1, 2, False)

@@ -1,0 +1,151 @@
+"""How the banded backend cuts its work: regions of row blocks of one shape, and steps that take a few blocks at a time.
+
+Six queries, L=2, window=3:
+
+    keys      0 1 2 3 4 5
+    block 0   1               the first region: a row block whose stretch of keys is cut short
+              1 1
+    block 1   1 1 1           the second: blocks that meet a whole stretch, L keys further on each
+                1 1 1
+    block 2       1 1 1
+                    1 1 1
+
+A step is a batch of products: some blocks of one region, in some sequences and KV heads, so many that their scores fit
+a core's cache.
+"""
+
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+BLOCK_LENGTHS = (16, 32, 64, 128)  # L: short blocks compute few keys in vain, long ones need fewer and larger products
+STEP_SCORES_PER_THREAD = 256 * 1024  # fp32 scores of one step: 1 MB, a core's L2 cache; smaller steps cost calls
+# What a cut is weighed by, in multiply-adds: measured on two cores of an AMD EPYC (Zen 4)
+STEP_WORK = 2**23  # the calls of one step, forward and backward
+ROW_WORK = 9  # what a score costs beside its products, over the rows of its block: adding up its keys' gradients
+
+
+class Region(NamedTuple):
+    """Row blocks of one shape, in all sequences and KV heads: each a product of (L * G) query rows with N keys."""
+
+    blocks: int
+    first_row: int
+    rows: int  # L
+    first_key: int  # of the first block; the next ones are L further on each
+    keys: int  # N
+    left: int  # columns from the left that some row of the block does not see
+
+    def scores(self, B, Hkv, G):
+        return B * Hkv * self.blocks * self.rows * G * self.keys
+
+
+class Step(NamedTuple):
+    """The blocks first .. first + blocks - 1 of a region, of some sequences and KV heads: one batch of products."""
+
+    region: Region
+    batch: slice
+    heads: slice
+    first: int
+    blocks: int
+
+    def rows(self, x, G):
+        """The step's part of x (B, Hkv * G, T, D), as a view (b, h, n, L, G, D)."""
+        L, (b, h, t, d) = self.region.rows, x.stride()
+        offset = self.batch.start * b + self.heads.start * G * h + (self.region.first_row + self.first * L) * t
+        size = (*self.pairs, self.blocks, L, G, x.shape[3])
+        return x.as_strided(size, (b, G * h, L * t, t, h, d), x.storage_offset() + offset)
+
+    def numbers(self, x, G):
+        """The same of one number a row: x (B, Hkv * G, T) as (b * h * n, L * G, 1)."""
+        return self.rows(x[..., None], G).reshape(-1, self.region.rows * G, 1)
+
+    def stretches(self, x):
+        """The step's keys of x (B, Hkv, S, D), (b * h * n, N, D): overlapping views where b * h is 1."""
+        return self.pieces(x, 0, self.region.keys).flatten(0, 2)
+
+    def pieces(self, x, first, width):
+        """Keys first .. first + width - 1 of each stretch, as a view (b, h, n, width, D)."""
+        L, (b, h, s, d) = self.region.rows, x.stride()
+        offset = self.batch.start * b + self.heads.start * h + (self.region.first_key + self.first * L + first) * s
+        size = (*self.pairs, self.blocks, width, x.shape[3])
+        return x.as_strided(size, (b, h, L * s, s, d), x.storage_offset() + offset)
+
+    def add_to_stretches(self, x, summands):
+        """x (B, Hkv, S, D) += summands (b * h * n, N, D), each at its block's keys."""
+        keys = self.region.keys
+        summands = summands.view(*self.pairs, self.blocks, keys, -1)
+        # stretches overlap, but their first L keys do not, nor do the next L
+        width = self.region.rows if self.blocks > 1 else keys
+        for first in range(0, keys, width):
+            self.pieces(x, first, width).add_(summands[:, :, :, first : first + width])
+
+    @property
+    def pairs(self):
+        """(sequences, KV heads)"""
+        return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
+
+    @property
+    def products(self):
+        sequences, heads = self.pairs
+        return sequences * heads * self.blocks
+
+
+@lru_cache(maxsize=256)
+def regions(B, Hkv, G, T, S, window, D):
+    """The cheapest way to cut T queries of S keys into regions, by a small model: scores, and calls."""
+    lengths = sorted({min(T, n) for n in BLOCK_LENGTHS})
+    if window is None:
+        cuts = [_regions(T, S, S, L, L) for L in lengths]
+    else:
+        parts = [(L, -(-window // (L * n)) * L) for L in lengths for n in (1, 2, 4)]
+        cuts = [_regions(T, S, window, L, early_block) for L, early_block in parts]
+    return min(cuts, key=lambda cut: _work(cut, B, Hkv, G, D))
+
+
+def _regions(T, S, window, L, early_block):
+    """Blocks of L rows, and of early_block those before the first whole stretch, which are few and see less."""
+    full = -(-(L + window - 1) // L) * L  # keys of a whole stretch, in pieces of L
+    early = min(T, max(0, full - L - (S - T)))
+    cut, row = [], 0
+    while row < T:
+        whole = row >= early and T - row >= L
+        rows = L if whole else min(early_block, early - row) if row < early else T - row
+        last = S - T + row + rows  # one past the newest key of the block
+        first = last - full if whole else max(0, last - rows - window + 1)
+        blocks = (T - row) // L if whole else 1
+        cut.append(Region(blocks, row, rows, first, last - first, max(0, last - window - first)))
+        row += blocks * rows
+    return cut
+
+
+def _work(cut, B, Hkv, G, D):
+    """Multiply-adds of all products forward and backward, with all else counted as such."""
+    return sum(STEP_WORK + 7 * D * r.scores(B, Hkv, G) * (1 + ROW_WORK / (r.rows * G)) for r in cut)
+
+
+@lru_cache(maxsize=256)
+def plan(B, Hkv, G, T, S, window, D, threads):
+    """The steps of one call: every query row is in exactly one, with every key that it sees."""
+    steps = []
+    for region in regions(B, Hkv, G, T, S, window, D) if B and T else ():
+        blocks = region.blocks
+        most = max(1, STEP_SCORES_PER_THREAD * threads // (region.rows * G * region.keys))  # products in one step
+        batch, heads, n = _share(B, most // (Hkv * blocks)), _share(Hkv, most // blocks), _share(blocks, most)
+        if n < blocks:  # as many for each thread, and steps of one length
+            n = -(-n // threads) * threads
+        for b, h, first in product(range(0, B, batch), range(0, Hkv, heads), range(0, blocks, n)):
+            some = slice(b, min(B, b + batch)), slice(h, min(Hkv, h + heads))
+            steps.append(Step(region, *some, first, min(n, blocks - first)))
+    return steps
+
+
+def _share(total, most):
+    """The size of the parts of `total` that are at most so large, and all about one size."""
+    return -(-total // -(-total // max(1, min(total, most))))
+
+
+def steps_of(q, k, window, threads):
+    """`plan` for q (B, Hq, T, D) and k (B, Hkv, S, D)."""
+    # numbers, which a plan is remembered for; in a fake implementation sizes may be symbols
+    (B, Hq, T, D), (Hkv, S) = map(int, q.shape), map(int, k.shape[1:3])
+    return plan(B, Hkv, Hq // Hkv, T, S, None if window is None or window >= S else int(window), D, threads)

@@ -1,0 +1,64 @@
+"""Attention of a few dozen tokens on a CPU: PyTorch's own kernel with the band as its mask.
+
+There the many calls of the banded backend cost more than its products; this is one call.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from .rope import rotation_of, turn_pairs, turn_pairs_back
+
+SHORT = 64  # tokens; from there on the band is faster
+
+
+def is_short(q, k):
+    """Whether q and k are of one short sequence, in a dtype that needs no wider sums."""
+    return 0 < q.shape[2] == k.shape[2] <= SHORT and q.shape[0] > 0 and q.dtype.itemsize >= 4
+
+
+@lru_cache(maxsize=32)
+def _band_mask(T, window, dtype, device):
+    """(T, T): 0 where a query sees a key, -inf elsewhere; None if the mask is just causal."""
+    if window is None or window >= T:
+        return None
+    unseen = torch.ones(T, T, dtype=torch.bool, device=device)
+    unseen = unseen.triu(1) | unseen.tril(-window)
+    return torch.zeros(T, T, dtype=dtype, device=device).masked_fill_(unseen, float("-inf"))
+
+
+def _short_options(q, window, scale):
+    """How PyTorch's kernel is to drop, mask and scale."""
+    mask = _band_mask(q.shape[2], window, q.dtype, q.device)
+    return (0.0, mask is None), {"attn_mask": mask, "scale": scale}
+
+
+def short_forward(q, k, v, window, scale, rope, with_lse, threads):
+    """`banded.attention_forward` without softcap and sinks; it keeps lse, and q and k if they are rotated."""
+    causal, options = _short_options(q, window, scale)
+    like, rotated = q, []
+    if rope is not None:
+        rotation = rotation_of(rope, q.shape[2], q.dtype)
+        q, k = rotated = [turn_pairs(x, rotation, torch.empty(x.shape, dtype=x.dtype)) for x in (q, k)]
+    result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, *causal, **options)
+    out = result if result.stride() == like.stride() else torch.empty_like(like).copy_(result)
+    lse = lse.contiguous()
+    # where nothing else asks for lse, it is what the backward pass needs; an operator's results share no memory
+    kept = [lse.clone() if with_lse else lse, *rotated] if threads else []
+    return out, lse if with_lse else lse.new_empty(0), kept
+
+
+def short_backward(grad_out, q, k, v, out, kept, window, scale, rope):
+    """(dq, dk, dv) from what the forward pass kept."""
+    causal, options = _short_options(q, window, scale)
+    lse, *rotated = kept
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, *(rotated or (q, k)), v, out, lse, *causal, **options
+    )
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    if rope is None:
+        dq.copy_(grads[0]), dk.copy_(grads[1])
+    else:
+        rotation = rotation_of(rope, q.shape[2], q.dtype)
+        turn_pairs_back(grads[0], rotation, dq), turn_pairs_back(grads[1], rotation, dk)
+    return dq, dk, dv.copy_(grads[2])
