@@ -3,8 +3,8 @@
     python benchmarks/train_speed.py                      # two minutes on two CPU cores; --quick: under one
     python benchmarks/train_speed.py --compile            # the same models under torch.compile as well
 
-A step is what the trainer does: forward, backward, clipping, fused AdamW. The three models have the same weights and
-see the same batches; their losses and gradients must agree before they are timed. Steps take turns. Columns:
+A step is forward, backward, clipping and fused AdamW (optimizer_speed.py has what Muon adds). The three models have the
+same weights and see the same batches; their losses and gradients must agree before they are timed. They take turns:
 
     tokens/s   of the median step (20th to 80th percentile of the step's milliseconds in the next column)
     x plain    how many times as fast as the same model with --no-fused-kernels; x HF: as Hugging Face's

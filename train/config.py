@@ -34,7 +34,7 @@ class TrainerConfig:
     optimizer: Literal["muon", "adamw"] = option(
         "muon", "Muon for the hidden layers' matrices with AdamW for the rest, at one learning rate, or AdamW for all"
     )
-    learning_rate: float = option(1e-2, "peak learning rate")
+    learning_rate: float = option(1e-2, "peak learning rate (AdamW for all wants less, about 4e-3)")
     lr_decay: bool = option(True, "let the learning rate fall after the warm-up; otherwise the peak stays")
     schedule: Literal["cosine", "linear", "wsd"] = option(
         "linear", "how it falls: half a cosine, a straight line, or one in the last fifth only (warm-up, stable, decay)"
