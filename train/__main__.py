@@ -27,6 +27,7 @@ from .config import RunConfig, TrainerConfig, resolve_device
 from .data import TextData, TokenDataset, load_data
 from .distributed import is_first, local_device
 from .flags import Parser, add_flags, from_flags, given
+from .memory import estimate, in_words
 from .passage import TEMPERATURE, passage
 from .random_config import as_flags, random_config
 from .resume import checkpoint_to_resume, read_record, recall_flags
@@ -105,7 +106,10 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     training_set, held_out_set = data_sets(run, data)
     record = {"command": command, "stated": sorted(stated), "run": dataclasses.asdict(run), "data": data.record}
     trainer = Trainer(model, training_set, held_out_set, config, record)
-    for name, value in _first_lines(run, trainer, backend, data.record) if is_first() else ():
+    over = trainer.step >= trainer.total_steps
+    # blocks that are compiled and sharded cannot be run to be looked at
+    expected = None if over or (config.compile and config.parallel == "fsdp") else estimate(trainer)
+    for name, value in _first_lines(run, trainer, backend, data.record, expected) if is_first() else ():
         print(f"{name:<10} {value}")
     return trainer
 
@@ -178,7 +182,7 @@ def say_how_to_go_on(checkpoint: Path, trainer: Trainer) -> None:
     print(f"  python -m train.evaluate --checkpoint {directory}")
 
 
-def _first_lines(run, trainer, backend, data):
+def _first_lines(run, trainer, backend, data, expected):
     """(name, value) of what is about to happen."""
     config, model = trainer.config, trainer.model.config
     heads = f"{model.n_head} heads" + (f" on {model.n_kv_head} KV heads" if model.n_kv_head < model.n_head else "")
@@ -207,6 +211,8 @@ def _first_lines(run, trainer, backend, data):
     reading = trainer.total_steps * trainer.tokens_per_step / len(trainer.train_dataset.tokens)
     yield "run", f"{trainer.total_steps:,} steps of {trainer.tokens_per_step:,} tokens ({reading:.1f} times the text)"
     yield "", f"in {trainer.out_dir}"
+    if expected is not None:
+        yield from zip(("memory", "time"), in_words(expected), strict=True)
 
 
 def _about_data(data):

@@ -50,6 +50,10 @@ class TrainerConfig:
         None, "evaluate and keep as best a running average of the weights, such as 0.99 (none: the weights themselves)"
     )
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the forward pass; weights stay fp32")
+    activation_checkpointing: bool = option(
+        False, "keep only the blocks' inputs for the backward pass: less memory, about a third more time", True
+    )
+    overfit_one_batch: bool = option(False, "train on the first batch alone, whose loss must fall to almost nothing")
     compile: bool = option(False, "torch.compile the model: faster steps after a minute or so", True)
     parallel: Literal["none", "ddp", "fsdp"] = option(
         "none", "under torchrun: processes that share every batch, with all weights each (ddp) or a part (fsdp)", True

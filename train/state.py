@@ -23,7 +23,7 @@ def state_of(trainer) -> dict:
     return {
         "step": trainer.step,
         "optimizer": whole_optimizer_state(trainer.model, trainer.optimizer),
-        "scaler": trainer.scaler.state_dict(),
+        "steps": trainer.steps.state_dict(),
         "average": None if trainer.average is None else trainer.average.state_dict(),
         "best_held_out_loss": trainer.best_held_out_loss,
         "loss_sum": trainer.processes.mean(trainer.loss_sum).cpu(),
@@ -36,7 +36,7 @@ def load_state(trainer, checkpoint: Path) -> None:
     """Weights and all else of a checkpoint, into a trainer that has not begun."""
     weights, state = read_state(checkpoint, trainer.model)
     load_whole(trainer.model, weights, trainer.optimizer, state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.steps.load_state_dict(state["steps"])
     if trainer.average is not None:
         trainer.average.load_state_dict(state["average"])
     trainer.step, trainer.best_held_out_loss = state["step"], state["best_held_out_loss"]

@@ -11,6 +11,7 @@ So a run that is stopped, however, and resumed ends in the same weights as one t
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import textwrap
 import time
@@ -30,12 +31,14 @@ from .checkpoint import (
 )
 from .config import TrainerConfig, resolve_device
 from .data import evaluation_batches, training_batches
-from .distributed import join_processes, local_device, whole, whole_weights
+from .distributed import join_processes, local_device, whole_weights
 from .ema import AverageWeights
 from .flops import flops_a_token, peak_flops
+from .memory import checkpoint_blocks
 from .metrics import History, ProgressBar
 from .optim import learning_rate_at, make_optimizer
 from .passage import passage
+from .precision import MOST_SKIPPED, SafeSteps
 from .resume import checkpoint_to_resume, note_resumption
 from .state import load_state, seed_step, state_of
 from .stop import StopRequest
@@ -73,6 +76,8 @@ class Trainer:
         self.tokenizer = getattr(train_dataset, "tokenizer", None)
 
         self.model = model.to(self.device)
+        if config.activation_checkpointing:
+            checkpoint_blocks(self.model)
         self.forward = self.processes.distribute(self.model, self.device, config.compile)
         self.optimizer = make_optimizer(
             self.model,
@@ -82,7 +87,7 @@ class Trainer:
             betas=config.betas,
         )
         self.average = None if config.ema_decay is None else AverageWeights(self.model, config.ema_decay)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.steps = SafeSteps(self.optimizer, config.precision)
 
         self.tokens_per_step = config.batch_size * config.grad_accumulation * len(train_dataset[0][0])
         self.total_steps = config.total_steps(len(train_dataset))
@@ -111,17 +116,9 @@ class Trainer:
     def train(self) -> None:
         """Trains to the end, or until SIGINT (Ctrl-C) or SIGTERM, which saves a checkpoint and returns.
 
-        Raises TrainingFailed when the loss is no longer finite: the checkpoints of before stay.
+        Raises TrainingFailed after many gradients that are no numbers: the checkpoints of before stay.
         """
-        config = self.config
-        batches = training_batches(
-            self.train_dataset,
-            config.batch_size,
-            config.seed,
-            first_batch=self.step * config.grad_accumulation,
-            num_workers=config.num_workers,
-            part=(self.processes.rank, self.processes.count),
-        )
+        config, batches = self.config, self.batches()
         self.model.train()
         self._meter_started, self._metered = time.perf_counter(), 0
         self.started = self._meter_started - self.seconds
@@ -137,13 +134,27 @@ class Trainer:
                     self._log(bar)
                 if last or self._due(config.eval_every):
                     self._evaluate(bar)
-                if last or self._due(config.save_every):
+                # not while gradients are no numbers: if that does not end, the weights of before are the good ones
+                if last or (self._due(config.save_every) and not self.steps.skipped_in_a_row):
                     self._save_checkpoint()
             self.interrupted = self.step < self.total_steps
             if self.interrupted:
                 self._save_checkpoint()
                 where = f"saved in {self.out_dir / 'last'}" if self.out_dir else "nothing saved (no out_dir)"
                 bar.say(f"stopped at step {self.step:,} of {self.total_steps:,}: {where}")
+
+    def batches(self):
+        """This process's parts of the batches still to come."""
+        config = self.config
+        batches = training_batches(
+            self.train_dataset,
+            config.batch_size,
+            config.seed,
+            first_batch=0 if config.overfit_one_batch else self.step * config.grad_accumulation,
+            num_workers=config.num_workers,
+            part=(self.processes.rank, self.processes.count),
+        )
+        return itertools.repeat(next(batches)) if config.overfit_one_batch else batches
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
@@ -154,48 +165,49 @@ class Trainer:
         for x, y in evaluation_batches(self.test_dataset, self.config.batch_size, self.config.eval_examples):
             # where the processes cannot share a batch equally, as it may be with the last, each of them takes all of it
             shared = slice(rank * len(x) // count, (rank + 1) * len(x) // count) if len(x) % count == 0 else slice(None)
-            with self._autocast():
-                _, loss = self.model(*self._on_device(x[shared], y[shared]))
+            with self.autocast():
+                _, loss = self.model(*self.on_device(x[shared], y[shared]))
             total, examples = total + loss.item() * len(x), examples + len(x)
         self.model.train()
         return self.processes.mean(total).item() / examples
 
     def _take_step(self, batches) -> None:
-        """One update of the weights; nothing here waits for the device."""
+        """One update of the weights, or none where the gradient is no number."""
         config = self.config
         seed_step(config.seed, self.step, self.processes.rank, self.device)
         rate = learning_rate_at((self.step + 1) * self.tokens_per_step, **self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        losses = torch.zeros((), device=self.device)
         for number in range(1, config.grad_accumulation + 1):
-            x, y = self._on_device(*next(batches))
+            x, y = self.on_device(*next(batches))
             with self.processes.averaging(self.forward, last=number == config.grad_accumulation):
-                with self._autocast():
+                with self.autocast():
                     _, loss = self.forward(x, y)
-                self.scaler.scale(loss / config.grad_accumulation).backward()
-            self.loss_sum += loss.detach()
-            self.losses += 1
-            self._metered += 1
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        self._grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-        if config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, self._grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update()
+                self.steps.scaled(loss / config.grad_accumulation).backward()
+            losses += loss.detach()
+        self._metered += config.grad_accumulation
+        updated, self._grad_norm = self.steps.step(config.grad_clip)
+        if updated:
+            self.loss_sum += losses
+            self.losses += config.grad_accumulation
+            if self.average is not None:
+                self.average.update()
+        elif self.steps.skipped_in_a_row == MOST_SKIPPED:
+            raise TrainingFailed(
+                f"the gradients of {MOST_SKIPPED} steps in a row are no numbers (loss {losses.item():.3g} at step "
+                f"{self.step + 1:,}): lower learning_rate (it is {rate:.2g}), or lengthen the warm-up"
+            )
         self.step += 1
         self._learning_rate = rate
 
     def _log(self, bar) -> None:
         """The mean loss since the line before, into history and bar."""
-        loss = self.processes.mean(self.loss_sum).item() / self.losses
+        loss = self.processes.mean(self.loss_sum).item() / self.losses if self.losses else math.nan
         now = time.perf_counter()
         speed = self._metered * self.tokens_per_step / self.config.grad_accumulation / (now - self._meter_started)
         shown = {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"}
-        measured = {}
+        measured = {"skipped_steps": self.steps.skipped} if self.steps.skipped else {}
         if self.peak_flops is not None:
             measured["mfu"] = speed * flops_a_token(self.model.config) / (self.peak_flops * self.processes.count)
             shown["MFU"] = f"{measured['mfu']:.1%}"
@@ -212,11 +224,6 @@ class Trainer:
         bar.show(**shown)
         self.loss_sum.zero_()
         self.losses, self._metered, self._meter_started = 0, 0, now
-        if not math.isfinite(loss):
-            raise TrainingFailed(
-                f"the loss is {loss} at step {self.step:,}: lower learning_rate (it is {self._learning_rate:.2g}), "
-                f"or lengthen the warm-up"
-            )
 
     def _evaluate(self, bar) -> None:
         """Held-out loss and a sample into history, bar and curves; the best weights so far into `best`."""
@@ -248,7 +255,7 @@ class Trainer:
             return ""
         if self.processes.rank > 0 or self.processes.parallel == "fsdp":  # whose processes would gather every token
             return ""
-        with self._autocast():
+        with self.autocast():
             return "".join(passage(self.model, self.tokenizer, self.config.sample_tokens, self.config.seed))
 
     def _save_best(self) -> None:
@@ -291,12 +298,12 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0
 
-    def _on_device(self, *tensors):
+    def on_device(self, *tensors):
         if self.device.type == "cuda":
             return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
         return [tensor.to(self.device) for tensor in tensors]
 
-    def _autocast(self):
+    def autocast(self):
         if self.config.precision == "fp32":
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16

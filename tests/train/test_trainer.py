@@ -12,6 +12,8 @@ import torch
 from model import GPT, GPTConfig, from_pretrained, sample
 from train import CharDataset, Trainer, TrainerConfig, TrainingFailed
 from train.data import training_batches
+from train.memory import estimate
+from train.precision import SafeSteps
 
 TEXT = "When are you going? I am going to the play, and you are coming to the play with me. " * 20
 TINY = {"context_length": 16, "window": 8, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32}
@@ -220,8 +222,8 @@ def test_training_works_outside_the_main_thread():
     assert trainer.step == 2
 
 
-def test_a_loss_that_is_no_number_fails_and_keeps_what_was_saved(tmp_path):
-    trainer = tiny_trainer(out_dir=tmp_path / "run", save_every=5, eval_every=100)
+def test_gradients_that_are_no_numbers_again_and_again_fail_the_run_and_keep_what_was_saved(tmp_path):
+    trainer = tiny_trainer(out_dir=tmp_path / "run", save_every=5, eval_every=100, max_steps=100)
     take_step = trainer._take_step
 
     def break_weights(batches):
@@ -231,10 +233,76 @@ def test_a_loss_that_is_no_number_fails_and_keeps_what_was_saved(tmp_path):
         take_step(batches)
 
     trainer._take_step = break_weights
-    with pytest.raises(TrainingFailed, match=r"the loss is nan at step 13: lower learning_rate"):
+    message = r"gradients of 20 steps in a row are no numbers \(loss nan at step 32\): lower learning_rate"
+    with pytest.raises(TrainingFailed, match=message):
         trainer.train()
     assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["step"] == 10
     assert torch.isfinite(weights(from_pretrained(tmp_path / "run" / "last")[0])).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_gradient_that_is_no_number_is_skipped_and_counted(bad):
+    trainer = tiny_trainer(max_steps=6, ema_decay=0.9, held_out=False, lr_decay=False)
+    take_step, seen = trainer._take_step, []
+
+    def one_bad_step(batches):
+        hook = trainer.model.ln_f.bias.register_hook(lambda gradient: gradient * bad) if trainer.step == 3 else None
+        before = weights(trainer.model)
+        take_step(batches)
+        seen.append(torch.equal(before, weights(trainer.model)))
+        if hook is not None:
+            hook.remove()
+
+    trainer._take_step = one_bad_step
+    trainer.train()
+    assert seen == [False, False, False, True, False, False] and trainer.average.steps == 5
+    assert torch.isfinite(weights(trainer.model)).all()
+    assert [line.get("skipped_steps") for line in trainer.history.lines] == [None, None, None, 1, 1, 1]
+    assert [loss is None for loss in losses(trainer)] == [False, False, False, True, False, False]
+
+
+def test_the_loss_scale_changes_no_step_halves_at_an_overflow_and_grows_again(monkeypatch):
+    plain, scaled = tiny_trainer(held_out=False, max_steps=8), tiny_trainer(held_out=False, max_steps=8)
+    scaled.steps = SafeSteps(scaled.optimizer, "fp16")
+    for trainer in (plain, scaled):
+        trainer.train()
+    assert losses(plain) == pytest.approx(losses(scaled), rel=1e-5) and scaled.steps.scale == 2.0**16
+    monkeypatch.setattr("train.precision.GROW_AFTER", 3)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    steps, scales = SafeSteps(torch.optim.SGD([parameter], lr=1.0), "fp16"), []
+    for gradient in (math.inf, 1.0, 1.0, 1.0, 1.0):
+        parameter.grad = torch.full((2,), gradient) * steps.scale
+        assert steps.step(None)[0] == math.isfinite(gradient)
+        scales.append(steps.scale / 2**16)
+    assert scales == [0.5, 0.5, 0.5, 1.0, 1.0] and parameter.tolist() == [-3.0, -3.0] and steps.skipped == 1
+
+
+def test_activation_checkpointing_changes_nothing_but_what_is_kept():
+    kept, again = tiny_trainer(max_steps=5), tiny_trainer(max_steps=5, activation_checkpointing=True)
+    found = [estimate(trainer)["activations"] for trainer in (kept, again)]
+    for trainer in (kept, again):
+        trainer.train()
+    assert torch.equal(weights(kept.model), weights(again.model)) and losses(kept) == losses(again)
+    assert kept.model.state_dict().keys() == again.model.state_dict().keys()
+    assert found[1] < 0.5 * found[0]
+
+
+def test_one_batch_can_be_learnt_by_heart():
+    trainer = tiny_trainer(max_steps=120, overfit_one_batch=True, learning_rate=1e-2, held_out=False)
+    trainer.train()
+    assert losses(trainer)[-1] < 0.1 < losses(trainer)[0]
+
+
+def test_the_estimate_counts_bytes_and_leaves_the_run_as_it_is():
+    plain, estimated = tiny_trainer(max_steps=5), tiny_trainer(max_steps=5)
+    found = estimate(estimated)
+    size = 4 * estimated.model.num_parameters()
+    assert found["weights"] == found["gradients"] == size and 0 < found["optimizer"] <= 2 * size
+    # each of the 64 tokens keeps at least the MLP's two widths of 128 in two layers
+    assert 64 * 2 * 2 * 128 * 4 < found["activations"] < 20 * 64 * 2 * 2 * 128 * 4 and found["seconds"] > 0
+    for trainer in (plain, estimated):
+        trainer.train()
+    assert torch.equal(weights(plain.model), weights(estimated.model))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
