@@ -31,7 +31,7 @@ from .study.training import check_length, train_and_measure
 from .trainer import TrainingFailed
 
 WINDOW_FRACTIONS, WINDOW_SEEDS = (0.1, 0.2, 0.4, 1.0), 2
-RATE_FACTORS = (0.5, 2.0)
+RATE_FACTORS = (0.5, 2.0, 4.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(prog="python -m train.compare", description=__doc__)
     add_flags(parser, CompareConfig, "flags")
     flags = parser.parse_args(arguments)
-    command = shlex.join(["python", "-m", "train.compare", *(sys.argv[1:] if arguments is None else arguments)])
+    command = command_of(sys.argv[1:] if arguments is None else arguments)
     try:
         config = from_flags(CompareConfig, flags)
         study = Study(config, command)
@@ -126,6 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: study failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0
+
+
+def command_of(arguments: list[str]) -> str:
+    """The command that makes the whole study: without the flags that only repeat a part of it."""
+    parts = [part for part in arguments if part.replace("_", "-") not in ("--retime", "--page-only")]
+    return shlex.join(["python", "-m", "train.compare", *parts])
 
 
 class Study:

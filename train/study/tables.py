@@ -1,7 +1,11 @@
-"""Rows, cells and tables: what the page and the CSV are made of."""
+"""Cells, tables, paragraphs: what the page and the CSV are made of."""
+
+import textwrap
 
 from .claims import signed
 from .results import CACHE_POSITIONS, token_time
+
+FOLDER = "architecture-study"  # beside the page: its tables, its plots
 
 
 def csv_row(row: dict) -> dict:
@@ -63,3 +67,14 @@ def table(columns, rows):
 
 def _rounded(value):
     return None if value is None else round(value, 6)
+
+
+def paragraph(text):
+    """Text in lines of at most 120 characters, and an empty one."""
+    return textwrap.fill(text, 120) + "\n"
+
+
+def plot(plots, name, text):
+    """An image, where it was drawn."""
+    if name in plots:
+        yield f"![{text}]({FOLDER}/{name})\n"
