@@ -29,7 +29,7 @@ class TrainerConfig:
         None, f"steps to take; beside --max-epochs, whichever ends first; with neither, {DEFAULT_STEPS:,} steps", True
     )
     max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)", True)
-    batch_size: int = option(16, "examples in a batch, all processes together")
+    batch_size: int = option(4, "examples in a batch, all processes together")
     grad_accumulation: int = option(1, "batches whose gradients make one step")
     optimizer: Literal["muon", "adamw"] = option(
         "muon", "Muon for the hidden layers' matrices with AdamW for the rest, at one learning rate, or AdamW for all"
@@ -64,7 +64,7 @@ class TrainerConfig:
         0, "processes that load items of data sets without a batch method (characters need none)", True
     )
     eval_every: int = option(250, "steps between evaluations on the held-out text", True)
-    eval_examples: int = option(256, "held-out examples of one evaluation, spread evenly, always the same", True)
+    eval_examples: int = option(64, "held-out examples of one evaluation, spread evenly, always the same", True)
     sample_tokens: int = option(100, "tokens of a text that the model writes at every evaluation (0: none)", True)
     save_every: int = option(500, "steps between checkpoints that the run can go on from", True)
     keep_checkpoints: int = option(2, "how many of these are kept, the newest", True)
@@ -167,7 +167,7 @@ class RunConfig:
     architecture: Literal[ARCHITECTURES] = option(
         "rope-window-gqa", "GPT-2 as it was, or with rotary positions, a sliding window, grouped KV heads added in turn"
     )
-    context_size: int = option(128, "tokens the model is trained to look back on")
+    context_size: int = option(512, "tokens the model is trained to look back on")
     window: int | None = option(64, "keys a position sees in one layer, its own included (none: all)")
     window_pattern: str = option("S", "the layers in turn: S sees the window, L all; SSSL is three short, one long")
     n_layer: int = option(4, "layers")
