@@ -3,6 +3,7 @@
     python benchmarks/kernel_report.py                               # A100 and H100, bf16: 2 minutes on one core
     python benchmarks/kernel_report.py --arch sm_86,sm_120 --head-dim 128 --dtype fp16 --shape 1,32,8,32768,128,4096
     python benchmarks/kernel_report.py --arch gfx942 --features plain --keep cubins
+    python benchmarks/kernel_report.py --features every      # the worst of all their sets; 15 minutes
 
 No GPU is needed: Triton compiles for any architecture. The real launchers choose the tiles, for the shapes given.
 Everything about time is a MODEL, made of those instructions and the cards' data sheets (speed_of_light.py has each
@@ -19,6 +20,7 @@ formula); nothing was run. delta has no kernel of its own: the dq kernel makes i
     of peak     share of the matrix unit's rate by useful FLOPs, of the memory's bandwidth where memory bounds
 """
 
+import itertools
 import os
 import sys
 from functools import partial
@@ -39,9 +41,12 @@ FEATURES = {
     "half-rope": {"half_rope": True},
     "sinks": {"sinks": True},
     "softcap": {"softcap": 20.0},
+    "grad-lse": {"grad_lse": True},
     "all": {"rope": True, "sinks": True, "softcap": 20.0, "grad_lse": True},
     "half-all": {"half_rope": True, "sinks": True, "softcap": 20.0, "grad_lse": True},
 }
+PARTS = (("", "rope", "half-rope"), ("", "sinks"), ("", "softcap"), ("", "grad-lse"))
+EVERY = ["+".join(filter(None, chosen)) or "plain" for chosen in itertools.product(*PARTS)]
 SHAPE = "4,32,8,8192,{},1024"  # for each head size
 ATTENTION = published.BOTH
 
@@ -52,7 +57,11 @@ def main(arguments=None):
     flags.add_argument("--head-dim", metavar="LIST", help="head sizes, by comma (those of the shapes, or 64,128)")
     flags.add_argument("--dtype", metavar="LIST", default="bf16", help="of bf16, fp16, fp32, by comma (bf16)")
     flags.add_argument(
-        "--features", nargs="+", metavar="NAME", default=["rope"], help=f"of: {', '.join(FEATURES)} (rope)"
+        "--features",
+        nargs="+",
+        metavar="NAME",
+        default=["rope"],
+        help=f"of: {', '.join(FEATURES)}, with + between those at once; or every: all {len(EVERY)} sets (rope)",
     )
     flags.add_argument(
         "--shape", nargs="+", metavar="B,HQ,HKV,T,D,W",
@@ -79,7 +88,8 @@ def prepare(options, device):
         dtypes = [harness.DTYPES[name] for name in options.dtype.split(",")]
         given = options.head_dim or ",".join(str(shape.D) for shape in shapes) or "64,128"
         head_dims = list(dict.fromkeys(int(word) for word in given.split(",")))
-        features = {name: FEATURES[name] for name in options.features}
+        names = EVERY if options.features == ["every"] else options.features
+        features = {name: settings_of(name) for name in names}
     except KeyError as error:
         raise harness.BadInput(f"{error} is not known, wanted of: {', '.join([*FEATURES, *harness.DTYPES])}") from None
     except ValueError as error:
@@ -121,22 +131,26 @@ def report(points, shapes, keep):
         "estimates": estimates,
         "published": checks,
         "prototypes": prototypes,
-        "tables": [
-            *(kernel_tables.kernels(rows, target) for target in dict.fromkeys(row["target"] for row in rows)),
-            *(kernel_tables.loops(rows, target) for target in dict.fromkeys(row["target"] for row in rows)),
-            *(
-                kernel_tables.lines(row)
-                for row in rows
-                if row["kernel"] == "attention_forward" and row["head_dim"] == 128
-            ),
-            *(kernel_tables.estimates(estimates, label) for label in dict.fromkeys(row["shape"] for row in estimates)),
-            kernel_tables.bounds(estimates),
-            kernel_tables.checks(checks),
-            kernel_tables.prototypes(prototypes),
-        ],
+        "tables": tables_of(rows, estimates, checks, prototypes),
         "plots": kernel_tables.plots(estimates),
         "failed": [f"{row['point']}, {row['kernel']}: {row['error']}" for row in rows if row["error"]],
     }
+
+
+def tables_of(rows, estimates, checks, prototypes):
+    """All tables for people; of every set of features the worst alone, which is what is asked then."""
+    if len({row["features"] for row in rows}) == len(EVERY):
+        return [kernel_tables.worst(rows)]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    return [
+        *(kernel_tables.kernels(rows, target) for target in targets),
+        *(kernel_tables.loops(rows, target) for target in targets),
+        *(kernel_tables.lines(row) for row in rows if row["kernel"] == "attention_forward" and row["head_dim"] == 128),
+        *(kernel_tables.estimates(estimates, label) for label in dict.fromkeys(row["shape"] for row in estimates)),
+        kernel_tables.bounds(estimates),
+        kernel_tables.checks(checks),
+        kernel_tables.prototypes(prototypes),
+    ]
 
 
 def compiled(target, D, dtype, name, settings, group, keep):
@@ -174,7 +188,9 @@ def estimate_row(row, made, shape, dtype):
     """The model's figures for one kernel at one shape; None for kernels it says nothing of."""
     card = CARDS[made.target]
     if made.kernel in ATTENTION:
-        estimate = model.attention_estimate(made, shape, dtype.itemsize, "rope" in row["features"])
+        estimate = model.attention_estimate(
+            made, shape, dtype.itemsize, rope="rope" in str(settings_of(row["features"]))
+        )
     elif made.kernel == "rope":
         heads = -(-shape.Hq // made.tile["BLOCK_H"]) + -(-shape.Hkv // made.tile["BLOCK_H"])
         programs = shape.B * -(-shape.T // made.tile["BLOCK_T"]) * heads
@@ -220,6 +236,11 @@ def by_kernel(target, group):
 
     launches = offline.launches(target, head_dim=published.SHAPE.D, dtype=torch.bfloat16, group=group)
     return {one.name: offline.compile_launch(one, target) for one in launches if one.name in ATTENTION}
+
+
+def settings_of(name):
+    """The arguments of `offline.launches` for features by name, several joined by +. Raises KeyError."""
+    return {key: value for part in name.split("+") for key, value in FEATURES[part].items()}
 
 
 def parse(text):

@@ -26,6 +26,30 @@ def kernels(rows, target):
     }  # fmt: skip
 
 
+def worst(rows):
+    """Of each kernel the worst over all sets of features that it was compiled with."""
+    groups = {}
+    for row in rows:
+        if not row["error"]:
+            groups.setdefault((row["target"], row["head_dim"], row["dtype"], row["kernel"]), []).append(row)
+
+    def most(group, key):
+        return str(max(row[key] for row in group))
+
+    return {
+        "title": "The worst over all sets of features",
+        "columns": ["compiled for", "kernel", "sets", "registers", "stack B", "spilled B", "shared kB", "blocks"],
+        "rows": [
+            [f"{target}, D {head_dim}, {dtype}", kernel, str(len(group)), most(group, "registers"),
+             most(group, "stack_bytes"), most(group, "spilled_bytes"),
+             f"{max(row['shared_bytes'] for row in group) / 1024:.0f} of {group[0]['shared_limit'] / 1024:.0f}",
+             str(min(row["blocks_per_multiprocessor"] for row in group))]
+            for (target, head_dim, dtype, kernel), group in groups.items()
+        ],
+        "notes": ["of rope for whole or half heads, sinks, softcap and a gradient of lse; blocks: the fewest"],
+    }  # fmt: skip
+
+
 def loops(rows, target):
     from kernels.machine_code import PIPES
 

@@ -265,12 +265,17 @@ def _compiling_for(target, card):
 
 
 def _read_cuda(asm):
+    return _disassembled(asm["cubin"], asm["ptx"])
+
+
+@functools.lru_cache(256)  # sets of features often make the same code of a kernel
+def _disassembled(cubin, ptx_text):
     with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "kernel.cubin"
-        cubin.write_bytes(asm["cubin"])
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-        sass = _output(knobs.nvidia.nvdisasm.path, "-c", "-g", str(cubin))
-    return machine_code.read_cuda(sass, usage, asm["ptx"])
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
+        sass = _output(knobs.nvidia.nvdisasm.path, "-c", "-g", str(path))
+    return machine_code.read_cuda(sass, usage, ptx_text)
 
 
 def _output(*command):

@@ -10,10 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tuning
 from .tiles import wide_dtype
-
-BLOCK_H = 4
-PAIRS_PER_HEAD = 512  # of a tile: with 4 heads and 128 threads, 16 pairs a thread, in about 50 registers
 
 
 @triton.jit
@@ -103,8 +101,9 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
     B, Hq, T, D = q.shape
     Hk = 0 if k is None else k.shape[1]
     half = cos.shape[1]
-    block_t = max(1, min(16, PAIRS_PER_HEAD // triton.next_power_of_2(half)))
-    programs = B * triton.cdiv(T, block_t) * (triton.cdiv(Hq, BLOCK_H) + triton.cdiv(Hk, BLOCK_H))
+    config = tuning.tile_config("rotary", 2 * half, q.dtype, tuning.architecture(q.device))
+    heads = triton.cdiv(Hq, config.step) + triton.cdiv(Hk, config.step)
+    programs = B * triton.cdiv(T, config.own) * heads
     if programs == 0:
         return q_out, k_out
     by_token = isinstance(positions, torch.Tensor)
@@ -117,8 +116,8 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions,
             *((0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, q_out, k_out)),
             positions_stride, T, offset, Hq, Hk,
-            HEAD_DIM=D, HALF=half, BLOCK_T=block_t, BLOCK_H=BLOCK_H, INTERLEAVED=interleaved, INVERSE=inverse,
-            num_warps=4,
+            HEAD_DIM=D, HALF=half, BLOCK_T=config.own, BLOCK_H=config.step, INTERLEAVED=interleaved, INVERSE=inverse,
+            num_warps=config.num_warps,
         )  # fmt: skip
     return q_out, k_out
 

@@ -10,6 +10,7 @@ in a model of the card's pipes. No GPU has timed them. The others are those with
 those that spill least; fp32 spills in the backward from 64 on, where smaller tiles would cost more than they save.
 `python benchmarks/kernel_report.py` shows what all of them compile to.
 
+Rotation: own tokens of step heads, 16 pairs for each of 128 threads at most, in about 56 registers; there is no edge.
 Decoding: own is the most rows; one token of a group of up to 16 heads takes 16. Memory is the limit: a tile of keys and
 values has up to 32 kB, two are under way, and two programs (on consumer GPUs one) fit a multiprocessor's memory.
 """
@@ -93,6 +94,24 @@ CONFIGS = {
             256: TileConfig(16, 16, 16, 8, 2),
         },
     },
+    ("rotary", 2): {
+        AMPERE: {
+            64: TileConfig(16, 4, 4, 4, 1),
+            128: TileConfig(8, 4, 4, 4, 1),
+            256: TileConfig(4, 4, 4, 4, 1),
+            512: TileConfig(2, 4, 4, 4, 1),
+            1024: TileConfig(1, 4, 4, 4, 1),
+        },
+    },
+    ("rotary", 4): {
+        AMPERE: {
+            64: TileConfig(16, 4, 4, 4, 1),
+            128: TileConfig(8, 4, 4, 4, 1),
+            256: TileConfig(4, 4, 4, 4, 1),
+            512: TileConfig(2, 4, 4, 4, 1),
+            1024: TileConfig(1, 4, 4, 4, 1),
+        },
+    },
     ("forward", 4): {
         AMPERE: {
             64: TileConfig(64, 32, 32, 8, 2),
@@ -131,13 +150,24 @@ def architecture(device):
 
 
 def tile_config(name, head_dim, dtype, arch):
-    """The TileConfig of pass `name` ("forward", "dq", "dkdv", "decode") for heads of head_dim elements on arch."""
-    if arch == 0 or dtype.itemsize > 4:
+    """The TileConfig of a pass, "forward", "dq", "dkdv", "decode" or "rotary", for heads of head_dim elements on arch.
+
+    For "rotary" head_dim counts what is rotated; its tile is small enough to be interpreted as it is.
+    Raises ValueError for attention with heads that are larger than the table's.
+    """
+    if name == "rotary":
+        arch = arch or AMPERE
+    elif arch == 0 or dtype.itemsize > 4:
         return INTERPRETED
-    by_family = CONFIGS[name, dtype.itemsize]
+    by_family = CONFIGS[name, min(dtype.itemsize, 4)]
     kin = FAMILIES[max((family for family in FAMILIES if family <= arch), default=AMPERE)]
     sizes = next(by_family[family] for family in kin if family in by_family)
-    return next(config for largest, config in sizes.items() if head_dim <= largest)
+    largest = max(sizes)
+    if head_dim > largest and name != "rotary":
+        raise ValueError(
+            f"q has head size {head_dim}, expected at most {largest}, the largest that has tiles: use backend='banded'"
+        )
+    return next((config for size, config in sizes.items() if head_dim <= size), sizes[largest])
 
 
 def dot_precision(dtype, arch):

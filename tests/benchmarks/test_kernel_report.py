@@ -60,6 +60,31 @@ def test_the_report_runs_end_to_end(tmp_path):
         assert table["title"] in done.stdout and all(len(row) == len(table["columns"]) for row in table["rows"])
 
 
+def test_every_set_of_features_is_compiled_and_the_worst_is_shown(compiling, monkeypatch, capsys):
+    """Three ways to rotate, and sinks, softcap and a gradient of lse or none: 24 sets, each once."""
+    asked = []
+
+    class Launch:
+        name, tile = "append", {"BLOCK_M": 16, "num_warps": 4}
+
+    def launches(target, head_dim, dtype, group, **settings):
+        asked.append(settings)
+        return [Launch()]
+
+    def compile_launch(launch, target):
+        spilled = 28 if {"half_rope", "softcap"} <= asked[-1].keys() else 0
+        return offline.Compiled("append", target, launch.tile, 20, 0, spilled, 0, 8, "warps", 9, (), (), (), b"")
+
+    monkeypatch.setattr(offline, "launches", launches)
+    monkeypatch.setattr(offline, "compile_launch", compile_launch)
+    monkeypatch.setattr(kernel_report, "check_published", lambda targets: ([], []))
+    assert kernel_report.main(["--arch", "sm_86", "--head-dim", "64", "--features", "every"]) == 0
+    assert len(asked) == 24 and len({tuple(sorted(settings)) for settings in asked}) == 24
+    assert {"rope": True, "sinks": True, "softcap": 20.0, "grad_lse": True} in asked and {} in asked
+    (table,) = json.loads(capsys.readouterr().out.splitlines()[-1])["tables"]
+    assert table["rows"] == [["sm_86, D 64, bf16", "append", "24", "20", "0", "28", "0 of 99", "8"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

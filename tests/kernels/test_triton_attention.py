@@ -306,6 +306,11 @@ def test_every_head_size_has_tiles(arch, dtype):
             assert config.step % config.edge == 0 and min(config.own, config.edge) >= 16
 
 
+def test_heads_without_a_tile_are_refused():
+    with pytest.raises(ValueError, match=r"q has head size 264, expected at most 256, .*use backend='banded'"):
+        tuning.tile_config("forward", 264, torch.float16, 90)
+
+
 def test_lengths_and_windows_share_a_binary():
     """Neither the lengths nor the window may become part of what Triton specialises a kernel for."""
     from kernels import attention_bwd, attention_fwd, rope_kernel

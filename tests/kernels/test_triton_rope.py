@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import apply_rope, reference, rope_tables
+from kernels import apply_rope, reference, rope_tables, tuning
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -32,6 +32,17 @@ def test_rotation_is_the_references_rounded_once(Hq, Hkv, D, R, interleaved, dty
         exact = reference.rotate(x.double(), cos[:9].double(), sin[:9].double(), interleaved)
         assert ours.dtype == dtype and ours.stride() == x.stride()
         assert (ours - exact).abs().max() <= 1.01 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("arch", [0, 80, 90, 120])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_threads_share_of_a_tile_is_small(arch, dtype):
+    """Of 16 pairs, of which first, second, cos and sin are held: 64 registers."""
+    for rotary_dim in (2, 16, 48, 64, 80, 128, 256, 512, 1024):
+        config = tuning.tile_config("rotary", rotary_dim, dtype, arch)
+        padded = 1 << (rotary_dim // 2 - 1).bit_length()
+        assert config.own * config.step * padded <= 16 * 32 * config.num_warps
+    assert tuning.tile_config("rotary", 2048, dtype, arch).own == 1
 
 
 @pytest.mark.parametrize("kind", ["offset", "by token", "by row and token", "int32"])
