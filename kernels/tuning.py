@@ -78,6 +78,11 @@ CONFIGS = {
             128: TileConfig(64, 16, 32, 4, 2),
             256: TileConfig(32, 32, 32, 8, 2),
         },
+        CONSUMER_BLACKWELL: {
+            64: TileConfig(64, 32, 64, 4, 2),
+            128: TileConfig(64, 32, 64, 8, 2),
+            256: TileConfig(32, 32, 32, 8, 2),
+        },
     },
     ("decode", 2): {
         AMPERE: {
