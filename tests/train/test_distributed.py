@@ -107,7 +107,19 @@ def text(tmp_path):
 def test_parallel_without_torchrun_and_torchrun_without_parallel_are_refused(text, tmp_path, capsys, monkeypatch):
     def refused(*arguments):
         with pytest.raises(SystemExit):
-            main(["--data", text, "--device", "cpu", "--out-dir", str(tmp_path / "run"), *arguments])
+            main(
+                [
+                    "--data",
+                    text,
+                    "--context-size",
+                    "16",
+                    "--device",
+                    "cpu",
+                    "--out-dir",
+                    str(tmp_path / "run"),
+                    *arguments,
+                ]
+            )
         return capsys.readouterr().err
 
     assert "torchrun --nproc-per-node 2 -m train --parallel fsdp" in refused("--parallel", "fsdp")
