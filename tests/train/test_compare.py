@@ -235,6 +235,13 @@ def test_the_first_claim_is_judged_by_the_losses(finished, worse, verdict):
     assert claims.better_loss(changed, 8)["verdict"] == verdict
 
 
+@pytest.mark.parametrize(("whole", "remarks"), [(2.3, 0), (2.5, 1)])
+def test_a_model_that_does_not_look_back_yet_is_remarked_on(whole, remarks):
+    bins = [{"first": 2, "last": 2, "loss": {"mean": 2.4}}, {"first": 3, "last": 8, "loss": {"mean": whole}}]
+    found = claims.not_looking_back({"architecture": "original", "loss_by_position": bins}, context=8)
+    assert len(found) == remarks and all("has not begun to look back" in remark for remark in found)
+
+
 # The command
 
 
