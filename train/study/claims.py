@@ -34,9 +34,31 @@ def better_loss(document: dict, context: int) -> dict:
         "claim": f"It trains better at a context of {context}: a lower held-out loss after the same characters",
         "verdict": verdict({reading: -row["minus_original"]["sign"] for reading, row in rows.items()}),
         "found": "; ".join(
-            [*found, f"of which at equal width {shares(document, context)}", *not_looking_back(original, context)]
+            [
+                *found,
+                f"of which at equal width {shares(document, context)}",
+                *at_best_rates(document, context),
+                *not_looking_back(original, context),
+            ]
         ),
     }
+
+
+def at_best_rates(document: dict, context: int) -> list[str]:
+    """The difference with the best learning rate for each that was tried, where several were, and which those are."""
+    tried = {name: {} for name in (ORIGINAL, MODIFIED)}
+    for row in document["rates"]:
+        if row["context"] == context:
+            tried[row["architecture"]][row["learning_rate"]] = row["loss"]
+    if len(tried[ORIGINAL]) < 2:
+        return []
+    best = {name: min(losses, key=losses.get) for name, losses in tried.items()}
+    apart = tried[MODIFIED][best[MODIFIED]] - tried[ORIGINAL][best[ORIGINAL]]
+    edge = {name: " (the largest tried)" if rate == max(tried[name]) else "" for name, rate in best.items()}
+    return [
+        f"{apart:+.3f} with the best learning rate for each, {best[MODIFIED]:g}{edge[MODIFIED]} and for the original "
+        f"{best[ORIGINAL]:g}{edge[ORIGINAL]} (one seed, equal width)"
+    ]
 
 
 def not_looking_back(row: dict, context: int) -> list[str]:

@@ -1,5 +1,6 @@
 """The sections of the page after the ranking: windows, positions, sampling, reach, learning rates, samples."""
 
+from .claims import at_best_rates
 from .copying import DISTANCES, LAYERS, LETTERS, REACH, TESTED, WINDOW
 from .plan import MODIFIED, NAMES, ORIGINAL, READINGS
 from .results import CACHE_POSITIONS, find_model, token_time
@@ -127,8 +128,7 @@ def rates_section(document):
         [[context, name, *(f"{found[context, name, rate]:.3f}" for rate in rates)] for context, name in places],
     )
     for context in document["design"]["contexts"]:
-        original, modified = (min(found[context, name, rate] for rate in rates) for name in (ORIGINAL, MODIFIED))
-        yield f"- Context {context}, each at its best rate: {MODIFIED} {modified - original:+.3f} against the original."
+        yield from (f"- Context {context}: {remark}." for remark in at_best_rates(document, context))
     yield ""
 
 
