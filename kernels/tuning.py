@@ -46,11 +46,13 @@ CONFIGS = {
     ("forward", 2): {
         AMPERE: {
             64: TileConfig(128, 32, 64, 4, 2),
+            96: TileConfig(128, 32, 64, 8, 3),
             128: TileConfig(128, 32, 64, 8, 2),
             256: TileConfig(64, 32, 32, 8, 2),
         },
         HOPPER: {
             64: TileConfig(128, 32, 64, 4, 2),
+            96: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(128, 32, 64, 8, 3),
             256: TileConfig(64, 32, 32, 8, 2),
         },
@@ -101,6 +103,8 @@ CONFIGS = {
     },
     ("rotary", 2): {
         AMPERE: {
+            16: TileConfig(64, 4, 4, 4, 1),
+            32: TileConfig(32, 4, 4, 4, 1),
             64: TileConfig(16, 4, 4, 4, 1),
             128: TileConfig(8, 4, 4, 4, 1),
             256: TileConfig(4, 4, 4, 4, 1),
@@ -110,6 +114,8 @@ CONFIGS = {
     },
     ("rotary", 4): {
         AMPERE: {
+            16: TileConfig(64, 4, 4, 4, 1),
+            32: TileConfig(32, 4, 4, 4, 1),
             64: TileConfig(16, 4, 4, 4, 1),
             128: TileConfig(8, 4, 4, 4, 1),
             256: TileConfig(4, 4, 4, 4, 1),
