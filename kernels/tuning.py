@@ -125,22 +125,21 @@ CONFIGS = {
     },
     ("forward", 4): {
         AMPERE: {
-            64: TileConfig(64, 32, 32, 8, 2),
-            128: TileConfig(32, 16, 32, 8, 2),
+            128: TileConfig(32, 16, 32, 4, 2),
             256: TileConfig(16, 16, 16, 8, 1),
         },
     },
     ("dq", 4): {
         AMPERE: {
             64: TileConfig(32, 16, 32, 4, 2),
-            128: TileConfig(32, 16, 32, 8, 2),
+            128: TileConfig(16, 16, 16, 4, 2),
             256: TileConfig(16, 16, 16, 8, 1),
         },
     },
     ("dkdv", 4): {
         AMPERE: {
             64: TileConfig(32, 16, 32, 4, 2),
-            128: TileConfig(32, 16, 32, 8, 2),
+            128: TileConfig(16, 16, 16, 4, 2),
             256: TileConfig(16, 16, 16, 8, 1),
         },
     },
