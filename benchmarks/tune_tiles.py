@@ -10,7 +10,7 @@ best is compiled again with half of each head rotated, sinks, softcap and a grad
 without any of it; if it spills there, the next one is tried. If all spill, the one that spills least is taken. What
 Triton compiled once comes from its cache, so a search that was stopped goes on where it was.
 
-Decoding is limited by memory, which the model cannot rank, and the rotation has one tile for all: both stay.
+Decoding and the rotation are limited by memory, which the model cannot rank: their tiles stay.
 """
 
 import json
@@ -58,8 +58,8 @@ WIDE = {
 }  # fmt: skip
 NARROW = {
     "forward": {
-        64: [(64, 32, 32, 8, 2), (64, 16, 32, 4, 2), (32, 16, 32, 4, 2)],
-        128: [(32, 16, 32, 8, 2), (32, 16, 32, 4, 2), (64, 16, 32, 8, 2)],
+        64: [(32, 16, 32, 4, 2), (32, 16, 16, 4, 2), (64, 16, 32, 4, 2), (64, 32, 32, 8, 2)],
+        128: [(32, 16, 32, 4, 2), (32, 16, 16, 4, 2), (16, 16, 32, 4, 2), (32, 16, 32, 8, 2)],
         256: [(16, 16, 16, 8, 1), (32, 16, 16, 8, 2), (16, 16, 16, 4, 2)],
     },
     "dq": {
