@@ -128,6 +128,26 @@ CONFIGS = {
             128: TileConfig(32, 16, 32, 4, 2),
             256: TileConfig(16, 16, 16, 8, 1),
         },
+        CONSUMER: {
+            64: TileConfig(32, 16, 32, 4, 2),
+            128: TileConfig(16, 16, 32, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        HOPPER: {
+            64: TileConfig(64, 16, 32, 4, 2),
+            128: TileConfig(32, 16, 32, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        BLACKWELL: {
+            64: TileConfig(64, 32, 32, 8, 2),
+            128: TileConfig(16, 16, 32, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        CONSUMER_BLACKWELL: {
+            64: TileConfig(32, 16, 16, 4, 2),
+            128: TileConfig(16, 16, 32, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
     },
     ("dq", 4): {
         AMPERE: {
