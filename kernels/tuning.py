@@ -4,15 +4,24 @@ A kernel's program owns `own` rows of its tile (packed queries in the forward an
 the others in steps: `edge` where a mask is needed, `step` in the interior. A narrow edge keeps the band tight, a wide
 interior spreads what a step costs whatever its width.
 
-The entries for 16-bit attention at head sizes up to 128 were chosen by `python benchmarks/tune_tiles.py --write`, with
-Triton 3.7.1: of the candidates that spill nowhere, with or without rope, sinks, softcap and a gradient of lse, the best
-in a model of the card's pipes. No GPU has timed them. The others are those with the fewest instructions per score of
-those that spill least; fp32 spills in the backward from 64 on, where smaller tiles would cost more than they save.
-`python benchmarks/kernel_report.py` shows what all of them compile to.
+Attention: `python benchmarks/tune_tiles.py`, with Triton 3.7.1, compiles candidates, drops what spills with or without
+rope, sinks, softcap and a gradient of lse, and ranks the rest by a model of the card's pipes. No GPU has timed them.
+  searched  bf16 at head sizes 64 and 128 on all cards (sm_89 has sm_86's entries), at 96 on sm_80 and sm_90; fp32 at 64
+            and 128 on sm_80, its forward on all. None of those in bf16 spills.
+  compiled  with everything at once and half of the head rotated: bf16 at 32, 96 and 256, on sm_80 and sm_90 at 16,
+            which spill nowhere; fp32 at 32, 64, 96, 128 and 256; for gfx942, which has Ampere's tiles, bf16 at 64 and
+            128.
+  spills    then, in bytes a thread: fp32 dk/dv at 64, sm_80 16, sm_86 12, sm_100 20, sm_120 40 (what does not, steps of
+            16 rows, takes 1.5 times as long in the model), at 32 44 to 132, at 96 12 to 40, at 128 12 on sm_120; fp32
+            dq at 32 and 96 up to 16 on sm_100 and sm_120; fp32 forward at 128 on sm_90 16 (what does not: 1.3 times as
+            long); all fp32 passes at 256: forward 4 to 72, dq 224 to 400, dk/dv 672 to 876; dq at 128 on gfx942 108.
+`python benchmarks/kernel_report.py --features half-all` shows what all of them compile to.
 
-Rotation: own tokens of step heads, 16 pairs for each of 128 threads at most, in about 56 registers; there is no edge.
+Rotation: own tokens of step heads, 16 pairs for each of 128 threads at most, in 54 to 98 registers; there is no edge.
 Decoding: own is the most rows; one token of a group of up to 16 heads takes 16. Memory is the limit: a tile of keys and
 values has up to 32 kB, two are under way, and two programs (on consumer GPUs one) fit a multiprocessor's memory.
+Compiled with everything at head sizes 16 to 256, 64 rows, on all cards but sm_89: only fp32 at 256 spills, 4 to 44
+bytes.
 """
 
 import functools
@@ -93,9 +102,21 @@ CONFIGS = {
             128: TileConfig(64, 64, 64, 4, 3),
             256: TileConfig(32, 32, 32, 8, 3),
         },
+        CONSUMER: {
+            32: TileConfig(64, 64, 64, 4, 3),
+            64: TileConfig(64, 128, 128, 4, 3),
+            128: TileConfig(32, 64, 64, 4, 3),
+            256: TileConfig(32, 32, 32, 8, 3),
+        },
+        CONSUMER_BLACKWELL: {
+            32: TileConfig(64, 64, 64, 4, 3),
+            128: TileConfig(32, 64, 64, 4, 3),
+            256: TileConfig(32, 32, 32, 8, 3),
+        },
     },
     ("decode", 4): {
         AMPERE: {
+            32: TileConfig(32, 32, 32, 4, 3),
             64: TileConfig(32, 64, 64, 8, 3),
             128: TileConfig(16, 32, 32, 8, 2),
             256: TileConfig(16, 16, 16, 8, 2),
