@@ -1,9 +1,12 @@
 """Without a GPU, Triton kernels run in its interpreter, chosen when a kernel is decorated: set before any import."""
 
 import os
+import signal
 
 import torch
 
+# A shell's background jobs ignore Ctrl-C, and so would the programs that the tests send one to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
 
 if not torch.cuda.is_available():
