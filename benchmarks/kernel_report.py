@@ -28,6 +28,7 @@ from pathlib import Path
 
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import kernel_tables
+import memory_bound
 import published
 import speed_of_light as model
 import torch
@@ -192,17 +193,15 @@ def estimate_row(row, made, shape, dtype):
             made, shape, dtype.itemsize, rope="rope" in str(settings_of(row["features"]))
         )
     elif made.kernel == "rope":
-        heads = -(-shape.Hq // made.tile["BLOCK_H"]) + -(-shape.Hkv // made.tile["BLOCK_H"])
-        programs = shape.B * -(-shape.T // made.tile["BLOCK_T"]) * heads
-        estimate = model.memory_estimate(made, model.rope_bytes(shape, dtype.itemsize), card, programs)
+        estimate = memory_bound.rope_estimate(made, shape, dtype.itemsize)
     elif made.kernel == "decode":
-        estimate = model.decode_estimate(made, shape, dtype.itemsize)
+        estimate = memory_bound.decode_estimate(made, shape, dtype.itemsize)
     else:  # append and combine move next to nothing
         return None
     if estimate is None:
         return None
     of_peak = [
-        estimate.useful_flops / (ms * 1e-3) / (card.flops / model.PRODUCTS[dtype.itemsize])
+        estimate.useful_flops / (ms * 1e-3) / (card.flops / model.products_of(made.target)[dtype.itemsize])
         if estimate.useful_flops else estimate.bytes / (ms * 1e-3) / card.bytes_per_second
         for ms in (estimate.serial_ms, estimate.overlapped_ms)
     ]  # fmt: skip

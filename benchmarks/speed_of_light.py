@@ -20,15 +20,21 @@ from cards import PEAKS
 ISSUE_SLOTS = 4  # warp instructions that a multiprocessor issues in a cycle
 SHARED_BYTES = 128  # that shared memory moves in a cycle
 L2_BYTES = 5120  # that L2 gives all multiprocessors in a cycle: an A100's (its white paper), taken for every card
-# How often the inputs' products run through the matrix unit at its 16-bit rate: three TF32 products, each at half of it
+# How long products take, in those of 16-bit inputs: three TF32 products, each at half the rate; fp32's own on an MI300X
 PRODUCTS = {2: 1, 4: 6}
+AMD_PRODUCTS = {2: 1, 4: 8}
+# Until a load is there, under load: about twice the 470 to 540 cycles of an idle A100, H100 or 4090 (arXiv:2402.13499)
+LATENCY_CYCLES = 1000
 # What HMMA reaches on cards whose full rate only the warp-group instructions get: 63 % on an H100 (arXiv:2402.13499);
 # a quarter on a B200 is a guess
 HMMA_RATE = {"sm_90": 0.63, "sm_100": 0.25}
 
 
 class Card(NamedTuple):
-    """One card for each architecture; throughputs per multiprocessor and cycle (CUDA programming guide)."""
+    """One card for each architecture; throughputs per multiprocessor and cycle.
+
+    CUDA programming guide; for the MI300X AMD's CDNA 3 white paper, whose multiplications share the ALU's lanes.
+    """
 
     name: str  # in cards.PEAKS, which has its matrix rate and its bandwidth
     multiprocessors: int
@@ -36,11 +42,14 @@ class Card(NamedTuple):
     fma: int = 128
     alu: int = 64
     mufu: int = 16
+    warp: int = 32  # lanes
+    l2: int = L2_BYTES
+    fma_in_alu: bool = False
 
     @property
     def l2_bytes(self):
-        """That a multiprocessor gets from L2 in a cycle: its share of L2_BYTES, at most what its port takes."""
-        return min(64, L2_BYTES / self.multiprocessors)
+        """That a multiprocessor gets from L2 in a cycle: its share of all, at most what its port takes."""
+        return min(64, self.l2 / self.multiprocessors)
 
     @property
     def flops(self):
@@ -64,6 +73,7 @@ CARDS = {
     "sm_90": Card("H100", 132, 1.83),
     "sm_100": Card("B200", 148, 1.85),
     "sm_120": Card("5090", 170, 2.407),
+    "gfx942": Card("MI300X", 304, 2.1, fma=64, warp=64, l2=8 * 2048, fma_in_alu=True),
 }
 
 
@@ -150,25 +160,31 @@ def work_efficiency(T, W, own, edge, step, pack, tiles=row_tiles):
     return visible_pairs(T, W) / computed
 
 
+def products_of(target):
+    """{bytes an element: how long a product takes, in those of 16-bit inputs}."""
+    return AMD_PRODUCTS if target.startswith("gfx") else PRODUCTS
+
+
 def matrix_cycles(rows, columns, depth, products, card, target, element_bytes, instructions):
     """Cycles of the matrix unit for `products` products of rows x columns x depth: 2 FLOP each, over its rate."""
-    rate = card.flops_per_cycle / PRODUCTS[element_bytes]
+    rate = card.flops_per_cycle / products_of(target)[element_bytes]
     if not any(name.startswith(("HGMMA", "UTC")) for name in instructions):
         rate *= HMMA_RATE.get(target, 1)
     return products * 2 * rows * columns * depth / rate
 
 
 def pipe_cycles(pipes, opcodes, warps, card):
-    """{pipe: cycles} for one turn of a loop: instructions x warps x 32 lanes, over the lanes that the pipe has."""
+    """{pipe: cycles} for one turn of a loop: instructions x warps x lanes of a warp, over the lanes of the pipe."""
 
     def lanes(count, width):
-        return count * warps * 32 / width
+        return count * warps * card.warp / width
 
     packed = sum(count for name, count in opcodes.items() if re.match(r"F(FMA|MUL|ADD)2\b", name))  # two in one
+    multiplying = pipes.get("fma", 0) + packed
     return {
         "issue": sum(opcodes.values()) * warps / ISSUE_SLOTS,
-        "alu": lanes(pipes.get("alu", 0), card.alu),
-        "fma": lanes(pipes.get("fma", 0) + packed, card.fma),
+        "alu": lanes(pipes.get("alu", 0) + card.fma_in_alu * multiplying, card.alu),
+        "fma": lanes(multiplying, card.fma),
         "mufu": lanes(pipes.get("mufu", 0), card.mufu),
         "shared": sum(_shared_bytes(name) * count for name, count in opcodes.items()) * warps / SHARED_BYTES,
     }
@@ -183,6 +199,10 @@ def _shared_bytes(name):
         return 32 * max(4, int(plain.group(1) or 32) // 8)
     if name.startswith("LDGSTS"):
         return 32 * (int(found.group(1)) // 8 if (found := re.search(r"\.(\d+)", name)) else 4)
+    if amd := re.match(r"ds_(?:read|write)(2)?(?:st64)?_(?:[bui])(\d+)", name):
+        return 64 * max(4, int(amd.group(2)) // 8) * (2 if amd.group(1) else 1)
+    if re.match(r"ds_(bpermute|permute|swizzle)", name):
+        return 64 * 4
     if group := re.match(r"HGMMA\.64x(\d+)x(\d+)", name):
         return int(group.group(1)) * 32 / 4  # its (columns x 32 bytes) operand, once for the 4 warps of a group
     return 128 if name.startswith("SHFL") else 0
@@ -204,6 +224,24 @@ def overlapped_cycles(cycles):
     return max(cycles.values())
 
 
+def between(serial, overlapped, resident):
+    """A time to rank by: serial for one program a multiprocessor, nearer to overlapped for several.
+
+    Programs that share a multiprocessor fill each other's gaps; that n of them leave 1 / n of the gaps is a guess.
+    """
+    return overlapped + (serial - overlapped) / resident
+
+
+def exposed_latency(num_stages):
+    """Cycles that a turn waits for its own loads: all of them where no second buffer lets the next tile come before."""
+    return LATENCY_CYCLES if num_stages < 2 else 0
+
+
+def padded(head_dim):
+    """Elements of a head as products have them: a power of two, 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 def wave_factor(programs, multiprocessors):
     """How much longer the last, partly filled wave makes it. A multiprocessor's programs share its pipes: 1 a wave."""
     return -(-programs // multiprocessors) * multiprocessors / programs
@@ -221,16 +259,6 @@ def attention_bytes(kernel, shape, element_bytes, rope):
     }[kernel]
 
 
-def rope_bytes(shape, element_bytes):
-    """q and k read and written."""
-    return 2 * shape.B * shape.T * (shape.Hq + shape.Hkv) * shape.D * element_bytes
-
-
-def decode_bytes(shape, element_bytes):
-    """The keys and values of the window, for one new token of each row of the batch; q and out."""
-    return 2 * shape.B * shape.D * element_bytes * (shape.Hkv * shape.window + shape.Hq)
-
-
 PRODUCTS_A_TILE = {"attention_forward": 2, "attention_dq": 3, "attention_dkdv": 4}  # FlashAttention-2, Alg. 1 and 2
 
 
@@ -240,7 +268,7 @@ def attention_estimate(made, shape, element_bytes, rope, without=()):
     without: pipes that are taken to be free, to compare with models that leave them out.
     """
     card, tile = CARDS[made.target], made.tile
-    pack, padded_head_dim = tile["PACK"], max(16, 1 << (shape.D - 1).bit_length())
+    pack = tile["PACK"]
     loops = {loop.masked: loop for loop in made.loops}
     if set(loops) != {True, False}:
         return None
@@ -263,12 +291,12 @@ def attention_estimate(made, shape, element_bytes, rope, without=()):
         loop, times = loops[masked], turns * count / blocks  # a program's average
         cycles = pipe_cycles(loop.pipes, loop.opcodes, tile["num_warps"], card)
         cycles["matrix"] = matrix_cycles(
-            own, width, padded_head_dim, products, card, made.target, element_bytes, made.matrix
+            own, width, padded(shape.D), products, card, made.target, element_bytes, made.matrix
         )
         cycles["l2"] = l2_cycles(width, shape.D, element_bytes, card)
         cycles |= dict.fromkeys(without, 0.0)
         total = {pipe: total[pipe] + times * cycles[pipe] for pipe in total}
-        serial += times * serial_cycles(cycles)
+        serial += times * (serial_cycles(cycles) + exposed_latency(tile["num_stages"]))
         overlapped += times * overlapped_cycles(cycles)
     # what is in front of the loops, between and behind them runs once, and nothing of it beside them
     outside = (made.instructions - sum(loop.instructions for loop in made.loops)) * tile["num_warps"] / ISSUE_SLOTS
@@ -276,33 +304,10 @@ def attention_estimate(made, shape, element_bytes, rope, without=()):
     efficiency = work_efficiency(T, W, own, edge, step, pack, tiles)
     moved = attention_bytes(made.kernel, shape, element_bytes, rope)
     factor = programs / card.multiprocessors * wave_factor(programs, card.multiprocessors) / (card.gigahertz * 1e6)
-    return _estimate(total, efficiency, flops, moved, overlapped * factor, (serial + outside) * factor, card)
+    return estimate_of(total, efficiency, flops, moved, overlapped * factor, (serial + outside) * factor, card)
 
 
-def decode_estimate(made, shape, element_bytes):
-    """The `Estimate` of a decode step, one new token a row, every tile of keys once."""
-    card, interior = CARDS[made.target], next((loop for loop in made.loops if not loop.masked), None)
-    if interior is None:
-        return None
-    depth, rows, keys = max(16, 1 << (shape.D - 1).bit_length()), made.tile["BLOCK_M"], made.tile["BLOCK_K"]
-    cycles = pipe_cycles(interior.pipes, interior.opcodes, made.tile["num_warps"], card)
-    cycles["matrix"] = matrix_cycles(rows, keys, depth, 2, card, made.target, element_bytes, made.matrix)
-    cycles["l2"] = l2_cycles(keys, shape.D, element_bytes, card)
-    tiles = shape.B * shape.Hkv * -(-shape.window // keys)
-    factor = tiles / card.multiprocessors / (card.gigahertz * 1e6)
-    moved = decode_bytes(shape, element_bytes)
-    overlapped, serial = overlapped_cycles(cycles) * factor, serial_cycles(cycles) * factor
-    return _estimate(cycles, 1.0, 0.0, moved, overlapped, serial, card)
-
-
-def memory_estimate(made, moved, card, programs=0):
-    """The `Estimate` of a kernel that streams `moved` bytes; its instructions run once in each of `programs`."""
-    cycles = {"issue": made.instructions * made.tile.get("num_warps", 4) / ISSUE_SLOTS}
-    issue_ms = cycles["issue"] * programs / card.multiprocessors / (card.gigahertz * 1e6)
-    return _estimate(cycles, 1.0, 0.0, moved, issue_ms, issue_ms, card)
-
-
-def _estimate(cycles, efficiency, flops, moved, overlapped_ms, serial_ms, card):
+def estimate_of(cycles, efficiency, flops, moved, overlapped_ms, serial_ms, card):
     memory_ms = moved / card.bytes_per_second * 1e3
     busiest = max(cycles, key=cycles.get)
     ms = {pipe: overlapped_ms * cycles[pipe] / cycles[busiest] for pipe in cycles} | {"memory": memory_ms}

@@ -1,30 +1,34 @@
 """Chooses the tiles of kernels/tuning.py by compiling candidates, on a machine without a GPU.
 
-    python benchmarks/tune_tiles.py --json tiles.json             # about half an hour on one core; nothing is measured
-    python benchmarks/tune_tiles.py --write                       # also rewrites the table in kernels/tuning.py
+    python benchmarks/tune_tiles.py --jobs 8 --json tiles.json     # TIME; nothing is measured
+    python benchmarks/tune_tiles.py --write                        # also rewrites the table in kernels/tuning.py
     python benchmarks/tune_tiles.py --arch sm_90 --pass dq --head-dim 128 --dtype bf16
 
-For every pass, architecture, head size and element size: candidates are compiled with rope, those that spill or do not
-fit are dropped, and the others ranked by the model of speed_of_light.py at windows of 256, 1024 and 4096 keys. The
-best is compiled again with half of each head rotated, sinks, softcap and a gradient of lse, for A100 and H100 also
-without any of it; if it spills there, the next one is tried. If all spill, the one that spills least is taken. What
-Triton compiled once comes from its cache, so a search that was stopped goes on where it was.
-
-Decoding and the rotation are limited by memory, which the model cannot rank: their tiles stay.
+For every pass, architecture, head size and element size: the candidates of tile_candidates.py are compiled, with rope;
+those that spill or do not fit are dropped, and the others ranked by a model, attention by speed_of_light.py at windows
+of 256, 1024 and 4096 keys, decoding by memory_bound.py for 1, 8 and 64 sequences, the rotation by the same. The best is
+compiled again with half of each head rotated, sinks, softcap and a gradient of lse, for A100 and H100 also without any
+of it, 16-bit tiles in bf16 and fp16, decoding with as many new tokens as a tile has rows for; if it spills there, the
+next one is tried. If all spill, the one that spills least is taken. What Triton compiled once comes from its cache, so
+a search that was stopped goes on where it was.
 """
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
+import memory_bound
 import speed_of_light as model
 import torch
+from tile_candidates import candidates
 
 from kernels.tuning import TileConfig, tile_config
 from train.flags import Parser
@@ -32,49 +36,23 @@ from train.flags import Parser
 # Candidates of consumer cards are weighed by their code for sm_80, which has the same matrix instructions: limits and
 # throughputs differ. What is chosen is compiled for the card itself.
 COMPILED_AS = {"sm_86": "sm_80", "sm_120": "sm_80"}
-FAMILIES = ("sm_80", "sm_90", "sm_86", "sm_120", "sm_100", "gfx942")
-HEAD_DIMS = (64, 96, 128, 256)
-WINDOWS = (256, 1024, 4096)
-EVERYTHING = {"sinks": True, "softcap": 20.0, "grad_lse": True}
-KERNELS = {"forward": "attention_forward", "dq": "attention_dq", "dkdv": "attention_dkdv"}
-
-# (own, edge, step, warps, stages), by pass and largest head size; 16-bit elements, then fp32
-WIDE = {
-    "forward": {
-        64: [(64, 32, 64, 4, 2), (64, 32, 64, 4, 3), (128, 32, 64, 4, 2), (128, 32, 128, 8, 2)],
-        128: [(128, 32, 64, 8, 2), (128, 32, 64, 8, 3), (64, 32, 32, 4, 2), (64, 32, 64, 4, 2)],
-        256: [(64, 32, 32, 8, 2), (128, 32, 32, 8, 2), (64, 32, 64, 8, 2), (32, 16, 32, 4, 2)],
-    },
-    "dq": {
-        64: [(64, 32, 64, 4, 2), (128, 32, 64, 8, 2), (64, 32, 32, 4, 2)],
-        128: [(128, 32, 32, 8, 2), (128, 32, 64, 8, 2), (64, 32, 32, 4, 2), (64, 32, 64, 8, 2)],
-        256: [(64, 16, 32, 8, 2), (32, 32, 32, 8, 2), (32, 16, 32, 4, 2), (64, 32, 32, 8, 1)],
-    },
-    "dkdv": {
-        64: [(64, 32, 64, 4, 2), (128, 32, 64, 8, 2), (128, 32, 32, 8, 2), (64, 32, 32, 4, 2)],
-        128: [(64, 32, 64, 8, 2), (128, 32, 32, 8, 2), (64, 16, 32, 4, 2), (64, 32, 32, 8, 2)],
-        256: [(32, 32, 32, 8, 2), (64, 16, 32, 8, 2), (64, 16, 16, 8, 2), (32, 16, 32, 4, 2)],
-    },
-}  # fmt: skip
-NARROW = {
-    "forward": {
-        64: [(32, 16, 32, 4, 2), (32, 16, 16, 4, 2), (64, 16, 32, 4, 2), (64, 32, 32, 8, 2)],
-        128: [(32, 16, 32, 4, 2), (32, 16, 16, 4, 2), (16, 16, 32, 4, 2), (32, 16, 32, 8, 2)],
-        256: [(16, 16, 16, 8, 1), (32, 16, 16, 8, 2), (16, 16, 16, 4, 2)],
-    },
-    "dq": {
-        64: [(32, 16, 32, 4, 2), (32, 16, 16, 4, 2), (32, 16, 16, 8, 2), (16, 16, 16, 4, 2)],
-        128: [(32, 16, 32, 8, 2), (32, 16, 16, 8, 2), (16, 16, 16, 8, 2), (16, 16, 16, 4, 2)],
-        256: [(16, 16, 16, 8, 1), (16, 16, 16, 4, 1)],
-    },
-    "dkdv": {
-        64: [(32, 16, 32, 4, 2), (32, 16, 16, 4, 2), (32, 16, 16, 8, 2), (16, 16, 16, 4, 2)],
-        128: [(32, 16, 32, 8, 2), (32, 16, 16, 8, 2), (16, 16, 16, 8, 2), (16, 16, 16, 4, 2)],
-        256: [(16, 16, 16, 8, 1), (16, 16, 16, 4, 1)],
-    },
+FAMILIES = ("sm_80", "sm_86", "sm_120", "sm_90", "sm_100", "gfx942")
+HEAD_DIMS = (16, 32, 64, 96, 128, 256)
+KERNELS = {
+    "forward": "attention_forward",
+    "dq": "attention_dq",
+    "dkdv": "attention_dkdv",
+    "decode": "decode",
+    "rotary": "rope",
 }
-
-
+# What the model is asked of a pass: shapes for each head size
+SHAPES = {
+    "decode": [(1, 32, 8, 1024), (8, 32, 8, 4096), (64, 32, 8, 1024)],
+    "rotary": [(4, 32, 8, 8192)],
+}
+WINDOWS = (256, 1024, 4096)  # of attention, at 4 x 32 heads on 8 and 8192 tokens
+GROUP = 4
+EVERYTHING = {"half_rope": True, "sinks": True, "softcap": 20.0, "grad_lse": True}
 # The ranking rests on a model and a guess: what the table has stays unless another tile promises a tenth more
 INERTIA = 0.9
 
@@ -92,7 +70,7 @@ class Candidate(NamedTuple):
     config: TileConfig
     spilled: int  # bytes
     fits: bool
-    ms: float  # `expected_ms`, geometric mean over WINDOWS; times INERTIA for the tile that the table has
+    ms: float  # `expected_ms`, times INERTIA for the tile that the table has
 
 
 def main(arguments=None):
@@ -101,11 +79,14 @@ def main(arguments=None):
     flags.add_argument("--pass", dest="passes", metavar="LIST", default=",".join(KERNELS), help="by comma (all)")
     flags.add_argument("--head-dim", metavar="LIST", default=",".join(map(str, HEAD_DIMS)), help="by comma")
     flags.add_argument("--dtype", metavar="LIST", default="bf16,fp32", help="by comma (bf16,fp32; fp16 is as bf16)")
+    flags.add_argument("--jobs", type=int, default=1, help="entries that are searched at a time, a process each (1)")
     flags.add_argument("--json", metavar="FILE", help="write what was found")
     flags.add_argument("--write", action="store_true", help="rewrite these entries of the table in kernels/tuning.py")
     options = flags.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         flags.error("TRITON_INTERPRET=1 is set, and what is interpreted cannot be compiled: unset it")
+    if options.jobs < 1:
+        flags.error(f"--jobs is {options.jobs}, wanted at least 1")
     from kernels import offline
 
     try:
@@ -115,24 +96,26 @@ def main(arguments=None):
         cells = [
             Cell(target, name, harness.DTYPES[dtype], int(head_dim))
             for dtype in options.dtype.split(",")
-            for target in targets
             for head_dim in options.head_dim.split(",")
             for name in passes
+            for target in targets
         ]
         for cell in cells:
-            candidates_of(cell)
+            candidates(cell.name, cell.head_dim, cell.dtype.itemsize)
     except (ValueError, KeyError) as error:
         flags.error(f"{error} (passes: {', '.join(KERNELS)}; dtypes: {', '.join(harness.DTYPES)})")
     found, started = [], time.perf_counter()
-    for i, cell in enumerate(cells, 1):
-        chosen, tried = choose(cell)
-        found.append(as_row(cell, chosen, tried))
-        note = f"SPILLS {chosen.spilled} bytes" if chosen.spilled else "no spill"
-        place = f"[{i}/{len(cells)}, {time.perf_counter() - started:.0f} s] {cell.target} {cell.name}"
-        dtype = harness.name_of(cell.dtype)
-        harness.progress(f"{place} {dtype} D {cell.head_dim}: {tuple(chosen.config)}, {note}")
-        if options.json:
-            Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    # Spawned, since Triton's compiler has threads of its own, which a fork would lose. One process takes all targets of
+    # an entry, some of which are weighed by the same code
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        for cell, (chosen, tried) in zip(cells, pool.map(choose, cells, chunksize=len(targets)), strict=True):
+            found.append(as_row(cell, chosen, tried))
+            note = f"SPILLS {chosen.spilled} bytes" if chosen.spilled else "no spill"
+            place = f"[{len(found)}/{len(cells)}, {time.perf_counter() - started:.0f} s] {cell.target} {cell.name}"
+            dtype = harness.name_of(cell.dtype)
+            harness.progress(f"{place} {dtype} D {cell.head_dim}: {tuple(chosen.config)}, {note}")
+            if options.json:
+                Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     if options.write:
         path = harness.ROOT / "kernels" / "tuning.py"
         path.write_text(rewritten(path.read_text(), found))
@@ -141,24 +124,15 @@ def main(arguments=None):
     return 0
 
 
-def candidates_of(cell):
-    """[TileConfig] for a cell, the most promising first. Raises ValueError for a head size past 256."""
-    by_size = (WIDE if cell.dtype.itemsize == 2 else NARROW)[cell.name]
-    size = next((size for size in by_size if cell.head_dim <= size), None)
-    if size is None:
-        raise ValueError(f"head size {cell.head_dim} is past 256")
-    return [TileConfig(*numbers) for numbers in by_size[size]]
-
-
 def choose(cell):
     """(the best Candidate, what all of them came to)."""
     now = tile_config(cell.name, cell.head_dim, cell.dtype, architecture_of(cell.target))
-    tried = [weigh(cell, config) for config in dict.fromkeys([now, *candidates_of(cell)])]
+    possible = candidates(cell.name, cell.head_dim, cell.dtype.itemsize)
+    tried = [weigh(cell, config) for config in dict.fromkeys([now, *possible])]
     tried = [one._replace(ms=one.ms * INERTIA) if one.config == now else one for one in tried]
-    checks = [{"half_rope": True, **EVERYTHING}] + [{}] * (cell.target in ("sm_80", "sm_90") and cell.head_dim != 256)
     checked = []
     for candidate in sorted((one for one in tried if one.fits), key=lambda one: (one.spilled > 0, one.ms)):
-        made = [compiled(cell, cell.target, candidate.config, features) for features in checks]
+        made = [compiled(check, candidate.config, features) for check, features in checks(cell)]
         spilled = max([candidate.spilled] + [one.spilled_bytes + one.stack_bytes for one in made if one])
         fits = all(one and one.blocks_per_multiprocessor for one in made)
         checked.append(candidate._replace(spilled=spilled, fits=fits))
@@ -168,6 +142,13 @@ def choose(cell):
     if not fitting:
         raise ValueError(f"no candidate fits {cell}")
     return min(fitting, key=lambda one: (one.spilled, one.ms)), tried
+
+
+def checks(cell):
+    """[(Cell, features)] that what is chosen must bear: everything at once, and for A100 and H100 nothing."""
+    dtypes = (torch.bfloat16, torch.float16) if cell.dtype.itemsize == 2 else (cell.dtype,)
+    features = [EVERYTHING] + [{}] * (cell.target in ("sm_80", "sm_90"))
+    return [(cell._replace(dtype=dtype), one) for dtype in dtypes for one in features]
 
 
 def architecture_of(target):
@@ -180,59 +161,52 @@ def weigh(cell, config):
     """The `Candidate` of a tile: compiled with rope, weighed by the model."""
     from kernels import offline
 
-    made = compiled(cell, COMPILED_AS.get(cell.target, cell.target), config, {"rope": True})
+    made = compiled(cell._replace(target=COMPILED_AS.get(cell.target, cell.target)), config, {"rope": True}, rows=16)
     if made is None:
         return Candidate(config, 0, False, math.inf)
     card = offline.LIMITS[cell.target]
-    blocks, _ = offline.resident_blocks(card, made.registers, config.num_warps, made.shared_bytes)
-    made = made._replace(target=cell.target, blocks_per_multiprocessor=blocks)
-    spilled = made.spilled_bytes + made.stack_bytes
-    return Candidate(config, spilled, blocks > 0, expected_ms(made, cell) if blocks else math.inf)
+    if cell.target in COMPILED_AS:
+        blocks, _ = offline.resident_blocks(card, made.registers, config.num_warps, made.shared_bytes)
+        made = made._replace(target=cell.target, blocks_per_multiprocessor=blocks)
+    spilled, fits = made.spilled_bytes + made.stack_bytes, made.blocks_per_multiprocessor > 0
+    return Candidate(config, spilled, fits, expected_ms(made, cell) if fits else math.inf)
 
 
-def compiled(cell, target, config, features):
-    """The `Compiled` of a cell's kernel with that tile; None where the compiler does not take it."""
+def compiled(cell, config, features, rows=None):
+    """The `Compiled` of a cell's kernel with that tile; None where the compiler does not take it.
+
+    rows: how many a tile of decoding has, all that it is for unless said otherwise.
+    """
     from kernels import offline
 
     launches = offline.launches(
-        target, head_dim=cell.head_dim, dtype=cell.dtype, configs={cell.name: config}, **features
-    )
+        cell.target, head_dim=cell.head_dim, dtype=cell.dtype, group=GROUP,
+        new_tokens=max(1, (rows or config.own) // GROUP) if cell.name == "decode" else 1,
+        configs={cell.name: config}, **features,
+    )  # fmt: skip
     launch = next(one for one in launches if one.name == KERNELS[cell.name])
     try:
-        return offline.compile_launch(launch, target)
+        return offline.compile_launch(launch, cell.target)
     except Exception as failure:
         harness.progress(f"{cell.target} {cell.name} {tuple(config)}: {harness.in_a_line(failure)}")
         return None
 
 
 def expected_ms(made, cell):
-    """A time to rank by: the serial bound for one program a multiprocessor, nearer to the overlapped one for several.
-
-    Programs that share a multiprocessor fill each other's gaps; that n of them leave 1 / n of the gaps is a guess. The
-    model knows no AMD card: there, instructions for each score count.
-    """
-    if made.target not in model.CARDS:
-        return instructions_a_score(made)
-    times = []
-    for W in WINDOWS:
-        shape = model.Shape(4, 32, 8, 8192, cell.head_dim, W)
-        estimate = model.attention_estimate(made, shape, cell.dtype.itemsize, rope=True)
-        if estimate is None:
-            return math.inf
-        gap = estimate.serial_ms - estimate.overlapped_ms
-        times.append(estimate.overlapped_ms + gap / made.blocks_per_multiprocessor)
+    """A time to rank by, the geometric mean over the pass's shapes; infinite if the model cannot say."""
+    size, D = cell.dtype.itemsize, cell.head_dim
+    if cell.name == "rotary":
+        times = [memory_bound.rope_ms(made, model.Shape(*shape, D, None), size) for shape in SHAPES["rotary"]]
+    elif cell.name == "decode":
+        times = [memory_bound.decode_ms(made, model.Shape(*shape, D, None), size) for shape in SHAPES["decode"]]
+    else:
+        times = []
+        for W in WINDOWS:
+            estimate = model.attention_estimate(made, model.Shape(4, 32, 8, 8192, D, W), size, rope=True)
+            if estimate is None:
+                return math.inf
+            times.append(model.between(estimate.serial_ms, estimate.overlapped_ms, made.blocks_per_multiprocessor))
     return math.prod(times) ** (1 / len(times))
-
-
-def instructions_a_score(made):
-    """Instructions that the lanes of a program issue for each score of the interior."""
-    interior = next((loop for loop in made.loops if not loop.masked), None)
-    if interior is None:
-        return math.inf
-    scores = (
-        made.tile.get("BLOCK_N", made.tile["BLOCK_M"]) * made.tile["BLOCK_M" if "BLOCK_N" in made.tile else "BLOCK_K"]
-    )
-    return interior.instructions * made.tile["num_warps"] * 64 / scores
 
 
 def as_row(cell, chosen, tried):
@@ -248,25 +222,35 @@ def as_row(cell, chosen, tried):
 
 
 def rewritten(source, rows):
-    """The text of kernels/tuning.py with these rows in its table; those equal to the next larger head size's go."""
-    from kernels import offline, tuning
-    from kernels.tuning import CONFIGS
+    """The text of kernels/tuning.py with these rows in its table.
 
-    families = {value: name for name, value in vars(tuning).items() if name.isupper() and isinstance(value, int)}
-    table = {key: {arch: dict(sizes) for arch, sizes in by_arch.items()} for key, by_arch in CONFIGS.items()}
+    A family that has tiles of a pass has them for all head sizes, since the look-up asks no other family then; one
+    whose tiles are all its kin's has none. Of head sizes with the same tile the largest is written.
+    """
+    from kernels import offline, tuning
+
+    names = {value: name for name, value in vars(tuning).items() if name.isupper() and isinstance(value, int)}
+    table = {}
+    for key, by_family in tuning.CONFIGS.items():
+        sizes = sorted({*HEAD_DIMS, *(size for of_family in by_family.values() for size in of_family)})
+        table[key] = {family: {D: in_table(by_family, family, D) for D in sizes} for family in tuning.FAMILIES}
     for row in rows:
         key = row["pass"], harness.DTYPES[row["dtype"]].itemsize
-        arch = offline.LIMITS[row["target"]].number
-        table.setdefault(key, {}).setdefault(arch, {})[row["head_dim"]] = TileConfig(*row["config"])
+        table[key][offline.LIMITS[row["target"]].number][row["head_dim"]] = TileConfig(*row["config"])
     lines = ["CONFIGS = {"]
-    for (name, size), by_arch in table.items():
+    for (name, size), by_family in table.items():
         lines.append(f'    ("{name}", {size}): {{')
-        for arch, sizes in sorted(by_arch.items()):
-            lines.append(f"        {families[arch]}: {{")
-            ordered = sorted(sizes)
+        kept = set()
+        for family, of_family in by_family.items():
+            kin = next((one for one in tuning.FAMILIES[family][1:] if one in kept), None)
+            if kin is not None and by_family[kin] == of_family:
+                continue
+            kept.add(family)
+            lines.append(f"        {names[family]}: {{")
+            ordered = sorted(of_family)
             for head_dim, larger in zip(ordered, [*ordered[1:], None], strict=True):
-                if larger is None or sizes[head_dim] != sizes[larger]:
-                    lines.append(f"            {head_dim}: TileConfig{tuple(sizes[head_dim])},")
+                if larger is None or of_family[head_dim] != of_family[larger]:
+                    lines.append(f"            {head_dim}: TileConfig{tuple(of_family[head_dim])},")
             lines.append("        },")
         lines.append("    },")
     lines.append("}\n")
@@ -274,6 +258,13 @@ def rewritten(source, rows):
     if count != 1:
         raise ValueError("kernels/tuning.py has no table CONFIGS = {...}")
     return new
+
+
+def in_table(by_family, family, head_dim):
+    from kernels import tuning
+
+    sizes = tuning.sizes_of(by_family, family)
+    return sizes[min((size for size in sizes if head_dim <= size), default=max(sizes))]
 
 
 if __name__ == "__main__":

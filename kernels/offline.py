@@ -147,7 +147,8 @@ def launches(
         out, lse = attention_forward(q, k, k, window, config=configs.get("forward"), **extras)
         by_pass = (configs.get("dq"), configs.get("dkdv"))
         attention_backward(out, lse if grad_lse else None, q, k, k, out, lse, window, configs=by_pass, **extras)
-        rotate(q, k, *(extras["rope"] or (meta(length, head_dim // 2, dtype=torch.float32),) * 2))
+        tables = extras["rope"] or (meta(length, head_dim // 2, dtype=torch.float32),) * 2
+        rotate(q, k, *tables, config=configs.get("rotary"))
         cache, lengths = meta(batch, heads, length, head_dim), meta(batch, dtype=torch.int32)
         append(projected(new_tokens, heads), projected(new_tokens, heads), cache, cache, lengths, rope=extras["rope"])
         decode(projected(new_tokens, heads * group), cache, cache, lengths, window, num_splits=splits,

@@ -91,17 +91,18 @@ def rope_kernel(
         )  # fmt: skip
 
 
-def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
+def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False, config=None):
     """(q, k) rotated, as new tensors in their memory layouts. q, k (B, H, T, D); k may be None.
 
     positions: an offset, or integers (T,) or (B, T). cos, sin (positions, R / 2). inverse turns by the negative angles.
+    config: a TileConfig in place of the table's.
     """
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
     q, k = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (q, k))
     B, Hq, T, D = q.shape
     Hk = 0 if k is None else k.shape[1]
     half = cos.shape[1]
-    config = tuning.tile_config("rotary", 2 * half, q.dtype, tuning.architecture(q.device))
+    config = config or tuning.tile_config("rotary", 2 * half, q.dtype, tuning.architecture(q.device))
     heads = triton.cdiv(Hq, config.step) + triton.cdiv(Hk, config.step)
     programs = B * triton.cdiv(T, config.own) * heads
     if programs == 0:

@@ -211,14 +211,18 @@ def tile_config(name, head_dim, dtype, arch):
     elif arch == 0 or dtype.itemsize > 4:
         return INTERPRETED
     by_family = CONFIGS[name, min(dtype.itemsize, 4)]
-    kin = FAMILIES[max((family for family in FAMILIES if family <= arch), default=AMPERE)]
-    sizes = next(by_family[family] for family in kin if family in by_family)
+    sizes = sizes_of(by_family, max((family for family in FAMILIES if family <= arch), default=AMPERE))
     largest = max(sizes)
     if head_dim > largest and name != "rotary":
         raise ValueError(
             f"q has head size {head_dim}, expected at most {largest}, the largest that has tiles: use backend='banded'"
         )
     return next((config for size, config in sizes.items() if head_dim <= size), sizes[largest])
+
+
+def sizes_of(by_family, family):
+    """{largest head size: TileConfig} of a family in one entry of CONFIGS: its own, or its next kin's."""
+    return next(by_family[kin] for kin in FAMILIES[family] if kin in by_family)
 
 
 def dot_precision(dtype, arch):

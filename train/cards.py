@@ -17,6 +17,7 @@ class Peak(NamedTuple):
 
 # A name matches if it has all the words; the first match counts, so that variants stand before their family.
 PEAKS = {
+    "MI300X": Peak(1307, 5300),
     "B200": Peak(2250, 8000),
     "H200": Peak(989, 4800),
     "GH200": Peak(989, 4000),

@@ -1,5 +1,6 @@
 """The model of a kernel's speed: its formulas against counting, hand calculation and published rooflines."""
 
+import memory_bound
 import published
 import pytest
 import speed_of_light as model
@@ -8,6 +9,7 @@ import triton
 import triton.language as tl
 import tune_tiles
 from speed_of_light import CARDS, Shape
+from tile_candidates import candidates
 
 from kernels import tiles, tuning
 from kernels.machine_code import Loop
@@ -77,12 +79,26 @@ def test_pipes_are_lanes_over_widths():
     }
 
 
+def test_an_mi300x_multiplies_on_the_lanes_of_its_alu_64_at_a_time():
+    opcodes = {"v_max3_f32": 10, "v_fma_f32": 20, "v_exp_f32_e32": 5, "ds_read2st64_b64": 4, "ds_bpermute_b32": 2}
+    cycles = model.pipe_cycles({"alu": 10, "fma": 20, "mufu": 5}, opcodes, 4, CARDS["gfx942"])
+    assert cycles["alu"] == 30 * 4 and cycles["mufu"] == 5 * 4 * 4
+    assert cycles["shared"] == (4 * 64 * 16 + 2 * 64 * 4) * 4 / 128
+    # 1307 TFLOP/s in bf16, 163 in fp32
+    bf16, fp32 = (
+        model.matrix_cycles(64, 64, 64, 1, CARDS["gfx942"], "gfx942", size, ("v_mfma_f32_32x32x8_bf16",))
+        for size in (2, 4)
+    )
+    assert bf16 == pytest.approx(2 * 64**3 / (1307e12 / 304 / 2.1e9)) and fp32 == 8 * bf16
+
+
 def test_bounds_of_one_tile():
     cycles = {"matrix": 100, "shared": 120, "issue": 70, "alu": 80, "fma": 10, "mufu": 60, "l2": 90}
     assert model.serial_cycles(cycles) == 200 and model.overlapped_cycles(cycles) == 120
     assert model.serial_cycles({**cycles, "l2": 300}) == model.overlapped_cycles({**cycles, "l2": 300}) == 300
     # 64 keys and values of 256 bytes, 5120 bytes a cycle for 132 multiprocessors
     assert model.l2_cycles(64, 128, 2, CARDS["sm_90"]) == pytest.approx(64 * 512 * 132 / 5120)
+    assert model.exposed_latency(2) == 0 and model.exposed_latency(1) == model.LATENCY_CYCLES
     assert model.wave_factor(132, 132) == 1 and model.wave_factor(133, 132) == pytest.approx(264 / 133)
 
 
@@ -94,9 +110,9 @@ def test_rooflines(target, forward_ms, rope_ms, decode_ms):
     flops = 2 * 2 * ROOFLINE.B * ROOFLINE.Hq * model.visible_pairs(8192, 1024) * 128
     assert flops / card.flops * 1e3 == pytest.approx(forward_ms, rel=0.01)
     assert model.attention_bytes("attention_forward", ROOFLINE, 2, rope=False) == pytest.approx(675e6, rel=0.01)
-    assert model.rope_bytes(ROOFLINE, 2) / card.bytes_per_second * 1e3 == pytest.approx(rope_ms, rel=0.02)
+    assert memory_bound.rope_bytes(ROOFLINE, 2) / card.bytes_per_second * 1e3 == pytest.approx(rope_ms, rel=0.02)
     step = Shape(64, 32, 8, 4096, 128, 4096)
-    assert model.decode_bytes(step, 2) / card.bytes_per_second * 1e3 == pytest.approx(decode_ms, rel=0.01)
+    assert memory_bound.decode_bytes(step, 2) / card.bytes_per_second * 1e3 == pytest.approx(decode_ms, rel=0.01)
 
 
 class Made:
@@ -109,7 +125,7 @@ class Made:
         self.loops = tuple(Loop(masked, sum(opcodes.values()), pipes, opcodes, {}) for masked in (True, False))
 
 
-FORWARD_TILE = {"PACK": 4, "BLOCK_M": 128, "EDGE_K": 32, "BLOCK_K": 64, "num_warps": 8}
+FORWARD_TILE = {"PACK": 4, "BLOCK_M": 128, "EDGE_K": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 
 
 def test_the_busiest_pipe_bounds():
@@ -153,10 +169,10 @@ def test_the_search_takes_the_best_of_those_that_do_not_spill(monkeypatch):
         def __init__(self, config, features):
             self.spilled_bytes, self.stack_bytes, self.blocks_per_multiprocessor = spilled(config, features), 0, 1
 
-    monkeypatch.setattr(tune_tiles, "candidates_of", lambda cell: [fast, good])
+    monkeypatch.setattr(tune_tiles, "candidates", lambda *cell: [fast, good])
     monkeypatch.setattr(tune_tiles, "tile_config", lambda *cell: slow)  # what the table has
     monkeypatch.setattr(tune_tiles, "weigh", lambda cell, config: tune_tiles.Candidate(config, 0, True, ms[config]))
-    monkeypatch.setattr(tune_tiles, "compiled", lambda cell, target, config, features: Compiled(config, features))
+    monkeypatch.setattr(tune_tiles, "compiled", lambda cell, config, features: Compiled(config, features))
     chosen, tried = tune_tiles.choose(CELL)
     assert chosen.config == good and [one.config for one in tried] == [slow, fast, good]
     ms[slow] = 2.1  # not a tenth worse: it stays
@@ -171,14 +187,29 @@ def test_several_programs_on_a_multiprocessor_come_nearer_to_the_overlapped_boun
     assert tune_tiles.expected_ms(four, CELL) < tune_tiles.expected_ms(one, CELL)
 
 
-def test_candidates_can_be_tiles():
-    for dtype in (torch.bfloat16, torch.float32):
-        for name in tune_tiles.KERNELS:
-            for head_dim in (16, 64, 80, 128, 256):
-                for config in tune_tiles.candidates_of(CELL._replace(name=name, dtype=dtype, head_dim=head_dim)):
-                    assert config.step % config.edge == 0 and min(config.own, config.edge) >= 16
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_candidates_can_be_tiles(head_dim, element_bytes):
+    for name in tune_tiles.KERNELS:
+        found = candidates(name, head_dim, element_bytes)
+        assert len(found) == len(set(found)) > 3
+        for config in found:
+            assert all(number & (number - 1) == 0 for number in config[:4]) and config.step % config.edge == 0
+            assert name == "rotary" or min(config.own, config.edge) >= 16  # what a matrix product takes
+
+
+def test_bad_entries_are_named():
     with pytest.raises(ValueError, match="head size 257 is past 256"):
-        tune_tiles.candidates_of(CELL._replace(head_dim=257))
+        candidates("forward", 257, 2)
+    with pytest.raises(ValueError, match="there is no pass 'sideways'"):
+        candidates("sideways", 64, 2)
+
+
+def test_a_decode_tile_is_checked_with_all_its_rows_and_both_16_bit_dtypes():
+    checks = tune_tiles.checks(CELL._replace(name="decode"))
+    assert {cell.dtype for cell, _ in checks} == {torch.bfloat16, torch.float16}
+    assert [features for cell, features in checks if cell.dtype == torch.bfloat16] == [tune_tiles.EVERYTHING, {}]
+    assert len(tune_tiles.checks(CELL._replace(target="sm_86", dtype=torch.float32))) == 1
 
 
 def test_the_table_is_rewritten_as_code():
@@ -191,6 +222,24 @@ def test_the_table_is_rewritten_as_code():
     assert found["before"] == 1 and found["after"] == 2
     changed = found["CONFIGS"]["forward", 2][90]
     assert changed[128] == TileConfig(64, 16, 32, 4, 5) and 96 not in changed  # the same as for 128
-    assert found["CONFIGS"]["dq", 2] == tuning.CONFIGS["dq", 2]
+    # whatever the rows did not name is looked up as before, for all families and head sizes
+    for key, by_family in tuning.CONFIGS.items():
+        for family in tuning.FAMILIES:
+            for head_dim in tune_tiles.HEAD_DIMS:
+                before = tune_tiles.in_table(by_family, family, head_dim)
+                after = tune_tiles.in_table(found["CONFIGS"][key], family, head_dim)
+                named = (*key, family) == ("forward", 2, 90) and head_dim in (96, 128)
+                assert after == (TileConfig(64, 16, 32, 4, 5) if named else before)
+
+
+def test_a_family_like_its_kin_has_no_tiles_of_its_own():
+    ampere = {head_dim: tune_tiles.in_table(tuning.CONFIGS["dq", 2], 80, head_dim) for head_dim in tune_tiles.HEAD_DIMS}
+    rows = [
+        {"target": target, "pass": "dq", "dtype": "bf16", "config": list(ampere[head_dim]), "head_dim": head_dim}
+        for target in ("sm_90", "sm_100") for head_dim in ampere
+    ]  # fmt: skip
+    found = dict(vars(tuning))
+    exec(tune_tiles.rewritten("CONFIGS = {\n}\n", rows), found)
+    assert not {90, 100} & found["CONFIGS"]["dq", 2].keys()
     with pytest.raises(ValueError, match="has no table"):
         tune_tiles.rewritten("CONFIG = 1", rows)
