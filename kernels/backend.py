@@ -30,6 +30,12 @@ def why_not_triton(device=None) -> str | None:
     return None
 
 
+def check_backend(backend: str) -> None:
+    """Raises ValueError, in one line, for an unknown name. Whether the backend can run is resolve_backend's answer."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+
+
 @torch.compiler.assume_constant_result
 def resolve_backend(backend: str, device) -> tuple[str, str]:
     """The implementation that `backend` means on `device`, and why: ("banded", "Triton has no cpu backend ...").
@@ -37,8 +43,7 @@ def resolve_backend(backend: str, device) -> tuple[str, str]:
     "auto" takes Triton where it compiles for the device, else banded; it never picks Triton's interpreter. A named
     backend is taken as it is. Raises ValueError for an unknown name, and for "triton" where it cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    check_backend(backend)
     device = torch.device(device)
     if backend == "auto":
         if device.type != "cuda":

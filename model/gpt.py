@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import append_to_cache, sliding_gqa_attention, sliding_gqa_decode
+from kernels.backend import check_backend
 
 from .plain import BandMasks, plain_attention
 from .rotary import RopeTables
@@ -94,12 +95,14 @@ class GPT(nn.Module):
 
     fused_kernels   run the package `kernels`; False runs plain PyTorch (plain.py) with the same parameters.
     backend         of the kernels: "auto" is Triton on a GPU, banded PyTorch elsewhere; a named one never falls back.
+                    An unknown name is a ValueError at once; one that cannot run where the model is, at the forward.
     seed            makes the same weights every time and leaves torch's random state alone; None draws from that state,
                     so that torch.manual_seed before it does the same.
     """
 
     def __init__(self, config, fused_kernels=True, backend="auto", seed=None):
         super().__init__()
+        check_backend(backend)
         self.config = config
         self.fused_kernels = fused_kernels
         rope = RopeTables(config) if config.positions == "rope" else None

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import sliding_gqa_attention
+from kernels.backend import check_backend
 
 # These tell their attention the window of each layer, as the tests see; others only put it into the mask, which must
 # then be made. transformers' model_type of the part of a model that has the layers.
@@ -32,9 +33,10 @@ def register_attention(name="sliding_gqa", *, backend="auto"):
     Runs models of any architecture with causal attention, by the kernels where a layer's mask is plain: the sliding
     ones of TELL_THEIR_WINDOW, and all layers of those that do not slide. Training and generating, with dynamic and
     static caches. Raises ValueError in the forward pass for what it cannot do: return attention weights, look ahead,
-    continuous batching. Raises ValueError for a name that transformers would take for another implementation, and
-    ImportError without transformers 5.4 or newer.
+    continuous batching. Raises ValueError for a name that transformers would take for another implementation and for
+    an unknown backend, and ImportError without transformers 5.4 or newer.
     """
+    check_backend(backend)
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask

@@ -4,6 +4,7 @@ Both make the flags of `python -m train` (train/flags.py): max_steps is --max-st
 """
 
 import os
+import typing
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -74,6 +75,7 @@ class TrainerConfig:
     resume: bool = option(False, "go on with the run in out_dir, with its settings, from its last checkpoint", True)
 
     def __post_init__(self):
+        _check_choices(self)
         for name in (
             "batch_size",
             "grad_accumulation",
@@ -88,10 +90,6 @@ class TrainerConfig:
             _at_least(1, name, getattr(self, name))
         for name in ("warmup_steps", "warmup_tokens", "weight_decay", "num_workers", "seed", "sample_tokens"):
             _at_least(0, name, getattr(self, name))
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer is {self.optimizer!r}, wanted adamw or muon")
-        if self.schedule not in ("cosine", "linear", "wsd"):
-            raise ValueError(f"schedule is {self.schedule!r}, wanted cosine, linear or wsd")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction is {self.final_fraction}, wanted 0 to 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -102,10 +100,6 @@ class TrainerConfig:
             raise ValueError(f"grad_clip is {self.grad_clip}, wanted a norm above 0, or None for no clipping")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}, wanted two numbers from 0 to below 1")
-        if self.parallel not in ("none", "ddp", "fsdp"):
-            raise ValueError(f"parallel is {self.parallel!r}, wanted none, ddp or fsdp")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision is {self.precision!r}, wanted fp32, bf16 or fp16")
         if self.resume and self.out_dir is None:
             raise ValueError("resume needs the run directory to go on in: name it with --out-dir")
         if self.out_dir is not None:
@@ -177,6 +171,7 @@ class RunConfig:
     dropout: float = option(0.0, "probability of dropping an activation in training")
 
     def __post_init__(self):
+        _check_choices(self)
         if self.backend != "auto" and not self.fused_kernels:
             raise ValueError(f"backend {self.backend} is one of the fused kernels: add --fused-kernels")
         if self.embedding_type == "shakesperean":
@@ -214,6 +209,14 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def _check_choices(config):
+    """The flags' parser knows the choices of a Literal; whoever makes a config in Python is told here."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), typing.get_args(hint)
+        if typing.get_origin(hint) is Literal and value not in choices:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def _at_least(least, name, value):

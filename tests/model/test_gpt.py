@@ -6,6 +6,7 @@ import pytest
 import torch
 from mixes import FIELDS, MIXES, both_paths, every_mix, lively
 
+from kernels import resolve_backend
 from model import GPT, GPTConfig, KVCache
 
 
@@ -181,6 +182,22 @@ def test_layers_share_one_set_of_tables():
 def test_a_wrong_scaling_is_refused_when_the_model_is_made():
     with pytest.raises(ValueError, match="'linaer'"):
         GPT(GPTConfig(**FIELDS, rope_scaling=("linaer", 2.0)))
+
+
+@both_paths
+def test_an_unknown_backend_is_refused_when_the_model_is_made_in_the_words_of_the_kernels(fused_kernels):
+    with pytest.raises(ValueError) as expected:
+        resolve_backend("cutlass", "cpu")
+    with pytest.raises(ValueError, match=r"^backend is 'cutlass', expected one of ") as refused:
+        GPT(MIXES["rope"], fused_kernels=fused_kernels, backend="cutlass")
+    assert str(refused.value) == str(expected.value)
+
+
+def test_a_backend_that_cannot_run_here_is_refused_at_the_forward_for_the_model_may_move(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = GPT(MIXES["rope"], backend="triton")
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* use backend='auto' or 'banded'"):
+        model(torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_a_model_works_under_torch_compile_as_one_graph():

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 
+from kernels import resolve_backend
 from train.config import RunConfig, TrainerConfig
 from train.flags import Parser, add_flags, from_flags, option
 
@@ -110,10 +111,10 @@ def test_the_schedule_is_in_tokens_however_the_warm_up_is_given():
         ("learning_rate", float("nan"), "learning_rate is nan"),
         ("grad_clip", 0.0, "grad_clip is 0.0, wanted a norm above 0, or None"),
         ("betas", (0.9, 1.0), "betas is .*, wanted two numbers from 0 to below 1"),
-        ("precision", "fp8", "precision is 'fp8', wanted fp32, bf16 or fp16"),
+        ("precision", "fp8", "precision is 'fp8', expected one of 'fp32', 'bf16', 'fp16'"),
         ("weight_decay", -0.1, "weight_decay is -0.1, wanted at least 0"),
-        ("optimizer", "sgd", "optimizer is 'sgd', wanted adamw or muon"),
-        ("schedule", "step", "schedule is 'step', wanted cosine, linear or wsd"),
+        ("optimizer", "sgd", "optimizer is 'sgd', expected one of 'muon', 'adamw'"),
+        ("schedule", "step", "schedule is 'step', expected one of 'cosine', 'linear', 'wsd'"),
         ("ema_decay", 1.0, "ema_decay is 1.0, wanted a number between 0 and 1, or None"),
         ("sample_tokens", -1, "sample_tokens is -1, wanted at least 0"),
         ("final_fraction", 1.5, "final_fraction is 1.5, wanted 0 to 1"),
@@ -127,6 +128,15 @@ def test_a_setting_that_makes_no_sense_is_named(field, value, message):
 def test_two_lengths_of_the_warm_up_are_refused():
     with pytest.raises(ValueError, match="warmup_steps and warmup_tokens are both given"):
         TrainerConfig(warmup_steps=1, warmup_tokens=1)
+
+
+def test_an_unknown_backend_is_refused_in_the_words_of_the_kernels():
+    with pytest.raises(ValueError) as expected:
+        resolve_backend("cutlass", "cpu")
+    for fused_kernels in (True, False):
+        with pytest.raises(ValueError, match=r"^backend is 'cutlass', expected one of ") as refused:
+            RunConfig(fused_kernels=fused_kernels, backend="cutlass")
+        assert str(refused.value) == str(expected.value)
 
 
 def test_a_backend_without_the_fused_kernels_is_refused():
