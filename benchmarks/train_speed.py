@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from cards import peak_of
 from measure import alternate, peak_memory, shown, three_digits
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, flops_a_token
 from train.config import RunConfig, TrainerConfig
-from train.flops import flops_a_token
 from train.optim import make_optimizer
 
 VOCABULARY = 76  # different characters of Shakespeare's plays, which `python -m train` trains on

@@ -6,13 +6,14 @@
 
 gpt.py is the model. kv_cache.py is what it remembers while it writes, steps.py and token_step.py bring the logits of
 one token after the other, choosing.py picks it, stopping.py sees the end, sampling.py is all of it, sample.py the
-command.
+command. flops.py counts the arithmetic.
 """
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .choosing import Choice, min_p_logits, penalized_logits, top_k_logits, top_p_logits
 from .config import ARCHITECTURES, GPTConfig
-from .gpt import GPT
+from .flops import flops_a_token
+from .gpt import GPT, attention_backend
 from .kv_cache import KVCache
 from .sampling import generate, sample
 from .tokenizer import ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
@@ -27,6 +28,8 @@ __all__ = [
     "GPTConfig",
     "KVCache",
     "SubwordTokenizer",
+    "attention_backend",
+    "flops_a_token",
     "from_pretrained",
     "generate",
     "load_tokenizer",

@@ -17,11 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import append_to_cache, sliding_gqa_attention, sliding_gqa_decode
+from kernels import append_to_cache, resolve_backend, sliding_gqa_attention, sliding_gqa_decode
 from kernels.backend import check_backend
 
 from .plain import BandMasks, plain_attention
 from .rotary import RopeTables
+
+
+def attention_backend(device, fused_kernels=True, backend="auto") -> tuple[str, str] | None:
+    """(backend, why) of the kernels that a GPT of these arguments runs on a device; None where it runs plain PyTorch.
+
+    Raises ValueError, in one line, for an unknown backend, and for one that cannot run there.
+    """
+    check_backend(backend)
+    return resolve_backend(backend, device) if fused_kernels else None
 
 
 class Attention(nn.Module):

@@ -16,9 +16,8 @@ import types
 
 import torch
 
-from kernels import resolve_backend
-
 from .checkpoint import from_pretrained
+from .gpt import attention_backend
 from .sampling import generate, sample
 from .stopping import TextUntil
 
@@ -127,9 +126,8 @@ def _prepare(options, written):
     device = _device(options.device)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples is {options.num_samples}, expected at least 1")
-    runs = "plain PyTorch"
-    if options.fused_kernels:
-        runs = "backend {} ({})".format(*resolve_backend(options.backend, device))
+    backend = attention_backend(device, options.fused_kernels, options.backend)
+    runs = "plain PyTorch" if backend is None else "backend {} ({})".format(*backend)
     model, tokenizer = from_pretrained(
         options.checkpoint, fused_kernels=options.fused_kernels, backend=options.backend, device=device
     )

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import resolve_backend
-from model import GPT, CharTokenizer, from_pretrained
+from model import GPT, CharTokenizer, attention_backend, from_pretrained
 
 from .config import RunConfig, TrainerConfig, resolve_device
 from .data import TextData, TokenDataset, load_data
@@ -76,7 +75,7 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     stated: the flags that the command line has, which --init-from asks for.
     """
     device = resolve_device(local_device(config.parallel, config.device))
-    backend = resolve_backend(run.backend, device) if run.fused_kernels else None
+    backend = attention_backend(device, run.fused_kernels, run.backend)
     if run.random_config and not config.resume:  # what was drawn then is recorded
         run = random_config(run, config.seed, stated)
     checkpoint = recorded = None

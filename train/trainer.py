@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT
+from model import GPT, flops_a_token
 
 from .checkpoint import (
     checkpoint_directory,
@@ -33,7 +33,7 @@ from .config import TrainerConfig, resolve_device
 from .data import evaluation_batches, training_batches
 from .distributed import join_processes, local_device, whole_weights
 from .ema import AverageWeights
-from .flops import flops_a_token, peak_flops
+from .flops import peak_flops
 from .memory import checkpoint_blocks
 from .metrics import History, ProgressBar
 from .optim import learning_rate_at, make_optimizer

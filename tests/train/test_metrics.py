@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, flops_a_token
 from train import CharDataset, Trainer, TrainerConfig
-from train.flops import flops_a_token, peak_flops
+from train.flops import peak_flops
 from train.metrics import History
 from train.passage import passage
 
