@@ -24,8 +24,9 @@ from model import GPT, CharTokenizer, attention_backend, from_pretrained
 
 from .config import RunConfig, TrainerConfig, resolve_device
 from .data import TextData, TokenDataset, load_data
-from .distributed import is_first, local_device
+from .distributed import is_first, join_processes, local_device
 from .flags import Parser, add_flags, from_flags, given
+from .lock import refuse_if_written
 from .memory import estimate, in_words
 from .passage import TEMPERATURE, passage
 from .random_config import as_flags, random_config
@@ -75,6 +76,8 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     stated: the flags that the command line has, which --init-from asks for.
     """
     device = resolve_device(local_device(config.parallel, config.device))
+    # the first process looks, and all stop or none: one that went on would wait for the others
+    join_processes(config.parallel, device).first_does(refuse_if_written, config.out_dir)
     backend = attention_backend(device, run.fused_kernels, run.backend)
     if run.random_config and not config.resume:  # what was drawn then is recorded
         run = random_config(run, config.seed, stated)

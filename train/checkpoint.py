@@ -12,6 +12,7 @@
       checkpoints/step-000500/  weights, and with them what going on needs; the newest few (--keep-checkpoints):
         training_state.pt       optimizer and the like; read it with torch.load(weights_only=True)
       last -> checkpoints/step-000500    the newest
+      .lock                     held by the process that writes here (train/lock.py)
 
 A checkpoint is written beside its place, synced to the disk, and renamed: under its name there is only ever a whole
 one. What happens to it there, the checksums tell: a resumed run reads them first (train/resume.py).
@@ -33,25 +34,31 @@ from safetensors import SafetensorError
 from model import save_pretrained
 from model.files import replacing, sync
 
+from .lock import take_lock
+
 SUMS, STATE, FACTS = "SHA256SUMS", "training_state.pt", "training.json"
 
 
 def open_run_directory(out_dir: str | Path, record: dict) -> Path:
-    """Makes the directory with `record` in its run.json.
+    """Makes the directory with `record` in its run.json, and takes its lock.
 
     Raises FileExistsError where another run lives already, OSError where nothing can be written; in one line.
     """
     path = Path(out_dir)
-    if path.is_dir() and (path / "run.json").exists():
-        raise FileExistsError(
-            f"run directory {out_dir} holds a run already: choose another --out-dir, go on with --resume, or remove it"
-        )
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "run.json", record)
+        if not (path / "run.json").exists():
+            path.mkdir(parents=True, exist_ok=True)
+            take_lock(path)
+            if not (path / "run.json").exists():  # nobody began a run there before we had the lock
+                write_json(path / "run.json", record)
+                return path
     except OSError as error:
+        if error.errno is None:  # it is in words already
+            raise
         raise type(error)(f"run directory {out_dir} cannot be written: {error.strerror}") from None
-    return path
+    raise FileExistsError(
+        f"run directory {out_dir} holds a run already: choose another --out-dir, go on with --resume, or remove it"
+    )
 
 
 def versions() -> dict:

@@ -20,6 +20,7 @@ from model.checkpoint import WEIGHTS, check_weights
 
 from .checkpoint import STATE, checkpoints, damage, read_json, write_json
 from .config import RunConfig, TrainerConfig
+from .lock import take_lock
 
 _MAY_CHANGE = {field.name for kind in (TrainerConfig, RunConfig) for field in dataclasses.fields(kind)
                if field.metadata["may_change"]}  # fmt: skip
@@ -59,6 +60,16 @@ def checkpoint_to_resume(out_dir: str | Path, record: dict) -> Path | None:
     if found:
         raise ValueError(f"resume: no checkpoint in {out_dir} is whole, so there is nothing to go on from")
     return None
+
+
+def take_up(out_dir: str | Path, record: dict) -> Path | None:
+    """`checkpoint_to_resume`, once no other process writes into the run directory: its lock is taken.
+
+    Raises BlockingIOError, in one line, where one does.
+    """
+    read_record(out_dir)  # where there is no run there shall be no lock
+    take_lock(out_dir)
+    return checkpoint_to_resume(out_dir, record)
 
 
 def read_state(checkpoint: Path, model: torch.nn.Module) -> tuple[dict, dict]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import mmap
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from model.files import replacing
 from model.tokenizer import ByteTokenizer, CharTokenizer
 
 from .corpus import DOCUMENT_END, Corpus, code_points
+from .lock import only_one
 
 VERSION = 1  # of the files' content: a new number makes all of them anew
 CACHE = "sliding-gqa"
@@ -65,7 +65,7 @@ def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None,
     path = directory / f"{fingerprint(json.dumps(made_from))[:32]}.tokens"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _only_one(path.with_suffix(".lock")):  # of the processes of a run one makes the file, the others wait
+        with only_one(path.with_suffix(".lock")):  # of the processes of a run one makes the file, the others wait
             return _read(path) or _write(path, corpus, tokenizer, start, stop)
     except OSError as error:
         if error.errno is None:  # of the text: it says so already
@@ -211,16 +211,3 @@ def _read(path):
 def _check_length(corpus, found, wanted):
     if found != wanted:
         raise ValueError(f"data {corpus.name} changed while it was read: begin again when it is whole")
-
-
-@contextmanager
-def _only_one(path):
-    """Holds the lock of this name, after whoever has it; on systems without such locks, nothing."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

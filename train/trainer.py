@@ -34,12 +34,13 @@ from .data import evaluation_batches, training_batches
 from .distributed import join_processes, local_device, whole_weights
 from .ema import AverageWeights
 from .flops import peak_flops
+from .lock import release_lock, released_after, take_lock
 from .memory import checkpoint_blocks
 from .metrics import History, ProgressBar
 from .optim import learning_rate_at, make_optimizer
 from .passage import passage
 from .precision import MOST_SKIPPED, SafeSteps
-from .resume import checkpoint_to_resume, note_resumption
+from .resume import note_resumption, take_up
 from .state import load_state, seed_step, state_of
 from .stop import StopRequest
 from .tensorboard import TensorBoard, require_tensorboard
@@ -105,10 +106,8 @@ class Trainer:
         self.writes = self.out_dir is not None and self.processes.rank == 0
         self.history = History(self.out_dir if self.writes else None)
         self.resumed_from = None
-        if config.resume:
-            self._resume()
-        elif self.out_dir is not None:
-            self.processes.first_does(open_run_directory, self.out_dir, self.record)
+        if self.out_dir is not None:
+            self._begin()
         if config.tensorboard and self.writes:
             self.history.followers.append(TensorBoard(self.out_dir, self.step))
         self.peak_flops = peak_flops(self.device, config.precision) if isinstance(model, GPT) else None  # of a device
@@ -119,11 +118,17 @@ class Trainer:
         Raises TrainingFailed after many gradients that are no numbers: the checkpoints of before stay.
         """
         config, batches = self.config, self.batches()
+        if self.out_dir is not None:  # a second call has to take the lock again
+            self.processes.first_does(take_lock, self.out_dir)
         self.model.train()
         self._meter_started, self._metered = time.perf_counter(), 0
         self.started = self._meter_started - self.seconds
 
-        with StopRequest() as stop, ProgressBar(self.total_steps, self.step, self.processes.rank == 0) as bar:
+        with (
+            released_after(self.out_dir),
+            StopRequest() as stop,
+            ProgressBar(self.total_steps, self.step, self.processes.rank == 0) as bar,
+        ):
             if self.resumed_from is None:
                 self._evaluate(bar)
             while self.step < self.total_steps and not self.processes.any(stop.requested):
@@ -285,9 +290,20 @@ class Trainer:
             "run": self.record,
         }
 
+    def _begin(self) -> None:
+        """Begins a run in out_dir, or goes on with the one there; no other process writes there until `train` ends."""
+        try:
+            if self.config.resume:
+                self._resume()
+            else:
+                self.processes.first_does(open_run_directory, self.out_dir, self.record)
+        except BaseException:
+            release_lock(self.out_dir)
+            raise
+
     def _resume(self) -> None:
         """Takes up the run in out_dir where its newest whole checkpoint left it, or at its beginning."""
-        self.resumed_from = self.processes.first_does(checkpoint_to_resume, self.out_dir, self.record)
+        self.resumed_from = self.processes.first_does(take_up, self.out_dir, self.record)
         self.processes.first_does(finish_replacing, self.out_dir / "best")
         if self.resumed_from is not None:
             load_state(self, self.resumed_from)

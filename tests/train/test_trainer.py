@@ -133,7 +133,7 @@ def test_a_run_directory_holds_settings_metrics_curves_and_both_checkpoints(tmp_
     trainer.train()
     out = tmp_path / "deep" / "run"
     assert {path.name for path in out.iterdir()} == {
-        *("run.json", "metrics.jsonl", "loss.png", "best", "checkpoints", "last")
+        *("run.json", "metrics.jsonl", "loss.png", "best", "checkpoints", "last", ".lock")
     }
     run = json.loads((out / "run.json").read_text())
     assert run["command"] == "python -m train" and run["trainer"]["batch_size"] == 4
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
         trainer.train()
     assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["step"] == 5
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("run.json", "metrics.jsonl", "loss.png", "checkpoints", "last")
+        *("run.json", "metrics.jsonl", "loss.png", "checkpoints", "last", ".lock")
     }
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000005"]
 
