@@ -30,8 +30,8 @@ from functools import lru_cache
 import torch
 
 from .banded_plan import steps_of
+from .banded_rope import rotation_of, turn_pairs, turn_pairs_back
 from .banded_short import is_short, short_backward, short_forward
-from .rope import rotation_of, turn_pairs, turn_pairs_back
 
 KEPT_KEYS = 8  # what is kept for the backward pass takes at most about 8 times the memory of q
 

@@ -12,7 +12,7 @@ holds. Elsewhere than on a CPU nothing waits for `lengths`, and the mask is alwa
 
 import torch
 
-from .rope import rotate_pairs, turn
+from .banded_rope import rotate_pairs, turn
 
 
 def append(k, v, k_cache, v_cache, lengths, *, rope=None):

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from .rope import rotation_of, turn_pairs, turn_pairs_back
+from .banded_rope import rotation_of, turn_pairs, turn_pairs_back
 
 SHORT = 64  # tokens; from there on the band is faster
 

@@ -11,6 +11,7 @@ import math
 import torch
 
 from .backend import resolve_backend
+from .banded_rope import rotate_both
 
 
 def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None):
@@ -89,65 +90,6 @@ def _llama3(inv_freq, dim, theta, options):
     return (1 - kept) * inv_freq / factor + kept * inv_freq, 1.0
 
 
-def rotate_pairs(x, cos, sin, interleaved=False):
-    """x (..., T, D) rotated in PyTorch by tables that broadcast against (..., T, R / 2); differentiable, x's dtype."""
-    half = cos.shape[-1]
-    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
-    a, b = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else rotated.chunk(2, dim=-1)
-    # fp16 and bf16 promote to the tables' fp32 here and are rounded once, in the last line
-    pair = (a * cos - b * sin, b * cos + a * sin)
-    out = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    out = out.to(x.dtype)
-    return torch.cat([out, rest], dim=-1) if rest.shape[-1] else out
-
-
-def turn(x, cos, sin, out):
-    """The same into `out`, which x must not share memory with; half-split, without gradients or copies. Returns out."""
-    half = cos.shape[-1]
-    a, b = x[..., :half], x[..., half : 2 * half]
-    torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out[..., half : 2 * half]).addcmul_(a, sin)
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :].copy_(x[..., 2 * half :])
-    return out
-
-
-def rotation_of(rope, length, dtype):
-    """cos + i sin of the first positions: (length, R / 2)."""
-    cos, sin = (table[:length].to(dtype) for table in rope)
-    return torch.complex(cos, sin)
-
-
-def turn_pairs(x, rotation, out):
-    """x (..., D) turned into `out`, which x must not share memory with, partners side by side. Returns out.
-
-    (x[i], x[i + R/2]) is a complex number; (out[2i], out[2i + 1]) is its product with the rotation. Heads of an odd
-    size have no complex view: there halves stay halves.
-    """
-    half = rotation.shape[-1]
-    if x.shape[-1] % 2:
-        return turn(x, rotation.real, rotation.imag, out)
-    pairs = torch.view_as_complex(out[..., : 2 * half].unflatten(-1, (half, 2)))
-    torch.complex(x[..., :half], x[..., half : 2 * half], out=pairs).mul_(rotation)
-    if 2 * half < x.shape[-1]:
-        out[..., 2 * half :].copy_(x[..., 2 * half :])
-    return out
-
-
-def turn_pairs_back(grad, rotation, out):
-    """The transpose of `turn_pairs`: a wide gradient of its result, which is overwritten, into `out` of any dtype."""
-    half = rotation.shape[-1]
-    if grad.shape[-1] % 2:
-        return out.copy_(turn(grad, rotation.real, -rotation.imag, torch.empty_like(grad)))
-    pairs = grad[..., : 2 * half].unflatten(-1, (half, 2))
-    torch.view_as_complex(pairs).mul_(rotation.conj().resolve_conj())
-    out[..., :half].copy_(pairs[..., 0])
-    out[..., half : 2 * half].copy_(pairs[..., 1])
-    if 2 * half < grad.shape[-1]:
-        out[..., 2 * half :].copy_(grad[..., 2 * half :])
-    return out
-
-
 def check_tables(cos, sin, length, head_dim):
     """Raise ValueError unless cos and sin are (>= length, R / 2) tables with R <= head_dim."""
     if cos.dim() != 2 or cos.shape != sin.shape:
@@ -202,7 +144,7 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="au
         from .reference import rotate
 
         return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
-    return rotate_pairs(q, cos, sin, interleaved), rotate_pairs(k, cos, sin, interleaved)
+    return rotate_both(q, k, cos, sin, interleaved)
 
 
 torch.library.define(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import apply_rope, banded, banded_plan, reference, rope_tables, sliding_gqa_attention
+from kernels import apply_rope, banded, banded_plan, banded_rope, reference, rope_tables, sliding_gqa_attention
 
 B, D = 2, 16
 SHAPES = {  # T, S, Hq, Hkv, window
@@ -249,3 +249,45 @@ def test_each_pair_turns_by_the_angle_of_its_position(interleaved):
     turned = torch.complex(q[..., a], q[..., b]) * torch.complex(cos, sin)
     torch.testing.assert_close(torch.complex(out[..., a], out[..., b]), turned)
     torch.testing.assert_close(out[..., 4:], q[..., 4:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotation_in_pieces_is_exact_and_keeps_the_layout(dtype, interleaved, monkeypatch):
+    """Pieces of 3 positions, heads rotated in part, rounded once: forward and backward."""
+    monkeypatch.setattr(banded_rope, "PIECE", 3 * 2 * 4 * 16 * 4 // torch.get_num_threads())
+    q, k = (torch.randn(2, 20, heads, 16, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (3, 1))
+    cos, sin = rope_tables(25, 12)
+    tables = cos[5:].double(), sin[5:].double()
+    ours = apply_rope(q, k, cos, sin, positions=5, interleaved=interleaved, backend="banded")
+    sent = [torch.randn_like(x) for x in ours]
+    for x, out, grad, back in zip((q, k), ours, torch.autograd.grad(ours, (q, k), sent), sent, strict=True):
+        exact = reference.rotate(x.double(), *tables, interleaved)
+        exact_grad = reference.rotate(back.double(), tables[0], -tables[1], interleaved)
+        assert out.dtype == dtype and out.stride() == x.stride()
+        for got, right in ((out, exact), (grad, exact_grad)):
+            assert (got - right).abs().max() <= 1.01 * torch.finfo(dtype).eps * right.abs().max()
+
+
+def test_rotation_is_seen_by_all_that_differentiates():
+    """Twice, in the tables, forward, under torch.func; and by torch.compile as its products."""
+    q, k = torch.randn(1, 2, 4, 8, dtype=torch.float64), torch.randn(1, 1, 4, 8, dtype=torch.float64)
+    cos, sin = (table.double() for table in rope_tables(4, 8))
+
+    def rotate(q, k, cos=cos, sin=sin):
+        return apply_rope(q, k, cos, sin, backend="banded")
+
+    tracked = [x.clone().requires_grad_() for x in (q, k, cos, sin)]
+    assert torch.autograd.gradcheck(rotate, tracked[:2], check_batched_grad=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(rotate, tracked[:2])
+    assert torch.autograd.gradcheck(rotate, tracked)
+    torch.testing.assert_close(torch.func.vmap(rotate)(q[None], k[None])[0][0], rotate(q, k)[0])
+    graphs = []
+    torch.compile(rotate, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(q, k)
+    assert len(graphs) == 1 and not any("addcmul" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4, 8), (2, 2, 0, 8)])
+def test_nothing_can_be_rotated(shape):
+    q = torch.randn(shape)
+    assert apply_rope(q, q, *rope_tables(4, 8), backend="banded")[0].shape == shape
