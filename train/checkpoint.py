@@ -18,8 +18,11 @@ A checkpoint is written beside its place, synced to the disk, and renamed: under
 one. What happens to it there, the checksums tell: a resumed run reads them first (train/resume.py).
 """
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -37,6 +40,7 @@ from model.files import replacing, sync
 from .lock import take_lock
 
 SUMS, STATE, FACTS = "SHA256SUMS", "training_state.pt", "training.json"
+_NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
 def open_run_directory(out_dir: str | Path, record: dict) -> Path:
@@ -55,10 +59,33 @@ def open_run_directory(out_dir: str | Path, record: dict) -> Path:
     except OSError as error:
         if error.errno is None:  # it is in words already
             raise
-        raise type(error)(f"run directory {out_dir} cannot be written: {error.strerror}") from None
+        raise type(error)(f"run directory {out_dir} cannot be written: {_reason(error)}") from None
     raise FileExistsError(
         f"run directory {out_dir} holds a run already: choose another --out-dir, go on with --resume, or remove it"
     )
+
+
+@contextlib.contextmanager
+def writing(path: Path, run_directory: Path, errors=OSError):
+    """Around what writes a file or directory of a run: if it fails, an OSError says in a line which, why, and what is
+    still good: the newest checkpoint, read again to be sure.
+    """
+    try:
+        yield
+    except errors as error:
+        reason = _reason(error)
+        remedy = "make room" if reason in _NO_ROOM.values() else "put that right"
+        whole = next((old for old in reversed(checkpoints(run_directory)) if damage(old) is None), None)
+        then = "begins anew, there being no checkpoint" if whole is None else f"goes on from {whole}, which is whole"
+        raise OSError(f"{path} cannot be written: {reason}; {remedy}, and --resume {then}") from error
+
+
+def _reason(error) -> str:
+    """Why something cannot be written, in a few words."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # of safetensors, which is Rust
+        number = int(found[1])
+    return _NO_ROOM.get(number) or (os.strerror(number) if number else str(error).splitlines()[0])
 
 
 def versions() -> dict:
@@ -107,24 +134,29 @@ def save_checkpoint(directory: Path, model, tokenizer, facts: dict, state: dict 
     anything fails it stays as it was, nothing is left over, and the error is an OSError in one line.
     """
     partial = directory.with_name(f".{directory.name}.partial")
+    run_directory = directory.parents[1] if directory.parent.name == "checkpoints" else directory.parent
     shutil.rmtree(partial, ignore_errors=True)
+    with writing(directory, run_directory, (OSError, RuntimeError, SafetensorError)):
+        try:
+            save_pretrained(model, partial, tokenizer=tokenizer, weights=weights)
+            write_json(partial / FACTS, facts)
+            if state is not None:
+                with replacing(partial / STATE) as (file,):
+                    _save_state(state, file)
+            with replacing(partial / SUMS) as (file,):
+                file.write_text(_checksums(partial, sorted(path.name for path in partial.iterdir() if path != file)))
+            _replace_directory(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_state(state, file):
     try:
-        save_pretrained(model, partial, tokenizer=tokenizer, weights=weights)
-        write_json(partial / FACTS, facts)
-        if state is not None:
-            with replacing(partial / STATE) as (file,):
-                torch.save(state, file)
-        with replacing(partial / SUMS) as (file,):
-            file.write_text(_checksums(partial, sorted(path.name for path in partial.iterdir() if path != file)))
-        _replace_directory(partial, directory)
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: what torch.save makes of a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(
-            f"checkpoint {directory} cannot be written ({reason}): what was saved before is whole; make room and go on "
-            f"with --resume"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        torch.save(state, file)
+    except RuntimeError:  # "unexpected pos 576 vs 534": torch does not say what failed, so the disk is asked once more
+        with open(file, "ab") as more:
+            more.write(bytes(2**20))
+        raise
 
 
 def point_last_at(checkpoint: Path, keep: int) -> None:
@@ -135,10 +167,11 @@ def point_last_at(checkpoint: Path, keep: int) -> None:
     run_directory = checkpoint.parents[1]
     # a link is replaced in one rename, where a directory would need two and be missing in between
     link = run_directory / ".last.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(checkpoint.relative_to(run_directory))
-    link.replace(run_directory / "last")
-    sync(run_directory)
+    with writing(run_directory / "last", run_directory):
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.relative_to(run_directory))
+        link.replace(run_directory / "last")
+        sync(run_directory)
     others = [path for path in checkpoints(run_directory) if path != checkpoint]
     before = [path for path in others if _step(path) < _step(checkpoint)]
     kept = before[max(0, len(before) - (keep - 1)) :]
@@ -196,9 +229,11 @@ def _replace_directory(new: Path, place: Path) -> None:
     finish_replacing(place)
     if place.exists():
         place.rename(_aside(place))
-    new.rename(place)
-    sync(place.parent)
-    shutil.rmtree(_aside(place), ignore_errors=True)
+    try:
+        new.rename(place)
+        sync(place.parent)
+    finally:
+        finish_replacing(place)  # the old one goes, or comes back where the new one did not get there
 
 
 def _aside(place):

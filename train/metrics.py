@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from model.files import replacing
 
+from .checkpoint import writing
 from .curves import draw
 
 
@@ -31,9 +33,9 @@ class History:
         values = {name: None if _is_no_number(value) else value for name, value in values.items()}
         self.lines.append(values)
         if self.directory is not None:
-            # opened for each line: a stopped run loses none, and whoever follows the file sees them at once
-            with open(self.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            path = self.directory / "metrics.jsonl"
+            with writing(path, self.directory):
+                _append(path, json.dumps(values) + "\n")
         for follow in self.followers:
             follow(values)
 
@@ -45,7 +47,7 @@ class History:
             with contextlib.suppress(ValueError):  # half a line: the run was killed as it wrote it
                 self.lines.append(json.loads(line))
         self.lines = [line for line in self.lines if line["step"] <= step]
-        with replacing(path) as (file,):
+        with writing(path, self.directory), replacing(path) as (file,):
             file.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
     def series(self, name: str) -> tuple[list, list]:
@@ -56,7 +58,22 @@ class History:
     def plot(self) -> None:
         """Draws loss.png anew; without a directory, nothing."""
         if self.directory is not None:
-            draw(self, self.directory / "loss.png")
+            path = self.directory / "loss.png"
+            with writing(path, self.directory):
+                draw(self, path)
+
+
+def _append(path, line):
+    """Adds the line, or nothing of it."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        # opened for each line: a stopped run loses none, and whoever follows the file sees them at once
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 def _is_no_number(value):

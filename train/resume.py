@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from model.checkpoint import WEIGHTS, check_weights
 
-from .checkpoint import STATE, checkpoints, damage, read_json, write_json
+from .checkpoint import STATE, checkpoints, damage, read_json, write_json, writing
 from .config import RunConfig, TrainerConfig
 from .lock import take_lock
 
@@ -102,7 +102,8 @@ def note_resumption(out_dir: Path, record: dict, step: int) -> dict:
     again = {"step": step} | {name: record[name] for name in ("command", "versions") if name in record}
     record = {**before, **record, "resumed": [*before.get("resumed", []), again]}
     record |= {name: before[name] for name in ("command", "versions") if name in before}
-    write_json(out_dir / "run.json", record)
+    with writing(out_dir / "run.json", out_dir):
+        write_json(out_dir / "run.json", record)
     return record
 
 

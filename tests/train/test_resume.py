@@ -376,5 +376,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it(text, tmp_p
     process = start("--resume", "--out-dir", str(run), "--max-steps", "3", preexec_fn=little_room)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in errors
-    assert f"run failed: checkpoint {run}/checkpoints/step-000003 cannot be written" in errors.splitlines()[-1]
+    said = f"run failed: {run}/checkpoints/step-000003 cannot be written: File too large; put that right, and --resume"
+    assert f"{said} goes on from {run}/checkpoints/step-000002, which is whole" in errors.splitlines()[-1]
     assert contents(run / "checkpoints") == before and damage(run / "last") is None
