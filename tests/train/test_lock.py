@@ -155,7 +155,7 @@ def test_a_process_does_not_keep_itself_out(tmp_path):
 
 def test_a_worker_that_outlives_its_killed_parent_does_not_keep_the_lock(tmp_path):
     """A child that is forked has its parent's locks, and a DataLoader's workers are."""
-    process = holder(tmp_path, "child = os.fork(); print(child, flush=True) if child else 0; time.sleep(600)")
+    process = holder(tmp_path, "os.fork() or print(os.getpid(), flush=True); time.sleep(600)")
     child = int(process.stdout.readline())
     try:
         os.kill(process.pid, signal.SIGKILL)
