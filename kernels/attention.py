@@ -190,6 +190,8 @@ def _backward_flops(grad_out_shape, grad_lse, q_shape, k_shape, *args, **kwargs)
 
 def in_layout_of(like, x):
     """x with its dimensions laid out in memory in the order that `like` has them, copied only if they are not."""
+    if like.is_contiguous():
+        return x.contiguous()
     order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
     inverse = sorted(range(like.dim()), key=order.__getitem__)
     return x.permute(order).contiguous().permute(inverse)

@@ -12,29 +12,26 @@ holds. Elsewhere than on a CPU nothing waits for `lengths`, and the mask is alwa
 
 import torch
 
-from .banded_rope import rotate_pairs, turn
+from .banded_rope import turn
 
 
 def append(k, v, k_cache, v_cache, lengths, *, rope=None):
     """`append_to_cache`: copies into a slice of the ring, or where rows differ or turn over its end, a scatter."""
     T, C = k.shape[2], k_cache.shape[2]
     shortest, longest = _range(lengths)
+    tables = None if rope is None else _rows(rope, lengths, T, shortest, longest)
     first = (longest - T) % C
     if shortest == longest >= T and first + T <= C:
-        slots = slice(first, first + T)
+        slots = k_cache.narrow(2, first, T)
         if rope is None:
-            k_cache[:, :, slots] = k
+            slots.copy_(k)
         else:
-            cos, sin = (table[longest - T : longest] for table in rope)
-            if k.dtype == cos.dtype:
-                turn(k, cos, sin, k_cache[:, :, slots])
-            else:
-                k_cache[:, :, slots] = rotate_pairs(k, cos, sin)
-        v_cache[:, :, slots] = v
+            turn(k, *tables, slots)
+        v_cache.narrow(2, first, T).copy_(v)
         return
-    positions = lengths[:, None] - T + torch.arange(T, device=k.device)  # (B, T)
     if rope is not None:
-        k = rotate_pairs(k, *_rows(rope, positions))
+        k = turn(k, *tables)
+    positions = _positions(lengths, T)
     written = (positions >= 0)[:, None, :, None]
     slots = (positions % C)[:, None, :, None].expand(k.shape).long()
     for cache, new in ((k_cache, k), (v_cache, v)):
@@ -48,62 +45,77 @@ def decode(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, si
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     window = C if window is None else window
     shortest, longest = _range(lengths)
-    if T == 1 and window >= C <= shortest:
-        seen = None  # every slot of every row
-    elif T == 1 and 0 < shortest == longest <= C:
-        slots = slice(max(0, longest - window), longest)
-        k_cache, v_cache, seen = k_cache[:, :, slots], v_cache[:, :, slots], None
-    else:
-        seen, v_cache = _seen(lengths, T, window, v_cache, shortest)
     if rope is not None:
-        if shortest == longest >= T:
-            tables = tuple(table[longest - T : longest] for table in rope)
-        else:
-            tables = _rows(rope, lengths[:, None] - T + torch.arange(T, device=q.device))
-        q = rotate_pairs(q, *tables)
-    rows = q.reshape(B, Hkv, Hq // Hkv * T, D)  # the heads of a group share their keys
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(rows, k_cache.mT).to(wide).mul_(scale)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    scores = scores.view(B, Hkv, Hq // Hkv, T, -1)
-    if seen is not None:
-        scores.masked_fill_(~seen[:, None, None], float("-inf"))
-    if sinks is not None:  # one more column, which has no value
-        sinks = sinks.to(wide).view(Hkv, -1, 1, 1).expand(B, -1, -1, T, 1)
-        p = torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
+        q = turn(q, *_rows(rope, lengths, T, shortest, longest))
+    unseen = None
+    if T == 1 and window >= C <= shortest:
+        pass  # every slot of every row is seen
+    elif T == 1 and 0 < shortest == longest <= C:
+        first = max(0, longest - window)
+        k_cache, v_cache = (cache.narrow(2, first, longest - first) for cache in (k_cache, v_cache))
     else:
-        p = torch.softmax(scores, dim=-1)
-    if shortest < T:  # the row of a padding query is NaN: it sees nothing
-        p = p.masked_fill(~seen[:, None, None], 0.0)
-    out = torch.matmul(p.to(v_cache.dtype).flatten(2, 3), v_cache)
+        unseen, v_cache = _unseen(lengths, T, window, v_cache, shortest)
+    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    rows = q.reshape(B * Hkv, Hq // Hkv * T, D)  # the heads of a group share their keys
+    out = attend(rows, keys, values, (B, Hq, T), scale, unseen, softcap=softcap, sinks=sinks, padding=shortest < T)
     return out.view(B, Hq, T, D)
+
+
+def attend(rows, keys, values, queries, scale, unseen=None, *, softcap=None, sinks=None, padding=False):
+    """(B * Hkv, G * T, D), in the dtype of the values: rows of this shape attend to keys and values (B * Hkv, N, D).
+
+    queries   (B, Hq, T), which the rows are
+    unseen    (B, T, N) bool: where a query does not look, None for nowhere; with `padding` that may be everywhere
+    """
+    scores = torch.bmm(rows, keys.mT)
+    if rows.dtype.itemsize < 4:
+        scores = scores.float()
+    scores.mul_(scale)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if unseen is None and sinks is None:
+        p = torch.softmax(scores, dim=-1)
+        return torch.bmm(p if p.dtype == values.dtype else p.to(values.dtype), values)
+    p = scores.view(*queries, scores.shape[-1])
+    if unseen is not None:
+        p.masked_fill_(unseen[:, None], float("-inf"))
+    if sinks is not None:  # one more column, which has no value
+        p = torch.cat([p, sinks.to(p.dtype)[:, None, None].expand(*queries, 1)], dim=-1)
+    p = torch.softmax(p, dim=-1)[..., : keys.shape[1]]
+    if padding:  # the row of a padding query is NaN: it sees nothing
+        p = p.masked_fill(unseen[:, None], 0.0)
+    return torch.bmm(p.to(values.dtype).reshape(scores.shape), values)
 
 
 def _range(lengths):
     """(shortest, longest) of the rows where the host can look for nothing, else a range that promises nothing."""
-    if lengths.device.type == "cpu" and lengths.numel():
-        shortest, longest = lengths.aminmax()
-        return shortest.item(), longest.item()
-    return -1, 2**31 - 1
+    rows = lengths.tolist() if lengths.is_cpu else None
+    return (min(rows), max(rows)) if rows else (-1, 2**31 - 1)
 
 
-def _rows(rope, positions):
-    """cos and sin (B, 1, T, R / 2) of positions (B, T); padding takes position 0."""
-    positions = positions.clamp(min=0)
-    return tuple(table[positions][:, None] for table in rope)
+def _positions(lengths, T):
+    """(B, T) position of each of the newest tokens; negative for padding."""
+    return lengths[:, None] - T + torch.arange(T, device=lengths.device)
 
 
-def _seen(lengths, T, window, v_cache, shortest):
-    """(B, T, C) bool: the slots that each query sees; and the values, safe to be multiplied by a probability of 0."""
+def _rows(rope, lengths, T, shortest, longest):
+    """cos and sin of those positions, (T, R / 2) where rows are alike, else (B, 1, T, R / 2); padding takes any."""
+    if shortest == longest >= T:
+        return [table.narrow(0, longest - T, T) for table in rope]
+    positions = _positions(lengths, T).clamp_(min=0)
+    return [table[positions][:, None] for table in rope]
+
+
+def _unseen(lengths, T, window, v_cache, shortest):
+    """(B, T, C) bool: the slots that each query does not see; and the values, safe to be multiplied by 0."""
     C = v_cache.shape[2]
     newest = lengths[:, None] - 1
     position = newest - (newest - torch.arange(C, device=lengths.device)) % C  # (B, C): the newest that the slot took
-    query = newest - T + 1 + torch.arange(T, device=lengths.device)  # (B, T)
-    age = query[:, :, None] - position[:, None]  # (B, T, C)
-    written = position >= 0
-    seen = (age >= 0) & (age < window) & written[:, None]
+    age = _positions(lengths, T)[:, :, None] - position[:, None]  # (B, T, C)
+    unseen = (age < 0) | (age >= window)
     if shortest < C:
+        written = position >= 0
+        unseen |= ~written[:, None]
         # an unwritten slot may hold NaN, and 0 * NaN is NaN: its value is replaced, not only its weight
         v_cache = torch.where(written[:, None, :, None], v_cache, 0)
-    return seen, v_cache
+    return unseen, v_cache

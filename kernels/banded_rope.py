@@ -36,7 +36,8 @@ def turn(x, cos, sin, out=None, *, interleaved=False, doubled=None):
     out = torch.empty_like(x) if out is None else out
     if out.dtype != wide:
         return out.copy_(turn(x.to(wide), cos, sin, interleaved=interleaved, doubled=doubled))
-    (a, b), (turned_a, turned_b) = (_partners(y, cos.shape[-1], interleaved) for y in (x, out))
+    a, b = _partners(x, cos.shape[-1], interleaved)
+    turned_a, turned_b = _partners(out, cos.shape[-1], interleaved)
     torch.mul(x, _double(cos, x.shape[-1], interleaved) if doubled is None else doubled, out=out)
     turned_a.addcmul_(b, sin, value=-1)
     turned_b.addcmul_(a, sin)

@@ -10,6 +10,8 @@ made once a step (`Place`), and q, k and v come side by side, as the projection 
 import torch
 from torch.nn.functional import pad
 
+from .banded_decode import attend
+
 
 class Place:
     """Where one new token a row stands. lengths (B,) int32 on the CPU count it, and are at least 1.
@@ -48,9 +50,10 @@ class TokenRing:
     def __init__(self, k_cache, v_cache, num_heads, rotary_dim, lengths):
         B, Hkv, self.slots, D = k_cache.shape
         self.k_cache, self.v_cache = k_cache, v_cache
-        self.keys, self.values = k_cache.view(B * Hkv, -1, D).mT, v_cache.view(B * Hkv, -1, D)
+        self.keys, self.values = k_cache.view(B * Hkv, -1, D), v_cache.view(B * Hkv, -1, D)
         self.batch, self.rows = B, torch.arange(B)
         self.num_heads, self.grouped = num_heads, (B * Hkv, num_heads // Hkv, D)
+        self.queries = B, num_heads, 1
         self.turned = num_heads + Hkv
         self.scale = D**-0.5
         half = rotary_dim // 2
@@ -77,9 +80,9 @@ class TokenRing:
             self.v_cache[self.rows, :, slot] = v
         keys, values = self.keys, self.values
         if place.longest < self.slots:
-            keys, values = keys[..., : place.longest], values[:, : place.longest]
-        scores = torch.bmm(turned[:, :Hq].reshape(self.grouped), keys).mul_(self.scale)
+            keys, values = keys[:, : place.longest], values[:, : place.longest]
+        unwritten = None
         if not place.even and place.shortest < self.slots:
-            unwritten = place.unwritten(scores.shape[-1])
-            scores.view(self.batch, Hq, -1).masked_fill_(unwritten[:, None], float("-inf"))
-        return torch.bmm(torch.softmax(scores, dim=-1), values).view(self.batch, Hq * D)
+            unwritten = place.unwritten(keys.shape[1])[:, None]
+        rows = turned[:, :Hq].reshape(self.grouped)
+        return attend(rows, keys, values, self.queries, self.scale, unwritten).view(self.batch, Hq * D)

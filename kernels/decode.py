@@ -11,14 +11,16 @@ nothing here waits for it. Rows of different lengths share a call by left paddin
 lengths - T_new + i is negative is padding, is not written, and its query returns zeros.
 """
 
+from functools import cache
+
 import torch
 
 from .attention import check_heads, check_options, in_layout_of
 from .backend import resolve_backend
+from .listeners import nobody_listens
 from .rope import check_tables
 
 
-@torch.no_grad()
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
     """Write k, v (B, Hkv, T_new, D) into the rings at positions lengths - T_new .. lengths - 1, in place.
 
@@ -37,10 +39,10 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto
         )
     name, _ = resolve_backend(backend, k.device)
     cos, sin = (None, None) if rope is None else rope
-    torch.ops.sliding_gqa.append(k, v, k_cache, v_cache, lengths, cos, sin, name)
+    tensors = k, v, k_cache, v_cache, lengths, cos, sin
+    _call(torch.ops.sliding_gqa.append, _append, tensors, name)
 
 
-@torch.no_grad()
 def sliding_gqa_decode(
     q, k_cache, v_cache, lengths, window=None, *, scale=None, softcap=None, sinks=None, rope=None, backend="auto"
 ):
@@ -65,7 +67,17 @@ def sliding_gqa_decode(
     scale = D**-0.5 if scale is None else scale
     name, _ = resolve_backend(backend, q.device)
     cos, sin = (None, None) if rope is None else rope
-    return torch.ops.sliding_gqa.decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, name)
+    tensors = q, k_cache, v_cache, lengths, sinks, cos, sin
+    return _call(torch.ops.sliding_gqa.decode, _decode, tensors, window, scale, softcap, name)
+
+
+def _call(operator, implementation, tensors, *options):
+    """The operator, without gradients; on a CPU, where nobody would see the difference, what it runs."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _call(operator, implementation, tensors, *options)
+    plain = tensors[0].device.type == "cpu" and nobody_listens(*tensors)
+    return (implementation if plain else operator)(*tensors, *options)
 
 
 def _check_ring(x, k_cache, lengths, rope):
@@ -84,6 +96,7 @@ def _too_small(slots):
     return f"k_cache has {slots} slots, fewer than the longest row: without a window it must hold every token"
 
 
+@cache
 def _module(backend):
     """The module that holds append and decode of a backend."""
     if backend == "triton":
@@ -107,10 +120,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("sliding_gqa::append", "default")
 def _append(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     rope = None if cos is None else (cos, sin)
     _module(backend).append(k, v, k_cache, v_cache, lengths, rope=rope)
+
+
+torch.library.impl("sliding_gqa::append", "default", _append)
 
 
 @torch.library.register_fake("sliding_gqa::append")
@@ -118,16 +133,18 @@ def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     return None
 
 
-@torch.library.impl("sliding_gqa::decode", "default")
 def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, backend):
     rope = None if cos is None else (cos, sin)
     C = k_cache.shape[2]
-    if window is None and lengths.device.type == "cpu" and (lengths > C).any():
+    if window is None and lengths.device.type == "cpu" and max(lengths.tolist(), default=0) > C:
         raise ValueError(_too_small(C))
     out = _module(backend).decode(
         q, k_cache, v_cache, lengths, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
     )
     return in_layout_of(q, out)
+
+
+torch.library.impl("sliding_gqa::decode", "default", _decode)
 
 
 @torch.library.register_fake("sliding_gqa::decode")

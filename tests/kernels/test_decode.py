@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import append_to_cache, reference, rope_tables, sliding_gqa_attention, sliding_gqa_decode
 
@@ -124,6 +126,56 @@ def test_one_graph_serves_every_step(backend, device):
         out = step(*(x[:, :, i : i + 1] for x in (q, k, v)), k_cache, v_cache, lengths)
         torch.testing.assert_close(out, expected[:, :, i : i + 1])
     assert len(graphs) == 1
+
+
+class Listener(TorchDispatchMode):
+    """Writes down our operators that it sees."""
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if operator.namespace == "sliding_gqa":
+            self.__dict__.setdefault("seen", []).append(operator._opname)
+        return operator(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_who_listens_hears_operators_and_who_does_not_gets_the_same(rope):
+    k, v = torch.randn(2, 2, 2, 1, 8)
+    rings = torch.randn(2, 2, 2, 5, 8)
+    lengths = torch.tensor([9, 3], dtype=torch.int32)
+    rope = rope_tables(9, 8) if rope else None
+
+    def step(q, k_cache, v_cache):
+        append_to_cache(k, v, k_cache, v_cache, lengths, rope=rope)
+        return sliding_gqa_decode(q, k_cache, v_cache, lengths, 5, rope=rope)
+
+    q = torch.randn(2, 4, 1, 8, requires_grad=True)
+    heard, unheard = rings.clone(), rings.clone()
+    with Listener() as listener:
+        out = step(q, *heard)
+    assert listener.seen == ["append", "decode"]
+    assert torch.equal(step(q, *unheard), out) and torch.equal(heard, unheard)
+    assert not out.requires_grad and not step(q, *unheard).requires_grad
+    with torch.profiler.profile() as profile:
+        step(q, *unheard)
+    assert {"sliding_gqa::append", "sliding_gqa::decode"} <= {event.key for event in profile.key_averages()}
+
+
+def test_fake_tensors_and_torch_func_reach_the_operators():
+    with FakeTensorMode() as mode:
+        q, k_cache, v_cache = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+        lengths = torch.ones(2, dtype=torch.int32)
+    assert sliding_gqa_decode(q, k_cache, v_cache, lengths, 5).fake_mode is mode
+    q, ring, lengths = torch.randn(3, 2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.tensor([9, 3], dtype=torch.int32)
+    mapped = torch.func.vmap(lambda q: sliding_gqa_decode(q, ring, ring, lengths, 5))(q)
+    for row, out in zip(q, mapped, strict=True):
+        assert torch.equal(sliding_gqa_decode(row, ring, ring, lengths, 5), out)
+
+
+@pytest.mark.parametrize("backend", ["banded", "reference"])
+def test_no_rows_take_a_step(backend):
+    ring, lengths = torch.randn(0, 2, 5, 8), torch.ones(0, dtype=torch.int32)
+    append_to_cache(ring[:, :, :1], ring[:, :, :1], ring, ring, lengths, backend=backend)
+    assert sliding_gqa_decode(torch.randn(0, 4, 1, 8), ring, ring, lengths, 5, backend=backend).shape == (0, 4, 1, 8)
 
 
 def call(**changed):
