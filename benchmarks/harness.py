@@ -35,8 +35,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below, the profiler that count
 
 import torch  # noqa: E402
 
-from train.config import resolve_device  # noqa: E402
-from train.flags import Parser  # noqa: E402
+from model.command import Parser, resolve_device  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -34,7 +34,7 @@ import speed_of_light as model
 import torch
 from speed_of_light import CARDS, Shape
 
-from train.flags import Parser
+from model.command import Parser
 
 FEATURES = {
     "plain": {},

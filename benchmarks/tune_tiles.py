@@ -31,7 +31,7 @@ import torch
 from tile_candidates import candidates
 
 from kernels.tuning import TileConfig, tile_config
-from train.flags import Parser
+from model.command import Parser
 
 # Candidates of consumer cards are weighed by their code for sm_80, which has the same matrix instructions: limits and
 # throughputs differ. What is chosen is compiled for the card itself.

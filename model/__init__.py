@@ -6,7 +6,7 @@
 
 gpt.py is the model. kv_cache.py is what it remembers while it writes, steps.py and token_step.py bring the logits of
 one token after the other, choosing.py picks it, stopping.py sees the end, sampling.py is all of it, sample.py the
-command. flops.py counts the arithmetic.
+command (command.py is what all commands share). flops.py counts the arithmetic.
 """
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained

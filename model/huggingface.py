@@ -11,7 +11,6 @@ Directories are local and hold safetensors; the commands do not need transformer
 which of ours stands in huggingface_architectures.py.
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -31,6 +30,7 @@ from .checkpoint import (
     read_tokenizer,
     save_pretrained,
 )
+from .command import Parser
 from .files import replacing
 from .gpt import GPT
 from .huggingface_architectures import (
@@ -190,17 +190,15 @@ def _read_json(path):
 
 def main(arguments=None) -> int:
     """The command; returns its exit status: 0, or 2 for input it cannot use."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m model.huggingface",
         description="Convert GPT-2 and StarCoder2 models between transformers and this package; local directories.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "direction", choices=("import", "export"), help="import: theirs to ours; export: ours to theirs"
     )
     parser.add_argument("source", metavar="SRC", help="directory to read")
     parser.add_argument("destination", metavar="DST", help="directory to write; it must not exist, or be empty")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {' '.join(message.split())}\n")
     options = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings(record=True) as caught:

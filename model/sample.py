@@ -17,23 +17,17 @@ import types
 import torch
 
 from .checkpoint import from_pretrained
+from .command import Parser, resolve_device
 from .gpt import attention_backend
 from .sampling import generate, sample
 from .stopping import TextUntil
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """The one line that helps, without the usage of all flags."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def make_parser():
-    parser = _Parser(
+    parser = Parser(
         prog="python -m model.sample",
         description="Write text with a trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -90,8 +84,7 @@ def make_parser():
 def main(arguments=None) -> int:
     """Run the command with these arguments (default: the process's own) and return its exit status."""
     parser = make_parser()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args([_with_hyphens(argument) for argument in arguments])
+    options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal does not have becomes a question mark
     written = types.SimpleNamespace(tokens=0)  # of all texts
     text = None
@@ -99,7 +92,7 @@ def main(arguments=None) -> int:
         try:
             texts = _prepare(options, written)
         except (ValueError, RuntimeError, OSError) as error:
-            parser.error(" ".join(str(error).split()))
+            parser.error(str(error))
         start = time.perf_counter()
         for number, text in enumerate(texts, start=1):
             if options.num_samples > 1:
@@ -123,7 +116,7 @@ def main(arguments=None) -> int:
 
 def _prepare(options, written):
     """An iterator over the pieces of text for each sample, counted in `written`. Raises for what the user got wrong."""
-    device = _device(options.device)
+    device = resolve_device(options.device)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples is {options.num_samples}, expected at least 1")
     backend = attention_backend(device, options.fused_kernels, options.backend)
@@ -186,21 +179,6 @@ def _counted(stream, written):
     for made in stream:
         written.tokens += 1
         yield made
-
-
-def _device(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name}, but no CUDA device is available: use --device cpu")
-    return device
-
-
-def _with_hyphens(argument):
-    """--top_k=5 as --top-k=5: both spellings of a flag work."""
-    name, equals, value = argument.partition("=")
-    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
 class _CallableModule(types.ModuleType):

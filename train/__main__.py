@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 from model import GPT, CharTokenizer, attention_backend, from_pretrained
+from model.command import Parser, resolve_device
 
-from .config import RunConfig, TrainerConfig, resolve_device
+from .config import RunConfig, TrainerConfig
 from .data import TextData, TokenDataset, load_data
 from .distributed import is_first, join_processes, local_device
-from .flags import Parser, add_flags, from_flags, given
+from .flags import add_flags, from_flags, given
 from .lock import refuse_if_written
 from .memory import estimate, in_words
 from .passage import TEMPERATURE, passage

@@ -18,9 +18,10 @@ import time
 
 import torch
 
-from .config import resolve_device
+from model.command import Parser, resolve_device
+
 from .data import load_data
-from .flags import Parser, add_flags, from_flags, option
+from .flags import add_flags, from_flags, option
 from .study.copying import copy_and_measure, copying_runs
 from .study.page import publish, summary
 from .study.plan import READINGS, Design, Settings, all_runs, compared

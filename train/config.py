@@ -8,8 +8,6 @@ import typing
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import torch
-
 from model import ARCHITECTURES, GPTConfig
 
 from .flags import option
@@ -197,18 +195,6 @@ class RunConfig:
             d_model=self.d_model,
             dropout=self.dropout,
         )
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that `name` means; "auto" is a CUDA device where there is one. ValueError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _check_choices(config):

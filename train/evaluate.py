@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 from model import CharTokenizer, from_pretrained
+from model.command import Parser, resolve_device
 
 from .checkpoint import read_facts
-from .config import resolve_device
 from .corpus import Corpus
-from .flags import Parser, add_flags, from_flags, option
+from .flags import add_flags, from_flags, option
 from .tokens import Encoded, tokenize
 
 

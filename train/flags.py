@@ -4,7 +4,7 @@
     class Config:
         batch_size: int = option(32, "examples per optimizer step")
 
-    parser = Parser(prog="python -m train", description=...)
+    parser = Parser(prog="python -m train", description=...)  # of model/command.py
     add_flags(parser, Config)                               # --batch-size, also taken as --batch_size
     config = from_flags(Config, parser.parse_args())
 
@@ -14,8 +14,6 @@ A field's type makes its flag: bool gives --name/--no-name, Literal its choices,
 
 import argparse
 import dataclasses
-import re
-import sys
 import types
 import typing
 
@@ -26,20 +24,6 @@ def option(default, meaning: str, may_change: bool = False):
     may_change: a run that is resumed may have another value than it began with (train/resume.py).
     """
     return dataclasses.field(default=default, metadata={"meaning": meaning, "may_change": may_change})
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that takes `_` for `-` in a flag's name, guesses no abbreviations, and errs in one line."""
-
-    def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_with_hyphens(argument) for argument in args], namespace)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class, title: str | None = None) -> None:
@@ -96,9 +80,3 @@ def _or_none(kind):
 
 def _shown(default):
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-
-
-def _with_hyphens(argument: str) -> str:
-    """`--context_size=25` as `--context-size=25`; anything that is not a flag as it is."""
-    name = re.match(r"--[A-Za-z0-9_-]+", argument)
-    return name[0].replace("_", "-") + argument[name.end() :] if name else argument

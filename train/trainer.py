@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, flops_a_token
+from model.command import resolve_device
 
 from .checkpoint import (
     checkpoint_directory,
@@ -29,7 +30,7 @@ from .checkpoint import (
     save_checkpoint,
     versions,
 )
-from .config import TrainerConfig, resolve_device
+from .config import TrainerConfig
 from .data import evaluation_batches, training_batches
 from .distributed import join_processes, local_device, whole_weights
 from .ema import AverageWeights

@@ -7,10 +7,11 @@ import shlex
 import pytest
 
 from model import ARCHITECTURES, from_pretrained
+from model.command import Parser
 from train.__main__ import main
 from train.config import RunConfig
 from train.evaluate import main as evaluate_main
-from train.flags import Parser, add_flags, from_flags
+from train.flags import add_flags, from_flags
 from train.random_config import FIELDS, as_flags, random_config
 
 TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 40

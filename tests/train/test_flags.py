@@ -6,8 +6,9 @@ from typing import Literal
 import pytest
 
 from kernels import resolve_backend
+from model.command import Parser
 from train.config import RunConfig, TrainerConfig
-from train.flags import Parser, add_flags, from_flags, option
+from train.flags import add_flags, from_flags, option
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_and_resume import TEXT
+from test_resume import contents
 
 from model import GPT, from_pretrained
 from train.__main__ import main
@@ -39,10 +40,6 @@ def trained(tmp_path_factory):
 def run(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     return tmp_path / "run"
-
-
-def contents(directory):
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from kill_and_resume import ROOT, TEXT, start, steps_of, wait_for
+from test_resume import contents, refused
 
 import train.lock
 from model import GPT, GPTConfig
@@ -63,18 +64,6 @@ def run(text, tmp_path, capsys):
     assert main([*FAST, "--data", text, "--max-steps", "2", "--out-dir", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     return tmp_path / "run"
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    shown = capsys.readouterr()
-    assert stopped.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1
-    return shown.err
-
-
-def contents(directory):
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_a_second_command_is_refused_while_the_first_trains_and_not_once_it_is_killed(text, tmp_path, capsys):

@@ -1,0 +1,41 @@
+"""What the commands of model and train have in common: how a command line is read, and which device it means."""
+
+import argparse
+import re
+import sys
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes `_` for `-` in a flag's name, guesses no abbreviations, and errs in one line."""
+
+    def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **settings):
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_hyphens(argument) for argument in args], namespace)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` means; "auto" is a CUDA device where there is one. ValueError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} cannot be used: no CUDA device is available: use --device cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without the device
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _with_hyphens(argument: str) -> str:
+    """`--context_size=25` as `--context-size=25`; anything that is not a flag as it is."""
+    name = re.match(r"--[A-Za-z0-9_-]+", argument)
+    return name[0].replace("_", "-") + argument[name.end() :] if name else argument
