@@ -156,6 +156,18 @@ class GPT(nn.Module):
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(tokens, targets, cache)
+        x = self._blocks(tokens, cache)
+        logits = self._head(x)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def last_logits(self, tokens):
+        """What forward(tokens) gives for the last of tokens (B, T): (B, V). The others' logits are never made."""
+        return self._head(self._blocks(tokens)[:, -1])
+
+    def _blocks(self, tokens, cache=None):
+        """What the last block puts out, (B, T, C)."""
         T = tokens.shape[1]
         if cache is not None:
             cache.advance(T, self.config)
@@ -171,11 +183,11 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, cache)
-        x = self.ln_f(x)
-        logits = F.linear(x, self.wte.weight if self.config.tie_weights else self.lm_head.weight)  # (B, T, V)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return x
+
+    def _head(self, x):
+        """The logits (..., V) of what the blocks put out."""
+        return F.linear(self.ln_f(x), self.wte.weight if self.config.tie_weights else self.lm_head.weight)
 
     def _position_vectors(self, T, cache):
         """The learned vectors of the call's positions: (T, C), or with a cache, whose rows may differ, (B, T, C)."""

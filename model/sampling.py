@@ -4,7 +4,8 @@
         print(tokenizer.decode(token.tolist()), end="", flush=True)
 
 A model with rotary positions goes on for as long as one likes: with a window, a token costs the same at any position.
-Learned positions end at context_length; past it the model reads the last context_length tokens anew for every token.
+Learned positions end at context_length; past it the model reads the last context_length tokens anew for every token,
+without a cache.
 """
 
 import torch
@@ -50,7 +51,8 @@ def generate(
     log_probabilities
                    True yields pairs (tokens, log-probabilities), both (B,): the natural logarithm of the probability
                    that the model itself gave the token, before penalty, temperature and cuts; 0 for finished rows.
-    prefill_chunk  prompt tokens that are read at once: memory grows with it, not with the prompt.
+    prefill_chunk  prompt tokens that are read at once: memory grows with it, not with the prompt. Where learned
+                   positions have ended, the last context_length tokens are read at once, whatever it is.
     compile        run the steps under torch.compile; on CUDA, where they are a CUDA graph, it changes nothing.
 
     Nothing is shared with other iterators or with torch's random state, and a model in training mode is evaluated and

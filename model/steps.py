@@ -1,7 +1,8 @@
 """The logits of the next token, step by step: the prompt is read into a cache in parts, then a token a step.
 
 A step is `GraphStep` on a CUDA device and `TokenStep` on a CPU, each where it does what the model does; else it is the
-model itself.
+model itself. Past the end of learned positions every token moves all others, so that a cache would be of no use: there
+the last context is read as in training, without one.
 """
 
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from . import graph_step, token_step
 from .graph_step import GraphStep
 from .kv_cache import KVCache
-from .token_step import TokenStep
+from .token_step import TokenStep, what_else
 
 
 class NextLogits:
@@ -23,7 +24,9 @@ class NextLogits:
     def __init__(self, model, tokens, padding, max_new_tokens, prefill_chunk, compile=False):
         self.model, self.padding, self.prefill_chunk, self.compile = model, padding, prefill_chunk, compile
         self.rows, self.columns = tokens.shape
-        self.step = None
+        self.cache = self.step = None
+        self.plain = what_else(model) is None
+        self.longest_padding = int(padding.max()) if self.rows else 0
         self.most_columns = self.columns + max_new_tokens
         # the prompt; with learned positions always the tokens of one context, which have to be read anew past its end
         self.tokens = tokens
@@ -65,6 +68,10 @@ class NextLogits:
         """The logits after self.tokens (with learned positions the last context of them), read into a new cache."""
         dropped = 0 if self.context is None else max(0, self.columns - self.context)
         self.tokens = self.tokens[:, -self.context :] if self.context else self.tokens
+        if self.context is not None and self.columns >= self.context and self.longest_padding <= dropped:
+            self.cache = None  # no step will read it
+            with _evaluating(self.model):
+                return self.model.last_logits(self.tokens) if self.plain else self.model(self.tokens)[0][:, -1]
         device = self.tokens.device
         autocast = torch.is_autocast_enabled(device.type)
         self.cache = KVCache(

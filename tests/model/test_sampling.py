@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mixes import FIELDS, MIXES, lively
 
 from model import GPT, CharTokenizer, GPTConfig, generate, penalized_logits, sample, top_k_logits, top_p_logits
+from model.steps import NextLogits
 
 
 def make(name="rope-window-gqa", **kwargs):
@@ -39,6 +40,31 @@ def test_learned_positions_read_the_last_context_anew_as_mingpt_does(name, promp
     model = make(name)
     prompt = torch.randint(41, (2, prompt_length))
     assert torch.equal(sample(model, prompt, 60), greedy_without_cache(model, prompt, 60, context=48))
+
+
+def test_past_learned_positions_there_is_no_cache_once_no_padding_is_left():
+    model = make("original")
+    steps = NextLogits(model, torch.randint(41, (2, 46)), torch.tensor([0, 4], dtype=torch.int32), 20, 128)
+    steps.first()
+    cached = []
+    for _ in range(10):  # to column 56, of which 48 are read; the second row's padding lasts until column 52
+        steps.after(torch.tensor([1, 2]))
+        cached.append(steps.cache is not None)
+    assert cached == [True] * 5 + [False] * 5
+
+
+def test_a_hook_of_the_model_hears_every_context_that_is_read_anew():
+    model, heard = make("original"), []
+    prompt = torch.randint(41, (2, 48))
+    expected = sample(model, prompt, 5)
+    model.register_forward_hook(lambda *_: heard.append(1))
+    assert torch.equal(sample(model, prompt, 5), expected) and len(heard) == 5
+
+
+def test_the_last_logits_are_those_of_the_whole_forward():
+    for name in ("original", "rope-window-gqa"):
+        model, tokens = make(name).eval(), torch.randint(41, (2, 20))
+        torch.testing.assert_close(model.last_logits(tokens), model(tokens)[0][:, -1])
 
 
 @pytest.mark.parametrize("name", ["rope-window-gqa", "pattern", "original"])
