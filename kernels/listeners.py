@@ -15,7 +15,7 @@ try:
         _len_torch_dispatch_stack,
     )
     from torch._C._functorch import peek_interpreter_stack
-    from torch.autograd import _profiler_enabled, forward_ad
+    from torch.autograd import forward_ad
 
     forward_ad._current_level  # noqa: B018
     CAN_TELL = True
@@ -29,8 +29,8 @@ def nobody_listens(*tensors):
     """Whether an operator without derivatives would do nothing on these tensors but run its implementation.
 
     They may be None. Whatever is not plain eager execution says no: subclasses (fake tensors, DTensor), torch.compile,
-    torch.export, torch.func, torch.jit.trace, modes (FLOP counters, make_fx, `set_default_device`), profilers, and
-    forward-mode derivatives.
+    torch.export, torch.func, torch.jit.trace, modes (FLOP counters, make_fx, `set_default_device`), and forward-mode
+    derivatives. A profiler does not count: it is to see what runs without it.
     """
     return (
         not torch.compiler.is_compiling()  # first: torch.compile does not look at what stands behind it
@@ -40,7 +40,6 @@ def nobody_listens(*tensors):
         and not _is_torch_function_mode_enabled()
         and peek_interpreter_stack() is None
         and _get_tracing_state() is None
-        and not _profiler_enabled()
         and forward_ad._current_level < 0
     )
 

@@ -155,9 +155,6 @@ def test_who_listens_hears_operators_and_who_does_not_gets_the_same(rope):
     assert listener.seen == ["append", "decode"]
     assert torch.equal(step(q, *unheard), out) and torch.equal(heard, unheard)
     assert not out.requires_grad and not step(q, *unheard).requires_grad
-    with torch.profiler.profile() as profile:
-        step(q, *unheard)
-    assert {"sliding_gqa::append", "sliding_gqa::decode"} <= {event.key for event in profile.key_averages()}
 
 
 def test_fake_tensors_and_torch_func_reach_the_operators():
