@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
+from .attention_fwd import first_key
 from .rope_kernel import rotary_tables, rotate
 from .tiles import (
     LOG2_E,
@@ -23,6 +24,7 @@ from .tiles import (
     dot,
     head_block,
     head_columns,
+    in_elements,
     key_spans,
     load_rotated,
     load_tile,
@@ -33,11 +35,13 @@ from .tiles import (
     row_offset,
     row_program,
     softmax_scales,
+    strides_of,
     tanh,
     visible,
     walk_start,
     walk_step,
     wide_dtype,
+    wide_stride,
 )
 
 
@@ -73,21 +77,28 @@ def _add_dq(
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
         step = walk_step(start, span, BLOCK_K, MASKED)
         start += step
-        k_ptrs += step * k_stride.to(tl.int64)
-        v_ptrs += step * v_stride.to(tl.int64)
+        k_ptrs += step * wide_stride(k_stride)
+        v_ptrs += step * wide_stride(v_stride)
     return dq
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, dq_ptr, delta_ptr, rotated_ptr,
-    do_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, rotated_strides,  # of batch, head, position
+    strides,  # of do, q, k, v, out, dq, rotated: of batch, head, position, in units of UNIT elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, EDGE_K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, delta and, with rope, the rotated q. k is rotated already; dlse_ptr and cap_scale may be None."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
+    do_strides = in_elements(strides[0], UNIT)
+    q_strides = in_elements(strides[1], UNIT)
+    k_strides = in_elements(strides[2], UNIT)
+    v_strides = in_elements(strides[3], UNIT)
+    out_strides = in_elements(strides[4], UNIT)
+    dq_strides = in_elements(strides[5], UNIT)
+    rotated_strides = in_elements(strides[6], UNIT)
     BLOCK_Q: tl.constexpr = BLOCK_M // PACK
     batch, kv_head, first_head, block = row_program(num_queries, num_kv_heads, GROUP, PACK, BLOCK_Q)
     query, head = packed_rows(block * BLOCK_Q, first_head, PACK, BLOCK_M)
@@ -181,8 +192,8 @@ def _add_dkdv(
         dk = dot(ds.to(q.dtype), q, dk, PRECISION)
         step = walk_step(start, span, BLOCK_Q, MASKED)
         start += step
-        do_ptrs += step * do_strides[2].to(tl.int64)
-        q_ptrs += step * q_strides[2].to(tl.int64)
+        do_ptrs += step * wide_stride(do_strides[2])
+        q_ptrs += step * wide_stride(q_strides[2])
         lse_ptrs += step
         delta_ptrs += step
     return dk, dv
@@ -191,17 +202,25 @@ def _add_dkdv(
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_dkdv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
-    do_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides,  # of batch, head, position
+    strides,  # of do, q, k, v, dk, dv: of batch, head, position, in units of UNIT elements
+    part_stride,  # of the parts of dk and dv, in elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over the GROUP query heads of each KV head. q and k are rotated already."""
+    """dk and dv, summed over GROUP / PARTS query heads of each KV head. q and k are rotated already."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
+    do_strides = in_elements(strides[0], UNIT)
+    q_strides = in_elements(strides[1], UNIT)
+    k_strides = in_elements(strides[2], UNIT)
+    v_strides = in_elements(strides[3], UNIT)
+    dk_strides = in_elements(strides[4], UNIT)
+    dv_strides = in_elements(strides[5], UNIT)
     EDGE_Q: tl.constexpr = EDGE_M // PACK
     BLOCK_Q: tl.constexpr = BLOCK_M // PACK
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
-    pair = tl.program_id(0) // num_blocks
+    pair = tl.program_id(0) // (num_blocks * PARTS)
+    part = tl.program_id(0) // num_blocks % PARTS
     block = tl.program_id(0) % num_blocks
     batch = pair // num_kv_heads
     kv_head = pair % num_kv_heads
@@ -225,8 +244,8 @@ def attention_dkdv_kernel(
     dk = tl.zeros((BLOCK_N, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
     dv = tl.zeros((BLOCK_N, head_block(HEAD_DIM)), dtype=WIDE)
     state = (dk, dv)
-    for pack in range(GROUP // PACK):
-        first_head = kv_head * GROUP + pack * PACK
+    for pack in range(GROUP // PACK // PARTS):
+        first_head = kv_head * GROUP + (part * (GROUP // PACK // PARTS) + pack) * PACK
         state = _add_dkdv(
             state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, edges,
             num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, EDGE_Q, PRECISION, True,
@@ -243,6 +262,9 @@ def attention_dkdv_kernel(
     v_ok = in_keys[:, None] & v_in_head[None, :]
     if ROTARY_DIM > 0:
         dk = rotate_back(dk, k_pos, in_keys, cos_ptr, sin_ptr, ROTARY_DIM)
+    if PARTS > 1:
+        dk_ptr += part.to(tl.int64) * part_stride
+        dv_ptr += part.to(tl.int64) * part_stride
     dk_row = row_offset(batch, kv_head, k_pos, dk_strides)
     dv_row = row_offset(batch, kv_head, k_pos, dv_strides)
     tl.store(dk_ptr + dk_row[:, None] + k_element[None, :], dk.to(dk_ptr.dtype.element_ty), mask=k_ok)
@@ -250,12 +272,13 @@ def attention_dkdv_kernel(
 
 
 def attention_backward(
-    grad_out, grad_lse, q, k, v, out, lse, window, *, scale, softcap=None, sinks=None, rope=None, configs=(None, None)
-):
+    grad_out, grad_lse, q, k, v, out, lse, window, *, scale, softcap=None, sinks=None, rope=None, configs=(None, None),
+    parts=None,
+):  # fmt: skip
     """(dq, dk, dv, dsinks) of `attention_forward`, each in the memory layout of what it is the gradient of.
 
     grad_lse (B, Hq, T) may be None; dsinks is None without sinks. k is rotated again, not kept since the forward.
-    configs: TileConfigs of the dq and the dk/dv pass in place of the table's.
+    configs, parts: TileConfigs of the dq and the dk/dv pass, and what `head_parts` says, in place of the table's.
     """
     B, Hq, T, D = q.shape
     Hkv, S = k.shape[1], k.shape[2]
@@ -269,32 +292,71 @@ def attention_backward(
         grad_lse = grad_lse.to(lse.dtype).contiguous()
     delta = torch.empty_like(lse)
     cos, sin, rotary_dim = rotary_tables(rope)
+    to_dq, to_dk, to_dv, turned = dq, dk, dv, False
     q_rotated = q
     if rotary_dim:
+        first = first_key(T, S, window)
+        dk[:, :, :first] = 0
+        dv[:, :, :first] = 0
+        k, v, to_dk, to_dv = (x[:, :, first:] for x in (k, v, dk, dv))
+        cos, sin, S = cos[first:], sin[first:], S - first
         k, _ = rotate(k, None, cos, sin)
-        q_rotated = torch.empty_like(q)
+        # Halves that pad to a wider tile, 48 of 128 elements to 64: a rotation before and one after cost less
+        turned = head_block(D, rotary_dim) > head_block(D)
+        if turned:
+            q, _ = rotate(q, None, cos, sin, positions=S - T)
+            q_rotated, tables, cos, sin, rotary_dim = q, (cos, sin), None, None, 0
+        else:
+            q_rotated = torch.empty_like(q)
     arch = tuning.architecture(q.device)
     by_row = configs[0] or tuning.tile_config("dq", D, q.dtype, arch)
     by_key = configs[1] or tuning.tile_config("dkdv", D, q.dtype, arch)
-    pack = packed_heads(group, by_row.own)
+    pack, key_pack = packed_heads(group, by_row.own), packed_heads(group, by_key.edge)
+    key_programs = B * Hkv * triton.cdiv(S, by_key.own)
+    if parts is None:
+        parts = head_parts(key_programs, group // key_pack, tuning.processors(q.device))
+    if parts > 1:
+        wide = torch.empty((2, parts, *to_dk.shape), dtype=lse.dtype, device=q.device)
+        dk_part, dv_part = wide[0, 0], wide[1, 0]
+    else:
+        dk_part, dv_part = to_dk, to_dv
     window = S if window is None else min(window, S)
     scalars = (T, S, Hkv, window, scale, *softmax_scales(scale, softcap))
     shape = dict(HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PRECISION=tuning.dot_precision(q.dtype, arch))
+    row_unit, row_strides = strides_of(grad_out, q, k, v, out, to_dq, q_rotated)
+    key_unit, key_strides = strides_of(grad_out, q_rotated, k, v, dk_part, dv_part)
     with torch.cuda.device_of(q):
         attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.own // pack),)](
-            grad_out, q, k, v, out, lse, grad_lse, cos, sin, dq, delta, q_rotated,
-            *(x.stride()[:3] for x in (grad_out, q, k, v, out, dq, q_rotated)), *scalars,
-            **shape, PACK=pack, BLOCK_M=by_row.own, EDGE_K=by_row.edge, BLOCK_K=by_row.step,
+            grad_out, q, k, v, out, lse, grad_lse, cos, sin, to_dq, delta, q_rotated, row_strides, *scalars,
+            **shape, PACK=pack, UNIT=row_unit, BLOCK_M=by_row.own, EDGE_K=by_row.edge, BLOCK_K=by_row.step,
             num_warps=by_row.num_warps, num_stages=by_row.num_stages,
         )  # fmt: skip
-        attention_dkdv_kernel[(B * Hkv * triton.cdiv(S, by_key.own),)](
-            grad_out, q_rotated, k, v, lse, delta, cos, sin, dk, dv,
-            *(x.stride()[:3] for x in (grad_out, q_rotated, k, v, dk, dv)), *scalars,
-            **shape, PACK=packed_heads(group, by_key.edge), BLOCK_N=by_key.own, EDGE_M=by_key.edge, BLOCK_M=by_key.step,
-            num_warps=by_key.num_warps, num_stages=by_key.num_stages,
+        attention_dkdv_kernel[(key_programs * parts,)](
+            grad_out, q_rotated, k, v, lse, delta, cos, sin, dk_part, dv_part, key_strides, to_dk.numel(), *scalars,
+            **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, BLOCK_N=by_key.own, EDGE_M=by_key.edge,
+            BLOCK_M=by_key.step, num_warps=by_key.num_warps, num_stages=by_key.num_stages,
         )  # fmt: skip
+    if parts > 1:
+        to_dk.copy_(wide[0].sum(0))
+        to_dv.copy_(wide[1].sum(0))
+    if turned:
+        dq, _ = rotate(dq, None, *tables, positions=S - T, inverse=True)
+        to_dk.copy_(rotate(to_dk, None, *tables, inverse=True)[0])
     dsinks = None
     if sinks is not None:
         weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # what the sink takes of each row
         dsinks = (weight * delta).sum((0, 2)).neg().to(sinks.dtype)
     return dq, dk, dv, dsinks
+
+
+def head_parts(programs, packs, processors):
+    """Over how many programs to spread the `packs` packs of heads that read the same keys, a power of two.
+
+    The dk/dv kernel owns keys, so that a short sequence with few KV heads has few programs: of 4,096 tokens and one KV
+    head 64, each of which would walk all query heads. Parts are summed afterwards, in fp32. Taken to be worth it until
+    every multiprocessor has two programs: an estimate, not measured yet.
+    """
+    parts = 1
+    while packs % (2 * parts) == 0 and programs * parts < 2 * processors:
+        parts *= 2
+    return parts

@@ -20,6 +20,7 @@ from .tiles import (
     dot,
     head_block,
     head_columns,
+    in_elements,
     key_spans,
     load_rotated,
     load_tile,
@@ -29,11 +30,13 @@ from .tiles import (
     row_program,
     softmax_scales,
     softmax_step,
+    strides_of,
     tanh,
     visible,
     walk_start,
     walk_step,
     wide_dtype,
+    wide_stride,
 )
 
 
@@ -63,21 +66,25 @@ def _attend(
         state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
         step = walk_step(start, span, BLOCK_K, MASKED)
         start += step
-        k_ptrs += step * k_stride.to(tl.int64)
-        v_ptrs += step * v_stride.to(tl.int64)
+        k_ptrs += step * wide_stride(k_stride)
+        v_ptrs += step * wide_stride(v_stride)
     return state
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cos_ptr, sin_ptr,
-    q_strides, k_strides, v_strides, out_strides,  # of batch, head, position; the last stride is 1
+    strides,  # of q, k, v, out: of batch, head, position, in units of UNIT elements; the last stride is 1
     num_queries, num_keys, num_kv_heads, window, scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, EDGE_K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """k is rotated already, q is rotated here. sinks_ptr and cap_scale are None where there are none."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
+    q_strides = in_elements(strides[0], UNIT)
+    k_strides = in_elements(strides[1], UNIT)
+    v_strides = in_elements(strides[2], UNIT)
+    out_strides = in_elements(strides[3], UNIT)
     BLOCK_Q: tl.constexpr = BLOCK_M // PACK
     batch, kv_head, first_head, block = row_program(num_queries, num_kv_heads, GROUP, PACK, BLOCK_Q)
     query, head = packed_rows(block * BLOCK_Q, first_head, PACK, BLOCK_M)
@@ -108,7 +115,7 @@ def attention_forward_kernel(
     )  # fmt: skip
     acc, row_sum, row_max = state
 
-    has_keys = row_sum > 0
+    has_keys = row_sum != 0  # true of NaN, which lse must not hide
     lse_log2 = tl.where(has_keys, row_max * scale_log2 + tl.log2(row_sum), float("-inf"))
     norm = tl.where(has_keys, 1 / row_sum, 0.0)
     if sinks_ptr is not None:
@@ -123,6 +130,11 @@ def attention_forward_kernel(
     out_row = row_offset(batch, head, query, out_strides)
     out = (acc * norm[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_row[:, None] + element[None, :], out, mask=ok)
+
+
+def first_key(T, S, window):
+    """The first key that any of T queries sees: what lies before it need not be rotated."""
+    return 0 if window is None else max(0, S - T - window + 1)
 
 
 def attention_forward(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None, with_lse=True, config=None):
@@ -141,16 +153,19 @@ def attention_forward(q, k, v, window, *, scale, softcap=None, sinks=None, rope=
     sinks = None if sinks is None else sinks.contiguous()
     cos, sin, rotary_dim = rotary_tables(rope)
     if rotary_dim:
+        first = first_key(T, S, window)
+        k, v, cos, sin, S = k[:, :, first:], v[:, :, first:], cos[first:], sin[first:], S - first
         k, _ = rotate(k, None, cos, sin)
     arch = tuning.architecture(q.device)
     config = config or tuning.tile_config("forward", D, q.dtype, arch)
     pack = packed_heads(group, config.own)
     scale_log2, cap_scale = softmax_scales(scale, softcap)
+    unit, strides = strides_of(q, k, v, out)
     with torch.cuda.device_of(q):
         attention_forward_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, config.own // pack),)](
-            q, k, v, out, lse, sinks, cos, sin, *(x.stride()[:3] for x in (q, k, v, out)),
+            q, k, v, out, lse, sinks, cos, sin, strides,
             T, S, Hkv, S if window is None else min(window, S), scale_log2, cap_scale,
-            HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack,
+            HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack, UNIT=unit,
             BLOCK_M=config.own, EDGE_K=config.edge, BLOCK_K=config.step, PRECISION=tuning.dot_precision(q.dtype, arch),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

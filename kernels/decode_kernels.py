@@ -273,7 +273,7 @@ def decode(
     programs = B * Hkv * triton.cdiv(rows, block_m)
     if num_splits is None:
         keys = C if window is None else min(C, window + T - 1)
-        num_splits = split_count(programs, triton.cdiv(keys, config.step), processors(q.device))
+        num_splits = split_count(programs, triton.cdiv(keys, config.step), tuning.processors(q.device))
     acc = maxima = sums = None
     if num_splits > 1:
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -315,9 +315,3 @@ def split_count(programs, tiles, processors):
     candidates = range(1, max(1, tiles) + 1)
     shortest = min(map(time, candidates))
     return next(splits for splits in candidates if time(splits) <= 1.05 * shortest)
-
-
-@functools.cache
-def processors(device):
-    """Multiprocessors of a CUDA device; 1 for the interpreter, which runs one program after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -100,6 +100,22 @@ def anew(index, length):
 
 
 @triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Strides of `strides_of` in elements: products that the compiler sees to be multiples of UNIT."""
+    if UNIT == 1:
+        return strides
+    else:
+        unit = tl.full((), UNIT, tl.int64)
+        return strides[0] * unit, strides[1] * unit, strides[2] * unit
+
+
+@triton.jit
+def wide_stride(stride):
+    """A stride in 64 bits; one of 1 comes as a constant, which has no type to cast."""
+    return tl.full((), 0, tl.int64) + stride
+
+
+@triton.jit
 def row_offset(batch, head, position, strides):
     """Elements before a row, in 64 bits: each product with a stride may pass 2**31."""
     batch, head, position = batch.to(tl.int64), head.to(tl.int64), position.to(tl.int64)
@@ -261,15 +277,29 @@ def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: 
     """
     acc, row_sum, row_max = state
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    pivot = new_max * scale_log2
+    finite_max = new_max
     if MASKED:
         # a row that has seen no key yet has the maximum -inf, and -inf - -inf is NaN: subtract 0 instead
-        pivot = tl.where(new_max == float("-inf"), 0.0, pivot)
-    p = tl.exp2(scores * scale_log2 - pivot[:, None])
-    rescale = tl.exp2(row_max * scale_log2 - pivot)
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores * scale_log2 - (finite_max * scale_log2)[:, None])
+    # Maxima are subtracted before they are scaled, so that the factor is 1 where none has risen. The difference of two
+    # products would become one FMA and give the rounding error of the pivot, again and again with every tile
+    rescale = tl.exp2((row_max - finite_max) * scale_log2)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
     return acc, row_sum, new_max
+
+
+def strides_of(*tensors):
+    """(UNIT, a tuple of the first three strides of each tensor, in units of UNIT elements).
+
+    Tiles are loaded 128 bits a thread where the compiler knows that rows begin at multiples of 16 bytes, and of strides
+    it learns whether 16 divides them, nothing finer. Heads of 72 or 120 elements need to know that 8 does.
+    """
+    strides = [x.stride()[:3] for x in tensors]
+    flat = [stride for of_tensor in strides for stride in of_tensor]
+    unit = 8 if any(stride % 16 for stride in flat) and not any(stride % 8 for stride in flat) else 1
+    return unit, tuple(tuple(stride // unit for stride in of_tensor) for of_tensor in strides)
 
 
 def packed_heads(group, rows):

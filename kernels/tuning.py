@@ -200,6 +200,12 @@ def architecture(device):
     return 10 * major + minor
 
 
+@functools.cache
+def processors(device):
+    """Multiprocessors of a CUDA device; 1 for the interpreter, which runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def tile_config(name, head_dim, dtype, arch):
     """The TileConfig of a pass, "forward", "dq", "dkdv", "decode" or "rotary", for heads of head_dim elements on arch.
 

@@ -10,8 +10,17 @@ import triton
 import triton.language as tl
 from budget import excess
 
-from kernels import reference, rope_tables, sliding_gqa_attention, tiles, tuning
-from kernels.attention_bwd import attention_backward
+from kernels import (
+    attention_bwd,
+    attention_fwd,
+    reference,
+    rope_kernel,
+    rope_tables,
+    sliding_gqa_attention,
+    tiles,
+    tuning,
+)
+from kernels.attention_bwd import attention_backward, head_parts
 from kernels.attention_fwd import attention_forward
 from kernels.tuning import TileConfig
 
@@ -104,6 +113,7 @@ FEATURES = {
     "rope on a quarter of the head": {"rotary_dim": 4},
     "rope with odd halves": {"rotary_dim": 12, "D": 24},
     "rope on a head of 48": {"rotary_dim": 48, "D": 48},
+    "rope on three quarters, whose halves pad to a wider tile": {"rotary_dim": 24, "D": 32},
     "everything": {"softcap": 1.5, "sinks": True, "rotary_dim": 16, "B": 2},
 }
 
@@ -117,10 +127,65 @@ def test_features(feature, dtype, device):
     assert_within_budget(inputs, grads, 20, **{**options, **changed})
 
 
-@pytest.mark.parametrize("D", [8, 16, 24, 80, 96, 128, 256])
+@pytest.mark.parametrize("D", [8, 16, 24, 72, 80, 96, 128, 256])
 def test_head_sizes(D, device):
     inputs, grads, options = problem(device, 20, 25, Hq=2, Hkv=1, D=D)
     assert_within_budget(inputs, grads, 11, **options)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("shape", [{}, {"rotary_dim": 16}, {"rotary_dim": 24, "D": 32}])
+def test_heads_of_a_group_spread_over_programs(shape, parts, device):
+    """The sum over the query heads of a KV head, made by several programs of the dk/dv kernel."""
+    inputs, grads, options = problem(device, 9, 20, Hq=128, Hkv=2, B=2, **shape)  # 16 heads a tile: 4 packs
+    out, lse = attention_forward(*inputs, 7, config=TINY, **options)
+    one, several = (
+        attention_backward(*grads, *inputs, out, lse, 7, configs=(TINY, TINY), parts=among, **options)[:3]
+        for among in (1, parts)
+    )
+    for a, b in zip(several, one, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_heads_are_spread_where_programs_are_few():
+    # 4,096 tokens of one KV head in blocks of 64 keys, 8 packs of 4 heads, 132 multiprocessors
+    assert head_parts(64, 8, 132) == 8 and head_parts(64, 2, 132) == 2
+    assert head_parts(264, 8, 132) == 1 and head_parts(64, 3, 132) == 1 and head_parts(1, 1, 132) == 1
+
+
+def test_keys_before_the_oldest_window_are_not_rotated(device, monkeypatch):
+    """A chunk of a prompt at the end of a long cache: what the window does not reach costs nothing."""
+    rotated = []
+
+    def counting(k, *rest, **options):
+        rotated.append(k.shape[2])
+        return rope_kernel.rotate(k, *rest, **options)
+
+    for module in (attention_fwd, attention_bwd):
+        monkeypatch.setattr(module, "rotate", counting)
+    inputs, grads, options = problem(device, 6, 90, rotary_dim=16)
+    assert_within_budget(inputs, grads, 11, **options)
+    assert rotated == [16, 16]
+    assert_within_budget(inputs, grads, None, **options)
+    assert rotated[2:] == [90, 90]
+
+
+def test_a_common_offset_of_scores_does_not_add_up(device):
+    """Rescaling where no maximum has risen is by 1, whatever the pivot was rounded to."""
+    q, k, v = (torch.randn(1, 1, length, 16, device=device) for length in (4, 2048, 2048))
+    q[..., 0], k[..., 0] = 6.0, 20.0
+    out, lse = attention_forward(q, k, v, None, scale=0.25, config=TINY)
+    exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), None, scale=0.25)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_nan_is_not_hidden(device):
+    inputs, _, options = problem(device, T=20)
+    inputs[0][0, 1, 5, 3] = float("nan")
+    for result in attention_forward(*inputs, 7, config=TINY, **options):
+        assert result[0, 1, 5].isnan().all()
+        assert result.isnan().sum() == result[0, 1, 5].numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,6 +306,17 @@ def test_row_addresses_are_64_bit(device):
     offset = torch.zeros(1, dtype=torch.int64, device=device)
     offsets_kernel[(1,)](offset, (2**31 + 16, 2**31 - 16, 2**30), 3, 5, 70)
     assert offset.item() == 3 * (2**31 + 16) + 5 * (2**31 - 16) + 70 * 2**30
+
+
+def test_strides_come_in_units_of_eight_where_that_says_more():
+    def strides(*shape):
+        return tiles.strides_of(torch.empty(shape))
+
+    assert strides(2, 4, 8, 64) == (1, ((2048, 512, 64),))  # all multiples of 16, which Triton sees
+    assert strides(2, 4, 8, 72) == (8, ((288, 72, 9),))
+    assert strides(2, 4, 8, 60) == (1, ((1920, 480, 60),))
+    mixed = tiles.strides_of(torch.empty(2, 4, 8, 72), torch.empty(2, 4, 8, 64))
+    assert mixed == (8, ((288, 72, 9), (256, 64, 8)))
 
 
 def brute_force_spans(queries, first_key, last_key, window, offset):
