@@ -8,6 +8,7 @@ Calls take turns. Columns:
 
     shape        T, window, query heads / KV heads x head size; the batch before it if it is not 1
     ms           median of the calls (20th to 80th percentile); fwd+bwd is one forward and one backward together
+    host ms      on a GPU only: until the call returns to Python, which a small model pays (gpu_timer.py)
     TFLOP/s      over visible pairs only (GFLOP/s on a CPU): 4 D a pair forward, 3.5 times that with the backward
     of matmul    the share of what a large matrix product of the same dtype reached in the same turns
     MB           memory that a call takes at its peak, inputs not counted, masks and results counted
@@ -23,7 +24,7 @@ from functools import partial
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from attn_contestants import CONTESTANTS, Oracle, Problem, backend_of_ours, call_of
-from measure import alternate, large_matmul, peak_memory, shown, three_digits, with_memory_held
+from measure import alternate, large_matmul, peak_memory, shown, three_digits, with_host_times, with_memory_held
 
 # T, window[, Hq, Hkv, D[, B]]
 QUICK = {
@@ -199,7 +200,8 @@ def table(rows, name, device):
     ways = Counter((row["contestant"], row["way"]) for row in rows if row["way"])
     notes = harness.not_timed(rows)
     notes += [f"{who} with {way}: its fastest at {points} points" for (who, way), points in sorted(ways.items())]
-    return {"title": f"Attention, {name}", "columns": columns, "rows": lines, "notes": notes}
+    made = {"title": f"Attention, {name}", "columns": columns, "rows": lines, "notes": notes}
+    return with_host_times(made, rows)
 
 
 def plots(rows, passes):

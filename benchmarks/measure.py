@@ -11,20 +11,31 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from gpu_timer import GpuTimer
 from torch.profiler import ProfilerActivity, profile
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 200
 TURN_SECONDS, MOST_CALLS_A_TURN = 0.02, 10  # short calls have several a turn
-L2_FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any card
 
 
 class Spread(NamedTuple):
-    """Seconds of one call: median, 20th and 80th percentile, and of how many calls."""
+    """Seconds of one call: median, 20th and 80th percentile, and of how many calls.
+
+    On a GPU these are the device's, and host is the median time until the call returns to Python; if it is behind,
+    the device's may include some of it (`GpuTimer`). On a CPU, and from a timer of one's own, host is None.
+    """
 
     median: float
     p20: float
     p80: float
     calls: int
+    host: float | None = None
+    behind: bool = False
+
+    @property
+    def pace(self):
+        """Seconds a call in a loop that waits for nothing: the slower of device and host."""
+        return max(self.median, self.host or 0)
 
     def as_dict(self):
         """For a row of a document, in milliseconds."""
@@ -33,7 +44,7 @@ class Spread(NamedTuple):
             "p20_ms": self.p20 * 1e3,
             "p80_ms": self.p80 * 1e3,
             "calls": self.calls,
-        }
+        } | ({} if self.host is None else {"host_ms": self.host * 1e3, "host_behind": self.behind})
 
 
 def spread(seconds):
@@ -56,7 +67,7 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
     `seconds`, at most `most`. timer(function) calls it and says how many seconds it took. The caller has called each of
     them before: nothing warms up here.
     """
-    timer = timer or (_GpuTimer(device) if torch.device(device).type == "cuda" else _seconds_of)
+    timer = timer or (GpuTimer(device) if torch.device(device).type == "cuda" else _seconds_of)
     names, times, dice = list(calls), {name: [] for name in calls}, random.Random(0)
     started = time.perf_counter()
     collecting = gc.isenabled()
@@ -75,7 +86,13 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
     finally:
         if collecting:
             gc.enable()
-    return {name: spread(seconds) for name, seconds in times.items()}
+    spreads = {name: spread(seconds) for name, seconds in times.items()}
+    if isinstance(timer, GpuTimer):
+        hosts = {name: timer.host[call] for name, call in calls.items()}
+        return {
+            name: each._replace(host=hosts[name].median, behind=hosts[name].behind) for name, each in spreads.items()
+        }
+    return spreads
 
 
 def _seconds_of(call):
@@ -90,22 +107,24 @@ def shown(row):
     return f"{median} ({p20}-{p80})"
 
 
-class _GpuTimer:
-    """Seconds that a call keeps the GPU busy, its inputs not in the L2 cache."""
+def with_host_times(table, rows):
+    """A table whose lines are of the timed `rows`, with "host ms" behind its milliseconds where rows have it: on a GPU.
 
-    def __init__(self, device):
-        self.device = device
-        self.rubbish = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def __call__(self, call):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # clearing this takes the GPU longer than the launches that follow take the host, which are then not timed
-        self.rubbish.zero_()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+    A star marks a call that the GPU caught up with.
+    """
+    rows = [row for row in rows if "median_ms" in row]
+    if not any("host_ms" in row for row in rows):
+        return table
+    after = 1 + next(i for i, column in enumerate(table["columns"]) if column in ("ms", "ms a step"))
+    cells = [three_digits(row["host_ms"]) + "*" * row["host_behind"] for row in rows]
+    notes = ["host ms: until the call returns to Python, the GPU not waited for; ms is the GPU's alone"]
+    if any(row["host_behind"] for row in rows):
+        notes.append("*: waits for the GPU itself or overfills its queue; its ms may include time of the host")
+    return table | {
+        "columns": [*table["columns"][:after], "host ms", *table["columns"][after:]],
+        "rows": [[*line[:after], cell, *line[after:]] for line, cell in zip(table["rows"], cells, strict=True)],
+        "notes": [*table["notes"], *notes],
+    }
 
 
 def peak_memory(call, device):

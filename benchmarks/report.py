@@ -29,7 +29,10 @@ HEAD = """\
 Written by `python benchmarks/report.py` from the files in [docs/results](results): change those, not this page.
 
 All times are medians, with the 20th and 80th percentile, of calls that took turns with those of the other contestants
-in one run. Every contestant had to agree with the reference before it was timed. What a column means is in the
+in one run. Every contestant had to agree with the reference before it was timed. On a GPU the time of a call is the
+device's alone, with a cold L2 cache and all launches in the queue before it starts, and *host ms* is the time until the
+call returns to Python ([gpu_timer.py](../benchmarks/gpu_timer.py) says how); of whole steps, tokens/s and ratios are of
+the slower of the two. Writing is timed by the wall clock, host and device together. What a column means is in the
 docstring of the benchmark: `python benchmarks/attn_speed.py --help`.
 """
 NO_GPU = """\

@@ -8,6 +8,7 @@ for their gradients in the backward pass. Every contestant is checked against th
 
     shape     T, query heads / KV heads x head size; the batch before it if it is not 1
     ms        median of the calls (20th to 80th percentile)
+    host ms   on a GPU only: until the call returns to Python, which a small model pays (gpu_timer.py)
     GB/s      of that traffic, whatever a contestant really moves
     of copy   the share of what copying q and k reached in the same turns
     MB        memory that a call takes at its peak, inputs not counted
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
-from measure import alternate, peak_memory, shown, three_digits
+from measure import alternate, peak_memory, shown, three_digits, with_host_times
 
 from kernels import apply_rope, resolve_backend, rope_tables
 
@@ -253,12 +254,13 @@ def table(rows, name):
         for row in rows
         if "median_ms" in row
     ]
-    return {
+    made = {
         "title": f"Rotation of q and k, {name}",
         "columns": ["shape", "contestant", "ms", "GB/s", "of copy", "MB"],
         "rows": lines,
         "notes": harness.not_timed(rows),
     }
+    return with_host_times(made, rows)
 
 
 def plot(rows, name):

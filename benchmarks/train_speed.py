@@ -6,7 +6,8 @@
 A step is forward, backward, clipping and fused AdamW (optimizer_speed.py has what Muon adds). The three models have the
 same weights and see the same batches; their losses and gradients must agree before they are timed. They take turns:
 
-    tokens/s   of the median step (20th to 80th percentile of the step's milliseconds in the next column)
+    tokens/s   of the median step (20th to 80th percentile of the step's milliseconds in the next column); on a GPU of
+               the slower of that, which is the device's alone, and "host ms", until the step returns (gpu_timer.py)
     x plain    how many times as fast as the same model with --no-fused-kernels; x HF: as Hugging Face's
     MB         what a step allocates at its peak beside weights, gradients and optimizer: activations, mostly
     MFU        on a GPU: FLOPs that the step needs (visible pairs only), of the card's bf16 peak (cards.py)
@@ -22,7 +23,7 @@ import starcoder2
 import torch
 import torch.nn.functional as F
 from cards import peak_of
-from measure import alternate, peak_memory, shown, three_digits
+from measure import alternate, peak_memory, shown, three_digits, with_host_times
 
 from model import GPT, GPTConfig, flops_a_token
 from train.config import RunConfig, TrainerConfig
@@ -235,11 +236,11 @@ def add_figures(rows, times, config, peak):
     for row in rows:
         if time := times.get(row["contestant"]):
             row |= time.as_dict()
-            row["tokens_per_second"] = row["tokens"] / time.median
+            row["tokens_per_second"] = row["tokens"] / time.pace
             row["flops_per_second"] = row["tokens_per_second"] * flops_a_token(config)
             for name, key in (("ours, --no-fused-kernels", "x_plain"), ("Hugging Face StarCoder2", "x_hugging_face")):
                 if name in times:
-                    row[key] = times[name].median / time.median
+                    row[key] = times[name].pace / time.pace
             if peak is not None:
                 row["mfu"] = row["flops_per_second"] / (peak.tflops * 1e12)
 
@@ -263,7 +264,8 @@ def table(rows, device):
     columns = ["workload", "model", "tokens/s", "ms a step", "x plain", "x HF", "MB", *(["MFU"] if cuda else [])]
     sizes = {row["shape"]: f"{row['parameters']:,} parameters, {row['tokens']:,} tokens a step" for row in rows}
     notes = [f"{shape}: {size}" for shape, size in sizes.items()] + harness.not_timed(rows)
-    return {"title": "Training steps", "columns": columns, "rows": lines, "notes": notes}
+    made = {"title": "Training steps", "columns": columns, "rows": lines, "notes": notes}
+    return with_host_times(made, rows)
 
 
 def plot(rows):
