@@ -299,19 +299,22 @@ def decode(
     return out
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # batches that grow and shrink ask for many, the layers of a step for the same
 def split_count(programs, tiles, processors):
     """Into how many parts to cut the `tiles` tiles of keys of each of `programs` row blocks.
 
     RESIDENT x processors programs run at a time. A cut shortens each, but each has to start, and the parts have to be
     combined: the fewest parts that come within 5 % of the shortest time. Nothing here depends on lengths, so that one
-    CUDA graph serves every step.
+    CUDA graph serves every step. More parts of which the longest has as many tiles only make more waves, so the fewest
+    parts for each length are weighed: at most 2 sqrt(tiles) numbers.
     """
-
-    def time(splits):
-        waves = triton.cdiv(programs * splits, RESIDENT * processors)
-        return waves * (triton.cdiv(tiles, splits) + START) + (COMBINE if splits > 1 else 0)
-
-    candidates = range(1, max(1, tiles) + 1)
-    shortest = min(map(time, candidates))
-    return next(splits for splits in candidates if time(splits) <= 1.05 * shortest)
+    times, splits = {}, 1
+    while True:
+        longest = -(-tiles // splits)
+        waves = -(-programs * splits // (RESIDENT * processors))
+        times[splits] = waves * (longest + START) + (COMBINE if splits > 1 else 0)
+        if longest <= 1:
+            break
+        splits = -(-tiles // (longest - 1))
+    shortest = min(times.values())
+    return next(splits for splits, time in times.items() if time <= 1.05 * shortest)

@@ -4,6 +4,9 @@ Tiles are 16 keys wide, so that short rings have tiles of every kind. What a cal
 does not need, what lies around the ring in memory, and what torch.empty returns.
 """
 
+import math
+import random
+
 import pytest
 import torch
 import triton
@@ -300,6 +303,33 @@ def test_few_rows_are_split_until_the_gpu_is_full_and_many_are_not(processors):
         assert longest == triton.cdiv(16, min(16, room // programs))
     assert split_count(10 * room, 1000, processors) == 1
     assert split_count(1, 1, processors) == 1
+
+
+def test_the_number_of_parts_is_that_of_an_exhaustive_search():
+    def exhaustive(programs, tiles, processors):
+        def time(splits):
+            waves = math.ceil(programs * splits / (decode_kernels.RESIDENT * processors))
+            combine = decode_kernels.COMBINE if splits > 1 else 0
+            return waves * (math.ceil(tiles / splits) + decode_kernels.START) + combine
+
+        candidates = {splits: time(splits) for splits in range(1, max(1, tiles) + 1)}
+        shortest = min(candidates.values())
+        return next(splits for splits, time in candidates.items() if time <= 1.05 * shortest)
+
+    dice = random.Random(0)
+    for _ in range(3000):
+        # as many small as large
+        point = [int(2 ** dice.uniform(0, bits)) for bits in (11, 11, 8)]
+        assert split_count(*point) == exhaustive(*point), point
+    assert split_count(1, 0, 132) == exhaustive(1, 0, 132)
+
+
+def test_the_search_for_the_number_of_parts_stalls_no_step():
+    """To weigh every number of parts of a billion tiles would take minutes; the cache keeps fewer than asked for."""
+    assert 251 <= split_count(1, 10**9, 132) <= 264
+    for programs in range(1, 3001):
+        split_count(programs, 64, 132)
+    assert split_count.cache_info().currsize == split_count.cache_info().maxsize < 3000
 
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
