@@ -1,7 +1,8 @@
 """Rotary positions and causal sliding-window attention with grouped KV heads: forward, backward and decoding.
 
     from kernels import sliding_gqa_attention, rope_tables
-    out = sliding_gqa_attention(q, k, v, window=128, rope=rope_tables(T, D))      # (B, Hq, T, D)
+    rope = rope_tables(T, D, device=q.device)
+    out = sliding_gqa_attention(q, k, v, window=128, rope=rope)       # (B, Hq, T, D)
 
 Conventions, the same in every function:
 
@@ -18,7 +19,8 @@ lengths  queries are the *last* T of the S positions ("bottom-right"). T=3, S=5,
              query 4  . . 1 1 1
 
 rotary   half-split pairs (x[i], x[i + R/2]) by default, as in LLaMA; `apply_rope` also takes interleaved pairs.
-backend  "auto" is Triton on a GPU and "banded" (PyTorch, linear cost) elsewhere. A named backend never falls back.
+backend  "auto" is Triton on a GPU and "banded" (PyTorch, linear cost) elsewhere, and for what Triton has no tiles for:
+         fp64 and heads of more than 256 elements. A named backend never falls back.
 
 Importing this package loads neither torch nor Triton: the names below are imported when they are first used.
 """

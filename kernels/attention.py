@@ -7,8 +7,8 @@ implementations, the FLOP formula and autograd stand here once, and a backend is
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import resolve_backend
-from .rope import check_tables
+from .backend import autocast_dtype, resolve_backend
+from .checks import check_heads, check_options, check_rope, check_tensor
 
 
 def sliding_gqa_attention(
@@ -23,33 +23,34 @@ def sliding_gqa_attention(
     softcap   c bounds the scaled scores to c * tanh(s / c) (Gemma 2).
     sinks     (Hq,) one more logit a head that takes probability and gives no value (gpt-oss).
     rope      (cos, sin) of `rope_tables`, at least S long: q and k are rotated inside, half-split, at positions
-              S-T .. S-1 and 0 .. S-1; the gradients are those of the unrotated q and k.
-    backend   "auto" (Triton on a GPU, banded elsewhere), or "triton", "banded", "reference" and no other.
+              S-T .. S-1 and 0 .. S-1; the gradients are those of the unrotated q and k. The tables are constants.
+    backend   "auto" (Triton on a GPU, banded elsewhere and for what Triton has no tiles for: fp64, heads of more than
+              256 elements), or "triton", "banded", "reference" and no other.
 
     Returns (B, Hq, T, D) in q's dtype and memory layout, differentiable in q, k, v and sinks; with return_lse also the
     natural log of the sum of exponentials, (B, Hq, T) fp32, sinks included. Dropout is not offered. Under autocast the
-    inputs are cast to its dtype. Raises ValueError for shapes, dtypes or strides it cannot take.
+    inputs are cast to its dtype. Raises ValueError for shapes, dtypes, devices or strides it cannot take.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    check_tensor("q", q, q)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None and q.dtype != torch.float64:
+        check_tensor("k", k, k), check_tensor("v", v, v)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_heads(q, k, v, "k", "v")
-    check_options(q, window, scale, softcap, sinks)
+    window, scale, softcap = check_options(q, window, scale, softcap, sinks)
     if q.shape[2] > k.shape[2]:
         raise ValueError(
             f"q has {q.shape[2]} positions, more than k's {k.shape[2]}: queries are the last T of S positions"
         )
-    if rope is not None:
-        check_tables(*rope, k.shape[2], q.shape[3])
-    name, _ = resolve_backend(backend, q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    cos, sin = check_rope(rope, k.shape[2], q)
+    name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     if name == "reference":
         from . import reference
 
+        rope = None if cos is None else (cos, sin)
         out, lse = reference.attention(q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope)
         out = in_layout_of(q, out)
     else:
-        cos, sin = (None, None) if rope is None else rope
         # the banded backward needs no lse, so it is only made where it is asked for
         with_lse = return_lse or sinks is not None or name != "banded"
         arguments = q, k, v, sinks, cos, sin, window, scale, softcap, name
@@ -195,51 +196,3 @@ def in_layout_of(like, x):
     order = sorted(range(like.dim()), key=lambda d: -like.stride(d))
     inverse = sorted(range(like.dim()), key=order.__getitem__)
     return x.permute(order).contiguous().permute(inverse)
-
-
-def check_heads(q, k, v, k_name, v_name):
-    """Raise ValueError unless q (B, Hq, T, D) and k, v (B, Hkv, S, D) belong together."""
-    for name, x in (("q", q), (k_name, k), (v_name, v)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, expected 4 dimensions (batch, heads, length, head size)"
-            )
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name} has last stride {x.stride(-1)}, expected 1: call .contiguous() on it")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}, expected a floating one")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}, expected q's {q.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, expected q's {q.device}")
-    if k.shape != v.shape:
-        raise ValueError(f"{v_name} has shape {tuple(v.shape)}, expected {k_name}'s {tuple(k.shape)}")
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"{k_name} has batch size {k.shape[0]}, expected q's {q.shape[0]}")
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"{k_name} has head size {k.shape[3]}, expected q's {q.shape[3]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"{k_name} has {k.shape[1]} heads, which do not divide q's {q.shape[1]} "
-            "(grouped KV heads need Hq % Hkv == 0)"
-        )
-
-
-def check_options(q, window, scale, softcap, sinks):
-    """Raise ValueError unless window, scale, softcap and sinks mean something for q (B, Hq, T, D)."""
-    if isinstance(window, tuple | list):
-        raise ValueError(
-            f"window is {window!r}, expected one number: flash-attn's (left, right) = (W - 1, 0) is window=W"
-        )
-    if window is not None and window < 1:
-        raise ValueError(
-            f"window is {window}, expected None or at least 1, the query's own key included (flash-attn's (W - 1, 0))"
-        )
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale}, expected a positive number")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}, expected None or a positive number")
-    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or not sinks.is_floating_point()):
-        raise ValueError(
-            f"sinks is {sinks.dtype} {tuple(sinks.shape)}, expected one float for each of q's {q.shape[1]} heads"
-        )

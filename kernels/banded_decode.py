@@ -12,7 +12,7 @@ holds. Elsewhere than on a CPU nothing waits for `lengths`, and the mask is alwa
 
 import torch
 
-from .banded_rope import turn
+from .banded_rope import rows_of, turn
 
 
 def append(k, v, k_cache, v_cache, lengths, *, rope=None):
@@ -43,7 +43,11 @@ def decode(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, si
     """`sliding_gqa_decode`: products over the slots that are seen, or over the whole ring under a mask."""
     B, Hq, T, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
-    window = C if window is None else window
+    lost = None
+    if window is None:
+        window = C
+        if not lengths.is_cpu:  # who can look at them has refused such lengths
+            lost = (lengths > C)[:, None, None, None]  # rows that should see what their ring has overwritten
     shortest, longest = _range(lengths)
     if rope is not None:
         q = turn(q, *_rows(rope, lengths, T, shortest, longest))
@@ -58,7 +62,8 @@ def decode(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, si
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     rows = q.reshape(B * Hkv, Hq // Hkv * T, D)  # the heads of a group share their keys
     out = attend(rows, keys, values, (B, Hq, T), scale, unseen, softcap=softcap, sinks=sinks, padding=shortest < T)
-    return out.view(B, Hq, T, D)
+    out = out.view(B, Hq, T, D)
+    return out if lost is None else out.masked_fill(lost, float("nan"))
 
 
 def attend(rows, keys, values, queries, scale, unseen=None, *, softcap=None, sinks=None, padding=False):
@@ -103,7 +108,8 @@ def _rows(rope, lengths, T, shortest, longest):
     if shortest == longest >= T:
         return [table.narrow(0, longest - T, T) for table in rope]
     positions = _positions(lengths, T).clamp_(min=0)
-    return [table[positions][:, None] for table in rope]
+    cos, sin = (table[:, None] for table in rows_of(*rope, positions, lengths.is_cpu))
+    return cos, sin
 
 
 def _unseen(lengths, T, window, v_cache, shortest):

@@ -72,10 +72,20 @@ def turn_in_pieces(xs, cos, sin, interleaved=False):
     return outs
 
 
+def rows_of(cos, sin, positions, checked):
+    """cos and sin (*positions.shape, R / 2) of an integer tensor. Not checked: NaN for positions that they lack."""
+    if checked:
+        return cos[positions], sin[positions]
+    near = positions.clamp(0, cos.shape[0] - 1)
+    lacking = (near != positions)[..., None]
+    return cos[near].masked_fill(lacking, float("nan")), sin[near].masked_fill(lacking, float("nan"))
+
+
 def rotate_both(q, k, cos, sin, interleaved=False):
-    """(q, k) rotated by tables that broadcast against (B, H, T, R / 2), differentiable, each in its own dtype."""
-    learned = cos.requires_grad or sin.requires_grad
-    if q.device.type != "cpu" or learned or not nobody_listens(q, k, cos, sin):
+    """(q, k) rotated by tables that broadcast against (B, H, T, R / 2), differentiable, each in its own dtype.
+
+    The tables are constants, which have no gradients."""
+    if q.device.type != "cpu" or not nobody_listens(q, k, cos, sin):
         return _products(q, k, cos, sin, interleaved)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _Turn.apply(q, k, cos, sin, interleaved)

@@ -15,30 +15,41 @@ from functools import cache
 
 import torch
 
-from .attention import check_heads, check_options, in_layout_of
+from .attention import in_layout_of
 from .backend import resolve_backend
+from .checks import check_heads, check_options, check_reach, check_rope, check_tensor, kind_of
 from .listeners import nobody_listens
-from .rope import check_tables
 
 
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
     """Write k, v (B, Hkv, T_new, D) into the rings at positions lengths - T_new .. lengths - 1, in place.
 
     rope=(cos, sin) rotates k for its positions first (half-split); the tables must reach the largest of them. Not
-    differentiable. Returns None. Raises ValueError for shapes, dtypes or devices that do not fit, and for T_new > C.
+    differentiable. Returns None.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, for T_new > C, for rings that share memory, and
+    for a position past the tables. On a GPU, where nothing waits for `lengths`, such a position's key is NaN instead.
     """
     check_heads(k, k_cache, v_cache, "k_cache", "v_cache")
-    _check_ring(k, k_cache, lengths, rope)
-    if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"v is {v.dtype} {tuple(v.shape)}, expected k's {k.dtype} {tuple(k.shape)}")
+    check_tensor("v", v, k, "k")
+    _check_ring(k, k_cache, lengths)
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
     if k.shape[1] != k_cache.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads, expected the {k_cache.shape[1]} of k_cache")
     if k.shape[2] > k_cache.shape[2]:
         raise ValueError(
             f"k has {k.shape[2]} tokens, more than the {k_cache.shape[2]} slots of k_cache: append in parts"
         )
+    for name, ring in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not ring.is_contiguous() and any(
+            n > 1 and not step for n, step in zip(ring.shape, ring.stride(), strict=True)
+        ):
+            raise ValueError(f"{name} is expanded, so that its rows share memory: call .contiguous() on it")
+    if k_cache is v_cache and k_cache.numel():
+        raise ValueError(_SHARED)
+    cos, sin = check_rope(rope, 0, k, "k")
     name, _ = resolve_backend(backend, k.device)
-    cos, sin = (None, None) if rope is None else rope
     tensors = k, v, k_cache, v_cache, lengths, cos, sin
     _call(torch.ops.sliding_gqa.append, _append, tensors, name)
 
@@ -54,19 +65,18 @@ def sliding_gqa_decode(
     memory layout.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a ring that is too small: C must be at
-    least window + T_new - 1, or without a window at least every length (on a GPU, that one is a device-side assertion).
+    least window + T_new - 1. What only `lengths` tell is an error too, on a CPU: a row that is longer than C without a
+    window, and a position past the tables of rope. On a GPU, where nothing waits for `lengths`, the result of that row,
+    or of that position, is NaN.
     """
     check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
-    check_options(q, window, scale, softcap, sinks)
-    _check_ring(q, k_cache, lengths, rope)
-    (T, D), C = q.shape[2:], k_cache.shape[2]
+    window, scale, softcap = check_options(q, window, scale, softcap, sinks)
+    _check_ring(q, k_cache, lengths)
+    T, C = q.shape[2], k_cache.shape[2]
     if window is not None and C < window + T - 1:
         raise ValueError(f"k_cache has {C} slots, expected at least window + T_new - 1 = {window + T - 1}")
-    if window is None and lengths.device.type != "cpu":  # on a CPU the operator itself looks
-        torch._assert_async((lengths <= C).all(), _too_small(C))
-    scale = D**-0.5 if scale is None else scale
-    name, _ = resolve_backend(backend, q.device)
-    cos, sin = (None, None) if rope is None else rope
+    cos, sin = check_rope(rope, 0, q)
+    name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     tensors = q, k_cache, v_cache, lengths, sinks, cos, sin
     return _call(torch.ops.sliding_gqa.decode, _decode, tensors, window, scale, softcap, name)
 
@@ -80,7 +90,9 @@ def _call(operator, implementation, tensors, *options):
     return (implementation if plain else operator)(*tensors, *options)
 
 
-def _check_ring(x, k_cache, lengths, rope):
+def _check_ring(x, k_cache, lengths):
+    if not isinstance(lengths, torch.Tensor):
+        raise ValueError(f"lengths is {kind_of(lengths)}, expected a tensor torch.int32 ({x.shape[0]},) on {x.device}")
     if lengths.dtype != torch.int32 or tuple(lengths.shape) != (x.shape[0],) or lengths.device != x.device:
         raise ValueError(
             f"lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}, "
@@ -88,12 +100,23 @@ def _check_ring(x, k_cache, lengths, rope):
         )
     if k_cache.shape[2] == 0:
         raise ValueError("k_cache has no slots")
-    if rope is not None:
-        check_tables(*rope, 1, x.shape[3])
 
 
-def _too_small(slots):
-    return f"k_cache has {slots} slots, fewer than the longest row: without a window it must hold every token"
+_SHARED = "k_cache and v_cache are the same memory, expected one tensor for the keys and one for the values"
+
+
+def _check_lengths(lengths, slots, cos, backend):
+    """What lengths tell, where the host looks at them anyway. slots: of a ring that has to hold all tokens, or None."""
+    if (slots is None and cos is None) or not (lengths.is_cpu or backend == "reference"):
+        return
+    longest = max(lengths.tolist(), default=0)
+    if slots is not None and longest > slots:
+        raise ValueError(
+            f"k_cache has {slots} slots, fewer than the longest row's {longest} tokens: "
+            "without a window it must hold all of them"
+        )
+    if cos is not None and longest > cos.shape[0]:
+        check_reach(cos.shape[0], longest - 1)
 
 
 @cache
@@ -121,6 +144,9 @@ torch.library.define(
 
 
 def _append(k, v, k_cache, v_cache, lengths, cos, sin, backend):
+    _check_lengths(lengths, None, cos, backend)
+    if k_cache.data_ptr() == v_cache.data_ptr() and k_cache.numel():
+        raise ValueError(_SHARED)
     rope = None if cos is None else (cos, sin)
     _module(backend).append(k, v, k_cache, v_cache, lengths, rope=rope)
 
@@ -134,10 +160,8 @@ def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
 
 
 def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, backend):
+    _check_lengths(lengths, k_cache.shape[2] if window is None else None, cos, backend)
     rope = None if cos is None else (cos, sin)
-    C = k_cache.shape[2]
-    if window is None and lengths.device.type == "cpu" and max(lengths.tolist(), default=0) > C:
-        raise ValueError(_too_small(C))
     out = _module(backend).decode(
         q, k_cache, v_cache, lengths, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
     )

@@ -60,14 +60,17 @@ COMBINE = 2  # the launch of the second kernel, and its reads
 RESIDENT = 2  # programs that a multiprocessor runs at a time: the tiles of more would not fit its shared memory
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_new", "num_heads", "num_slots"])
+@triton.jit(do_not_specialize=["num_rows", "num_new", "num_heads", "num_slots", "num_positions"])
 def append_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, cos_ptr, sin_ptr,
     k_strides, v_strides, k_cache_strides, v_cache_strides,  # of batch, head, position or slot; the last stride is 1
-    num_rows, num_new, num_heads, num_slots,
+    num_rows, num_new, num_heads, num_slots, num_positions,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rotate k, then write k and v into the slots of their positions. A row is one head of one token."""
+    """Rotate k, then write k and v into the slots of their positions. A row is one head of one token.
+
+    num_positions: rows of the tables. The key of a position past them is NaN.
+    """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = row % num_heads
     token = row // num_heads % num_new
@@ -82,7 +85,7 @@ def append_kernel(
     v_rows = v_ptr + row_offset(batch, head, token, v_strides)[:, None]
     k_slots = k_cache_ptr + row_offset(batch, head, slot, k_cache_strides)[:, None]
     v_slots = v_cache_ptr + row_offset(batch, head, slot, v_cache_strides)[:, None]
-    k = load_rotated(k_rows, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    k = load_rotated(k_rows, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
     tl.store(k_slots + element[None, :], k, mask=ok)
     tl.store(v_slots + element[None, :], tl.load(v_rows + element[None, :], mask=ok, other=0.0), mask=ok)
 
@@ -122,15 +125,21 @@ def _attend(
     return state
 
 
-@triton.jit(do_not_specialize=["num_new", "num_kv_heads", "num_slots", "window", "num_splits"])
+@triton.jit(
+    do_not_specialize=["num_new", "num_kv_heads", "num_slots", "window", "max_length", "num_positions", "num_splits"]
+)
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
     q_strides, k_strides, v_strides, out_strides,  # of batch, head, position or slot; the last stride is 1
-    num_new, num_kv_heads, num_slots, window, num_splits, scale_log2, cap_scale,
+    num_new, num_kv_heads, num_slots, window, max_length, num_positions, num_splits, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys of one row block, into out, or if acc_ptr is not None, into (rows, num_splits, HEAD_DIM)."""
+    """One part of the keys of one row block, into out, or if acc_ptr is not None, into (rows, num_splits, HEAD_DIM).
+
+    NaN, since the host has not seen lengths: for rows longer than max_length, whose ring has overwritten what they see,
+    and for queries whose position is past the num_positions rows of the tables.
+    """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     num_rows = num_new * GROUP
     num_blocks = tl.cdiv(num_rows, BLOCK_M)
@@ -145,14 +154,15 @@ def decode_kernel(
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
     in_rows = row < num_rows
-    offset = tl.load(lengths_ptr + batch) - num_new
+    length = tl.load(lengths_ptr + batch)
+    offset = length - num_new
     q_pos = offset + token
     element, in_head = head_columns(HEAD_DIM)
     ok = in_rows[:, None] & in_head[None, :]
     q_rows = q_ptr + row_offset(batch, head, token, q_strides)[:, None]
     # positions below 0 are padding, and have no angles
     q_ok = ok & (q_pos >= 0)[:, None]
-    q = load_rotated(q_rows, element[None, :], q_ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    q = load_rotated(q_rows, element[None, :], q_ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
 
     first_pos = offset + first_row // GROUP
     last_pos = offset + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // GROUP
@@ -177,6 +187,7 @@ def decode_kernel(
         sink = tl.load(sinks_ptr + head, mask=in_rows, other=0.0).to(WIDE) * (LOG2_E / scale_log2)
         row_max = tl.where(split == 0, sink, row_max)
         row_sum = tl.where(split == 0, 1.0, row_sum)
+    row_sum = tl.where(length <= max_length, row_sum, float("nan"))  # which no later sum removes
     state = (acc, row_sum, row_max)
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
@@ -191,8 +202,8 @@ def decode_kernel(
     acc, row_sum, row_max = state
 
     if acc_ptr is None:
-        # a row that saw nothing has acc = 0
-        out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+        # a row that saw nothing has acc = 0; NaN is a sum, too
+        out = acc / tl.where(row_sum != 0, row_sum, 1.0)[:, None]
         out_rows = out_ptr + row_offset(batch, head, token, out_strides)[:, None]
         tl.store(out_rows + element[None, :], out.to(out_ptr.dtype.element_ty), mask=ok)
     else:
@@ -230,7 +241,7 @@ def combine_kernel(
         acc = acc * rescale + tl.sum(part * weight[:, None], 0)
         row_sum = row_sum * rescale + tl.sum(part_sum * weight, 0)
         row_max = new_max
-    out = acc / tl.where(row_sum > 0, row_sum, 1.0)
+    out = acc / tl.where(row_sum != 0, row_sum, 1.0)
     token = row % num_new
     head = row // num_new % num_heads
     out_row = row_offset(row // (num_new * num_heads), head, token, out_strides)
@@ -245,10 +256,11 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
         return
     v = v if v.stride(3) == 1 else v.contiguous()
     cos, sin, rotary_dim = rotary_tables(rope)
+    num_positions = 0 if cos is None else cos.shape[0]
     with torch.cuda.device_of(k):
         append_kernel[(triton.cdiv(rows, APPEND_ROWS),)](
             k, v, k_cache, v_cache, lengths.contiguous(), cos, sin,
-            *(x.stride()[:3] for x in (k, v, k_cache, v_cache)), rows, T, H, k_cache.shape[2],
+            *(x.stride()[:3] for x in (k, v, k_cache, v_cache)), rows, T, H, k_cache.shape[2], num_positions,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, BLOCK_M=APPEND_ROWS, num_warps=1,
         )  # fmt: skip
 
@@ -281,12 +293,14 @@ def decode(
         maxima, sums = (q.new_empty((B * Hq * T, num_splits), dtype=wide) for _ in range(2))
     sinks = None if sinks is None else sinks.contiguous()
     cos, sin, rotary_dim = rotary_tables(rope)
+    num_positions = 0 if cos is None else cos.shape[0]
     scale_log2, cap_scale = softmax_scales(scale, softcap)
     with torch.cuda.device_of(q):
         decode_kernel[(programs * num_splits,)](
             q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, out, acc, maxima, sums,
             *(x.stride()[:3] for x in (q, k_cache, v_cache, out)),
-            T, Hkv, C, C if window is None else window, num_splits, scale_log2, cap_scale,
+            T, Hkv, C, C if window is None else window, C if window is None else 2**31 - 1, num_positions, num_splits,
+            scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, BLOCK_M=block_m, BLOCK_K=config.step,
             PRECISION=tuning.dot_precision(q.dtype, arch),
             num_warps=config.num_warps, num_stages=config.num_stages,

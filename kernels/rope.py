@@ -7,11 +7,14 @@ elements past R are left alone. The backward pass is the same rotation with the 
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from .backend import resolve_backend
-from .banded_rope import rotate_both
+from .banded_rope import rotate_both, rows_of
+from .checks import check_reach, check_tables, check_tensor, kind_of, positive_number, whole_number
+from .listeners import nobody_listens
 
 
 def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None):
@@ -25,8 +28,10 @@ def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None)
                          `attention_factor`, `mscale`, `mscale_all_dim`
         ("llama3", {...}) keys `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`
     Angles are computed in fp32, like the tables that published models were trained with. Raises ValueError for an odd
-    or non-positive rotary_dim, a negative length, and an unknown or incomplete scaling.
+    or non-positive rotary_dim, a negative length, a theta or a factor that is not above 0, and an unknown or incomplete
+    scaling.
     """
+    length, rotary_dim = whole_number("length", length), whole_number("rotary_dim", rotary_dim)
     if rotary_dim <= 0 or rotary_dim % 2:
         raise ValueError(f"rotary_dim is {rotary_dim}, expected a positive even number")
     if length < 0:
@@ -39,22 +44,34 @@ def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None)
 def inverse_frequencies(dim, theta, scaling, device):
     """(R / 2,) angle per position of each pair, and the factor that cos and sin are multiplied with: `rope_tables`."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    theta = positive_number("theta", theta)
     if scaling is None:
         return 1.0 / theta**exponents, 1.0
     if not (isinstance(scaling, tuple | list) and len(scaling) == 2):
         raise ValueError(f"scaling is {scaling!r}, expected None or a pair such as ('linear', 2.0)")
     kind, value = scaling
-    if kind == "linear":
-        return 1.0 / theta**exponents / value, 1.0
-    if kind == "ntk":
-        return 1.0 / (theta * value ** (dim / (dim - 2))) ** exponents, 1.0
-    if kind not in ("yarn", "llama3"):
+    if kind not in ("linear", "ntk", "yarn", "llama3"):
         raise ValueError(f"scaling is of kind {kind!r}, expected 'linear', 'ntk', 'yarn' or 'llama3'")
+    if kind in ("linear", "ntk"):
+        factor = positive_number(f"the factor of scaling {kind!r}", value)
+        if kind == "linear":
+            return 1.0 / theta**exponents / factor, 1.0
+        if dim == 2:
+            raise ValueError("rotary_dim is 2, expected at least 4 for scaling 'ntk', which divides by R - 2")
+        return 1.0 / (theta * factor ** (dim / (dim - 2))) ** exponents, 1.0
+    if not isinstance(value, Mapping):
+        raise ValueError(f"scaling {kind!r} comes with {value!r}, expected a dict with its factor and more")
     needed = {"factor", "original_max_position_embeddings"}
     needed |= {"low_freq_factor", "high_freq_factor"} if kind == "llama3" else set()
     missing = sorted(needed - set(value))
     if missing:
         raise ValueError(f"scaling {kind!r} lacks {', '.join(missing)}")
+    for name in sorted(needed):
+        positive_number(f"{name} of scaling {kind!r}", value[name])
+    if kind == "yarn" and theta == 1:
+        raise ValueError("theta is 1.0, expected another for scaling 'yarn', which divides by its logarithm")
+    if kind == "llama3" and value["low_freq_factor"] == value["high_freq_factor"]:
+        raise ValueError("low_freq_factor and high_freq_factor of scaling 'llama3' are equal, expected different ones")
     blend = _yarn if kind == "yarn" else _llama3
     return blend(1.0 / theta**exponents, dim, theta, value)
 
@@ -90,53 +107,39 @@ def _llama3(inv_freq, dim, theta, options):
     return (1 - kept) * inv_freq / factor + kept * inv_freq, 1.0
 
 
-def check_tables(cos, sin, length, head_dim):
-    """Raise ValueError unless cos and sin are (>= length, R / 2) tables with R <= head_dim."""
-    if cos.dim() != 2 or cos.shape != sin.shape:
-        raise ValueError(
-            f"rope tables cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be of one (length, R/2) shape"
-        )
-    if cos.shape[0] < length:
-        raise ValueError(f"rope tables hold {cos.shape[0]} positions, which is fewer than the {length} of the sequence")
-    if 2 * cos.shape[1] > head_dim:
-        raise ValueError(f"rope tables rotate {2 * cos.shape[1]} elements, more than the head size {head_dim}")
-
-
 def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="auto"):
     """q (B, Hq, T, D) and k (B, Hkv, T, D) with each token's pairs turned by the angles of its position.
 
-    cos, sin: the tables of `rope_tables`, (positions, R / 2) with R <= D. positions: None for 0 .. T-1, a whole number
-    for an offset, or an integer tensor (T,) or (B, T); the numbers in a tensor are not checked against the tables.
+    cos, sin: the tables of `rope_tables`, (positions, R / 2) with R <= D; they are constants. positions: None for
+    0 .. T-1, a whole number for an offset, or a tensor (T,) or (B, T) of int64 or int32.
     interleaved: pairs are (x[2i], x[2i + 1]) instead of (x[i], x[i + R/2]).
+
     Returns new tensors (q, k) in their dtypes, computed in fp32, differentiable in q and k. Raises ValueError for
-    shapes that do not fit.
+    shapes, dtypes or devices that do not fit, and for positions that the tables do not have. Where nothing can look at
+    a tensor of positions without waiting (on a GPU, inside torch.compile), a token at such a position is NaN instead.
     """
-    if q.dim() != 4 or k.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+    for name, x in (("q", q), ("k", k)):
+        check_tensor(name, x, q)
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, H, T, D) and differ only in their heads"
         )
-    if q.dtype != k.dtype:
-        raise ValueError(f"k has dtype {k.dtype}, expected q's {q.dtype}")
-    B, T, D = q.shape[0], q.shape[2], q.shape[3]
-    if isinstance(positions, torch.Tensor):
-        if positions.is_floating_point() or tuple(positions.shape) not in ((T,), (B, T)):
-            raise ValueError(
-                f"positions is {positions.dtype} {tuple(positions.shape)}, expected integers ({T},) or ({B}, {T})"
-            )
-        check_tables(cos, sin, 0, D)
+    B, T = q.shape[0], q.shape[2]
+    by_token = isinstance(positions, torch.Tensor)
+    looked_at = False
+    if by_token:
+        cos, sin = check_tables(cos, sin, 0 if positions.numel() == 0 else 1, q)
+        looked_at = _check_positions(positions, B, T, cos)
     else:
-        positions = 0 if positions is None else int(positions)
-        if positions < 0:
-            raise ValueError(f"positions is {positions}, expected an offset of 0 or more")
-        check_tables(cos, sin, positions + T, D)
+        positions = _offset(positions)
+        cos, sin = check_tables(cos, sin, positions + T, q)
     name, _ = resolve_backend(backend, q.device)
     if name == "triton":
-        by_token = isinstance(positions, torch.Tensor)
         return _Rotation.apply(
             q, k, cos, sin, positions if by_token else None, 0 if by_token else positions, interleaved, False
         )
-    if isinstance(positions, torch.Tensor):
-        cos, sin = cos[positions], sin[positions]  # (T, R/2) or (B, T, R/2)
+    if by_token:
+        cos, sin = rows_of(cos, sin, positions, looked_at)  # (T, R/2) or (B, T, R/2)
         cos, sin = (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
     else:
         cos, sin = cos[positions : positions + T], sin[positions : positions + T]
@@ -145,6 +148,36 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="au
 
         return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
     return rotate_both(q, k, cos, sin, interleaved)
+
+
+def _offset(positions):
+    if positions is None:
+        return 0
+    if type(positions) is not int:
+        if isinstance(positions, list | tuple):
+            raise ValueError(
+                f"positions is {kind_of(positions)}, expected None, an offset or a tensor: torch.tensor(...)"
+            )
+        positions = whole_number("positions", positions)
+    if positions < 0:
+        raise ValueError(f"positions is {positions}, expected an offset of 0 or more")
+    return positions
+
+
+def _check_positions(positions, B, T, cos):
+    """Raise ValueError unless the tensor is of positions that the tables have. False if nobody could look at them."""
+    if positions.dtype not in (torch.int64, torch.int32) or tuple(positions.shape) not in ((T,), (B, T)):
+        raise ValueError(
+            f"positions is {positions.dtype} {tuple(positions.shape)}, expected int64 or int32 ({T},) or ({B}, {T})"
+        )
+    if positions.device != cos.device:
+        raise ValueError(f"positions is on {positions.device}, q is on {cos.device}: move it with .to(q.device)")
+    if positions.device.type != "cpu" or not nobody_listens(positions):
+        return False
+    if positions.numel():
+        for position in torch.aminmax(positions):
+            check_reach(cos.shape[0], position.item())
+    return True
 
 
 torch.library.define(

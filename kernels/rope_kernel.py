@@ -49,15 +49,20 @@ def _rotate_heads(
         tl.store(out_rows + column, tl.load(x_rows + column, mask=ok, other=0.0), mask=ok)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "offset", "num_q_heads", "num_k_heads", "positions_stride"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "offset", "num_positions", "num_q_heads", "num_k_heads", "positions_stride"]
+)
 def rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr,
     q_strides, k_strides, q_out_strides, k_out_strides, positions_stride,
-    num_tokens, offset, num_q_heads, num_k_heads,
+    num_tokens, offset, num_positions, num_q_heads, num_k_heads,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Position of token t: positions[b, t], or offset + t where positions_ptr is None. k_ptr may be None."""
+    """Position of token t: positions[b, t], or offset + t where positions_ptr is None. k_ptr may be None.
+
+    A token at a position that the tables, of num_positions rows, do not have turns to NaN.
+    """
     HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
     q_chunks = tl.cdiv(num_q_heads, BLOCK_H)
     chunks = q_chunks + tl.cdiv(num_k_heads, BLOCK_H)
@@ -74,9 +79,11 @@ def rope_kernel(
         position = tl.load(positions_ptr + batch * positions_stride + token, mask=in_seq, other=0).to(tl.int64)
     pair = tl.arange(0, HALF_BLOCK)
     angle = position[:, None] * HALF + pair[None, :]
-    angle_ok = in_seq[:, None] & (pair < HALF)[None, :]
-    cos = tl.load(cos_ptr + angle, mask=angle_ok, other=0.0)[None, :, :]
+    in_table = ((position >= 0) & (position < num_positions))[:, None]
+    angle_ok = in_table & (pair < HALF)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=angle_ok, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=angle_ok, other=0.0)[None, :, :]
+    cos = tl.where(in_table, cos, float("nan"))[None, :, :]
     if INVERSE:
         sin = -sin
     if chunk < q_chunks:
@@ -94,7 +101,8 @@ def rope_kernel(
 def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False, config=None):
     """(q, k) rotated, as new tensors in their memory layouts. q, k (B, H, T, D); k may be None.
 
-    positions: an offset, or integers (T,) or (B, T). cos, sin (positions, R / 2). inverse turns by the negative angles.
+    positions: an offset, or integers (T,) or (B, T); NaN for those that cos, sin (positions, R / 2) lack.
+    inverse turns by the negative angles.
     config: a TileConfig in place of the table's.
     """
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
@@ -116,7 +124,7 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False, con
         rope_kernel[(programs,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions,
             *((0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, q_out, k_out)),
-            positions_stride, T, offset, Hq, Hk,
+            positions_stride, T, offset, cos.shape[0], Hq, Hk,
             HEAD_DIM=D, HALF=half, BLOCK_T=config.own, BLOCK_H=config.step, INTERLEAVED=interleaved, INVERSE=inverse,
             num_warps=config.num_warps,
         )  # fmt: skip

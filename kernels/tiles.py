@@ -202,11 +202,13 @@ def load_tile(ptrs, row_ok, column_ok, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
+def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, num_positions=None):
     """Load the elements (1, columns) of rows (rows, 1), each turned by the angle of its row's position.
 
     (a, b) -> (a cos - b sin, b cos + a sin) in wide precision, rounded once. The partner of every element is loaded
     beside it: a second read of lines that are in L1 by then, instead of moving elements between threads.
+
+    num_positions: rows of the tables, for positions that the host has not seen: where a table ends, the row is NaN.
     """
     x = tl.load(row_ptrs + element, mask=ok, other=0.0)
     if ROTARY_DIM > 0:
@@ -215,8 +217,13 @@ def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: 
         turned = ok & (element < ROTARY_DIM)
         partner = tl.load(row_ptrs + tl.where(is_first, element + HALF, element - HALF), mask=turned, other=0.0)
         angle = position.to(tl.int64) * HALF + element % HALF
+        if num_positions is not None:
+            in_table = (position >= 0) & (position < num_positions)
+            turned &= in_table
         cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
         sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+        if num_positions is not None:
+            cos = tl.where(in_table, cos, float("nan"))
         wide = wide_dtype(x.dtype)
         x = (x.to(wide) * cos + partner.to(wide) * tl.where(is_first, -sin, sin)).to(x.dtype)
     # The select changes no value. It stops the compiler from seeing a plain load, whose tile a Hopper matrix product

@@ -343,9 +343,59 @@ def test_every_head_size_has_tiles(arch, dtype):
 def test_steps_of_every_length_share_a_binary():
     """Nothing that changes from one step to the next may become part of what Triton specialises a kernel for."""
     for kernel, names in (
-        (decode_kernels.append_kernel, {"num_rows", "num_new", "num_heads", "num_slots"}),
-        (decode_kernels.decode_kernel, {"num_new", "num_kv_heads", "num_slots", "window", "num_splits"}),
+        (decode_kernels.append_kernel, {"num_rows", "num_new", "num_heads", "num_slots", "num_positions"}),
+        (
+            decode_kernels.decode_kernel,
+            {"num_new", "num_kv_heads", "num_slots", "window", "max_length", "num_positions", "num_splits"},
+        ),
         (decode_kernels.combine_kernel, {"num_new", "num_heads", "num_splits"}),
     ):
         fixed = kernel.do_not_specialize if ON_GPU else kernel.kwargs["do_not_specialize"]
         assert names <= set(fixed)
+
+
+BEHIND = 7.0  # what lies in memory behind the tables
+
+
+def short_tables(rows, rotary_dim, device):
+    """Tables of fewer rows than the memory that they lie in."""
+    return [torch.cat([table, torch.full_like(table, BEHIND)])[:rows]
+            for table in rope_tables(rows, rotary_dim, device=device)]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("rotary_dim", [8, 16])
+def test_positions_past_the_tables_give_nan_and_are_not_read(rotary_dim, num_splits, device):
+    """The last of row 0's three tokens is just past the tables, row 2's are where no memory is; row 1 has padding."""
+    lengths = torch.tensor([101, 1, 2**31 - 1], dtype=torch.int32, device=device)
+    q, k, v = (torch.randn(3, heads, 3, 16, device=device) for heads in (4, 2, 2))
+    rope = short_tables(100, rotary_dim, device)
+    k_cache, v_cache = torch.zeros(2, 3, 2, 40, 16, device=device)
+    append(k, v, k_cache, v_cache, lengths, rope=rope)
+    lost = [(0, 100 % 40), *((2, position % 40) for position in range(2**31 - 4, 2**31 - 1))]
+    expected = torch.zeros_like(k_cache, dtype=torch.bool)
+    for row, slot in lost:
+        expected[row, :, slot] = True
+    assert torch.equal(k_cache.isnan(), expected) and not v_cache.isnan().any()
+
+    k_cache, v_cache = torch.randn(2, 3, 2, 40, 16, device=device)
+    out = decode(q, k_cache, v_cache, lengths, 38, scale=0.25, rope=rope, num_splits=num_splits)
+    assert out[2].isnan().all() and out[0, :, 2].isnan().all()
+    exact = reference.decode(*(x[:2] for x in (q, k_cache, v_cache, lengths)), 38, scale=0.25,
+                             rope=rope_tables(101, rotary_dim, device=device))  # fmt: skip
+    torch.testing.assert_close(out[0, :, :2], exact[0, :, :2])
+    torch.testing.assert_close(out[1], exact[1])
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_without_a_window_a_row_longer_than_its_ring_is_nan(sinks, num_splits, device):
+    q, k_cache, v_cache = (torch.randn(3, heads, n, 16, device=device) for heads, n in ((4, 1), (2, 40), (2, 40)))
+    lengths = torch.tensor([40, 41, 3], dtype=torch.int32, device=device)
+    options = {"scale": 0.25, "sinks": torch.zeros(4, device=device) if sinks else None}
+    out = decode(q, k_cache, v_cache, lengths, **options, num_splits=num_splits)
+    assert out[1].isnan().all() and out.isnan().sum() == out[1].numel()
+    exact = reference.decode(q, k_cache, v_cache, lengths.clamp(max=40), **options)
+    torch.testing.assert_close(out[::2], exact[::2])
+    windowed = decode(q, k_cache, v_cache, lengths, 40, **options, num_splits=num_splits)
+    assert not windowed.isnan().any()

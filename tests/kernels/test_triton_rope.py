@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import apply_rope, reference, rope_tables, tuning
+from kernels import apply_rope, reference, rope_kernel, rope_tables, tuning
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -116,3 +116,19 @@ def test_nothing_to_do(B, T, device):
     cos, sin = rope_tables(4, 8, device=device)
     q, k = apply_rope(heads(4, T, B=B, device=device), heads(2, T, B=B, device=device), cos, sin, backend="triton")
     assert q.shape == (B, 4, T, 16) and k.shape == (B, 2, T, 16)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_positions_that_the_tables_lack_give_nan_and_are_not_read(interleaved, device):
+    q, k = heads(4, 3, device=device), heads(2, 3, device=device)
+    behind = [torch.cat([table, torch.full_like(table, 7.0)]) for table in rope_tables(10, 16, device=device)]
+    cos, sin = (table[:10] for table in behind)
+    positions = torch.tensor([[9, 10, 0], [-1, 3, 2**40]], device=device)
+    lacking = ((positions < 0) | (positions >= 10))[:, None, :, None]
+    near = positions.clamp(0, 9)
+    turned = rope_kernel.rotate(q, k, cos, sin, positions=positions, interleaved=interleaved)
+    for ours, exact in zip(
+        turned, rope_kernel.rotate(q, k, cos, sin, positions=near, interleaved=interleaved), strict=True
+    ):
+        assert torch.equal(ours.isnan(), lacking.expand_as(ours))
+        torch.testing.assert_close(ours.nan_to_num(nan=0.0), exact.masked_fill(lacking, 0.0))

@@ -1,0 +1,174 @@
+"""What the public functions take: for all else a ValueError of one line, which names the argument and the way out.
+
+The checks run at every call, a decoded token's too: what is right passes in a few comparisons, and only what is wrong
+is looked at closely. No check reads a tensor's elements: on a GPU that would wait for it.
+"""
+
+import math
+import operator
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_INT = 2**63 - 1
+
+
+def check_heads(q, k, v, k_name, v_name):
+    """Raise ValueError unless q (B, Hq, T, D) and k, v (B, Hkv, S, D) belong together."""
+    for name, x in (("q", q), (k_name, k), (v_name, v)):
+        check_tensor(name, x, q)
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(f"{name} has last stride {x.stride(-1)}, expected 1: call .contiguous() on it")
+    (batch, heads, _, head_dim), k_shape, v_shape = q.shape, k.shape, v.shape
+    if k_shape != v_shape:
+        raise ValueError(f"{v_name} has shape {tuple(v_shape)}, expected {k_name}'s {tuple(k_shape)}")
+    if k_shape[0] != batch:
+        raise ValueError(f"{k_name} has batch size {k_shape[0]}, expected q's {batch}")
+    if k_shape[3] != head_dim:
+        raise ValueError(f"{k_name} has head size {k_shape[3]}, expected q's {head_dim}")
+    if k_shape[1] == 0 or heads % k_shape[1]:
+        raise ValueError(
+            f"{k_name} has {k_shape[1]} heads, which do not divide q's {heads} (grouped KV heads need Hq % Hkv == 0)"
+        )
+
+
+def check_tensor(name, x, q, q_name="q"):
+    """Raise ValueError unless x is a tensor (B, H, T, D >= 1) of a floating dtype, on the device and of the dtype of q.
+
+    q is one, or the argument itself.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is {kind_of(x)}, expected a tensor (batch, heads, length, head size)")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} has shape {tuple(shape)}, expected 4 dimensions (batch, heads, length, head size)")
+    if shape[3] == 0:
+        raise ValueError(f"{name} has head size 0, expected at least 1")
+    dtype = x.dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} has dtype {dtype}, expected a floating one: float16, bfloat16, float32 or float64")
+    if x is q:
+        return
+    if dtype != q.dtype:
+        raise ValueError(f"{name} has dtype {dtype}, expected {q_name}'s {q.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, {q_name} is on {q.device}: move it with .to({q_name}.device)")
+
+
+def check_options(q, window, scale, softcap, sinks):
+    """(window, scale, softcap) as Python's numbers.
+
+    Raises ValueError unless they and sinks mean something for q (B, Hq, T, D). scale None stands for D**-0.5.
+    """
+    if window is not None:
+        if isinstance(window, tuple | list):
+            raise ValueError(
+                f"window is {window!r}, expected one number: flash-attn's (left, right) = (W - 1, 0) is window=W"
+            )
+        if type(window) is not int:
+            window = whole_number("window", window)
+        if window < 1:
+            raise ValueError(
+                f"window is {window}, expected None or at least 1, the query's own key included "
+                "(flash-attn's (W - 1, 0))"
+            )
+        if window > LARGEST_INT:
+            raise ValueError(f"window is {window}, expected less than 2**63: None sees every earlier key")
+    scale = q.shape[3] ** -0.5 if scale is None else positive_number("scale", scale)
+    softcap = None if softcap is None else positive_number("softcap", softcap, "None or ")
+    if sinks is not None:
+        if not isinstance(sinks, torch.Tensor):
+            raise ValueError(
+                f"sinks is {kind_of(sinks)}, expected a tensor ({q.shape[1]},), one number for each head of q"
+            )
+        if tuple(sinks.shape) != (q.shape[1],) or sinks.dtype not in FLOATS:
+            raise ValueError(
+                f"sinks is {sinks.dtype} {tuple(sinks.shape)}, expected one float for each of q's {q.shape[1]} heads"
+            )
+        if sinks.device != q.device:
+            raise ValueError(f"sinks is on {sinks.device}, q is on {q.device}: move it with .to(q.device)")
+    return window, scale, softcap
+
+
+def check_rope(rope, length, q, q_name="q"):
+    """(cos, sin) of the argument `rope`, or (None, None): see `check_tables`."""
+    if rope is None:
+        return None, None
+    if not isinstance(rope, tuple | list) or len(rope) != 2:
+        came = f"{len(rope)} of them" if isinstance(rope, tuple | list) else kind_of(rope)
+        raise ValueError(f"rope is {came}, expected None or the pair (cos, sin) of rope_tables")
+    return check_tables(*rope, length, q, q_name)
+
+
+def check_tables(cos, sin, length, q, q_name="q"):
+    """cos and sin, which are constants: no gradient flows to them, on any backend.
+
+    Raises ValueError unless they are (>= length, R / 2) tables for q (..., D), R <= D, on its device.
+    """
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, torch.Tensor):
+            raise ValueError(f"rope table {name} is {kind_of(table)}, expected a tensor (length, R/2): see rope_tables")
+        if table.dtype not in FLOATS:
+            raise ValueError(f"rope table {name} has dtype {table.dtype}, expected a floating one, best torch.float32")
+    shape = cos.shape
+    if len(shape) != 2 or shape != sin.shape:
+        raise ValueError(
+            f"rope tables cos {tuple(shape)} and sin {tuple(sin.shape)} must be of one (length, R/2) shape"
+        )
+    if shape[0] < length:
+        raise ValueError(
+            f"rope tables hold {shape[0]} positions, which is fewer than the {length} of the sequence: "
+            f"rope_tables({length}, ...) makes as many"
+        )
+    if 2 * shape[1] > q.shape[3]:
+        raise ValueError(f"rope tables rotate {2 * shape[1]} elements, more than the head size {q.shape[3]}")
+    device = q.device
+    if cos.device != device or sin.device != device:
+        where = cos.device if cos.device == sin.device else f"{cos.device} and {sin.device}"
+        raise ValueError(
+            f"rope tables are on {where}, {q_name} is on {device}: rope_tables(..., device={q_name}.device)"
+        )
+    return (cos.detach(), sin.detach()) if cos.requires_grad or sin.requires_grad else (cos, sin)
+
+
+def check_reach(rows, position):
+    """Raise ValueError unless tables of `rows` rows have one for this position."""
+    if not 0 <= position < rows:
+        way_out = f"rope_tables({position + 1}, ...) reaches it" if position >= 0 else "they begin at 0"
+        raise ValueError(f"rope tables hold {rows} positions, but position {position} was asked for: {way_out}")
+
+
+def whole_number(name, value):
+    """value as an int, of whatever PyTorch takes for one but tensors, which may be on a device; no bool, no float."""
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, torch.Tensor):
+        raise ValueError(f"{name} is a tensor, expected a whole number: {name}.item() (on a GPU, that waits for it)")
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} is {value!r}, expected a whole number")
+
+
+def positive_number(name, value, or_else=""):
+    """value as a float that is finite and above 0."""
+    if type(value) is not float and not isinstance(value, torch.SymFloat | torch.SymInt):
+        if isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is a tensor, expected a number: {name}.item() (on a GPU, that waits for it)")
+        if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+            raise ValueError(f"{name} is {value!r}, expected {or_else}a positive number")
+        value = float(value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected {or_else}a positive number that is finite")
+    return value
+
+
+def kind_of(x):
+    """What x is, in two words."""
+    if x is None or isinstance(x, bool):
+        return repr(x)
+    if isinstance(x, torch.Tensor):
+        return f"a tensor {tuple(x.shape)}"
+    return f"a {type(x).__module__}.{type(x).__qualname__}".replace("a builtins.", "a ")
