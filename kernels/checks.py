@@ -20,6 +20,8 @@ def check_heads(q, k, v, k_name, v_name):
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise ValueError(f"{name} has last stride {x.stride(-1)}, expected 1: call .contiguous() on it")
     (batch, heads, _, head_dim), k_shape, v_shape = q.shape, k.shape, v.shape
+    if heads == 0:
+        raise ValueError("q has 0 heads, expected at least 1")
     if k_shape != v_shape:
         raise ValueError(f"{v_name} has shape {tuple(v_shape)}, expected {k_name}'s {tuple(k_shape)}")
     if k_shape[0] != batch:

@@ -89,6 +89,7 @@ BAD_CALLS = [  # (function, what is changed, message)
         )
     ),
     (attend, {"rope": rope_tables(5, D)}, "rope tables hold 5 positions.* 6 of the sequence: rope_tables\\(6, ...\\)"),
+    (attend, {"q": heads(0)}, "q has 0 heads, expected at least 1"),
     (attend, {"k": None}, "k is None, expected a tensor"),
     (attend, {"v": meta(B, Hkv, T, D)}, "v is on meta, q is on cpu: move it with .to\\(q.device\\)"),
     (rotate, {"k": None}, "k is None, expected a tensor"),
