@@ -47,6 +47,7 @@ MUTATIONS = {
         "q_ok, q_pos[:, None]",
         "q_ok, (q_pos - token)[:, None]",
     ),
+    "last row of the tables not reached": ("tiles.py", "(position < num_positions)", "(position < num_positions - 1)"),
     "v read with k's strides": (
         "decode_kernels.py",
         "kv_head.to(tl.int64) * v_strides[1]",
