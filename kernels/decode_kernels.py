@@ -39,12 +39,14 @@ from .tiles import (
     dot,
     head_block,
     head_columns,
+    in_elements,
     key_spans,
     load_rotated,
     load_tile,
     row_offset,
     softmax_scales,
     softmax_step,
+    strides_of,
     tanh,
     visible,
     walk_start,
@@ -63,9 +65,9 @@ RESIDENT = 2  # programs that a multiprocessor runs at a time: the tiles of more
 @triton.jit(do_not_specialize=["num_rows", "num_new", "num_heads", "num_slots", "num_positions"])
 def append_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, cos_ptr, sin_ptr,
-    k_strides, v_strides, k_cache_strides, v_cache_strides,  # of batch, head, position or slot; the last stride is 1
+    strides,  # of k, v and the caches: of batch, head, position or slot, in units of UNIT elements; the last is 1
     num_rows, num_new, num_heads, num_slots, num_positions,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Rotate k, then write k and v into the slots of their positions. A row is one head of one token.
 
@@ -81,10 +83,10 @@ def append_kernel(
     element, in_head = head_columns(HEAD_DIM)
     # positions below 0 are padding
     ok = (in_rows & (position >= 0))[:, None] & in_head[None, :]
-    k_rows = k_ptr + row_offset(batch, head, token, k_strides)[:, None]
-    v_rows = v_ptr + row_offset(batch, head, token, v_strides)[:, None]
-    k_slots = k_cache_ptr + row_offset(batch, head, slot, k_cache_strides)[:, None]
-    v_slots = v_cache_ptr + row_offset(batch, head, slot, v_cache_strides)[:, None]
+    k_rows = k_ptr + row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
+    v_rows = v_ptr + row_offset(batch, head, token, in_elements(strides[1], UNIT))[:, None]
+    k_slots = k_cache_ptr + row_offset(batch, head, slot, in_elements(strides[2], UNIT))[:, None]
+    v_slots = v_cache_ptr + row_offset(batch, head, slot, in_elements(strides[3], UNIT))[:, None]
     k = load_rotated(k_rows, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
     tl.store(k_slots + element[None, :], k, mask=ok)
     tl.store(v_slots + element[None, :], tl.load(v_rows + element[None, :], mask=ok, other=0.0), mask=ok)
@@ -130,9 +132,9 @@ def _attend(
 )
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
-    q_strides, k_strides, v_strides, out_strides,  # of batch, head, position or slot; the last stride is 1
+    strides,  # of q, k, v, out: of batch, head, position or slot, in units of UNIT elements; the last stride is 1
     num_new, num_kv_heads, num_slots, window, max_length, num_positions, num_splits, scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one row block, into out, or if acc_ptr is not None, into (rows, num_splits, HEAD_DIM).
@@ -141,6 +143,8 @@ def decode_kernel(
     and for queries whose position is past the num_positions rows of the tables.
     """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
+    k_strides = in_elements(strides[1], UNIT)
+    v_strides = in_elements(strides[2], UNIT)
     num_rows = num_new * GROUP
     num_blocks = tl.cdiv(num_rows, BLOCK_M)
     # the row blocks of one part are neighbours: they read the same keys
@@ -159,7 +163,7 @@ def decode_kernel(
     q_pos = offset + token
     element, in_head = head_columns(HEAD_DIM)
     ok = in_rows[:, None] & in_head[None, :]
-    q_rows = q_ptr + row_offset(batch, head, token, q_strides)[:, None]
+    q_rows = q_ptr + row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
     # positions below 0 are padding, and have no angles
     q_ok = ok & (q_pos >= 0)[:, None]
     q = load_rotated(q_rows, element[None, :], q_ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
@@ -204,7 +208,7 @@ def decode_kernel(
     if acc_ptr is None:
         # a row that saw nothing has acc = 0; NaN is a sum, too
         out = acc / tl.where(row_sum != 0, row_sum, 1.0)[:, None]
-        out_rows = out_ptr + row_offset(batch, head, token, out_strides)[:, None]
+        out_rows = out_ptr + row_offset(batch, head, token, in_elements(strides[3], UNIT))[:, None]
         tl.store(out_rows + element[None, :], out.to(out_ptr.dtype.element_ty), mask=ok)
     else:
         out_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_new + token
@@ -257,11 +261,12 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
     v = v if v.stride(3) == 1 else v.contiguous()
     cos, sin, rotary_dim = rotary_tables(rope)
     num_positions = 0 if cos is None else cos.shape[0]
+    unit, strides = strides_of(k, v, k_cache, v_cache)
     with torch.cuda.device_of(k):
         append_kernel[(triton.cdiv(rows, APPEND_ROWS),)](
             k, v, k_cache, v_cache, lengths.contiguous(), cos, sin,
-            *(x.stride()[:3] for x in (k, v, k_cache, v_cache)), rows, T, H, k_cache.shape[2], num_positions,
-            HEAD_DIM=D, ROTARY_DIM=rotary_dim, BLOCK_M=APPEND_ROWS, num_warps=1,
+            strides, rows, T, H, k_cache.shape[2], num_positions,
+            HEAD_DIM=D, ROTARY_DIM=rotary_dim, UNIT=unit, BLOCK_M=APPEND_ROWS, num_warps=1,
         )  # fmt: skip
 
 
@@ -295,13 +300,14 @@ def decode(
     cos, sin, rotary_dim = rotary_tables(rope)
     num_positions = 0 if cos is None else cos.shape[0]
     scale_log2, cap_scale = softmax_scales(scale, softcap)
+    unit, strides = strides_of(q, k_cache, v_cache, out)
     with torch.cuda.device_of(q):
         decode_kernel[(programs * num_splits,)](
             q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, out, acc, maxima, sums,
-            *(x.stride()[:3] for x in (q, k_cache, v_cache, out)),
+            strides,
             T, Hkv, C, C if window is None else window, C if window is None else 2**31 - 1, num_positions, num_splits,
             scale_log2, cap_scale,
-            HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, BLOCK_M=block_m, BLOCK_K=config.step,
+            HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, UNIT=unit, BLOCK_M=block_m, BLOCK_K=config.step,
             PRECISION=tuning.dot_precision(q.dtype, arch),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .tiles import wide_dtype
+from .tiles import in_elements, strides_of, wide_dtype
 
 
 @triton.jit
@@ -54,9 +54,10 @@ def _rotate_heads(
 )
 def rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr,
-    q_strides, k_strides, q_out_strides, k_out_strides, positions_stride,
+    strides,  # of q, k and what they become: of batch, head, token, in units of UNIT elements; the last stride is 1
+    positions_stride,
     num_tokens, offset, num_positions, num_q_heads, num_k_heads,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """Position of token t: positions[b, t], or offset + t where positions_ptr is None. k_ptr may be None.
@@ -88,13 +89,15 @@ def rope_kernel(
         sin = -sin
     if chunk < q_chunks:
         _rotate_heads(
-            q_ptr, q_out_ptr, q_strides, q_out_strides, batch, chunk * BLOCK_H, num_q_heads, token, in_seq, cos, sin,
+            q_ptr, q_out_ptr, in_elements(strides[0], UNIT), in_elements(strides[2], UNIT), batch, chunk * BLOCK_H,
+            num_q_heads, token, in_seq, cos, sin,
             HEAD_DIM, HALF, HALF_BLOCK, BLOCK_H, INTERLEAVED,
         )  # fmt: skip
     elif k_ptr is not None:
         _rotate_heads(
-            k_ptr, k_out_ptr, k_strides, k_out_strides, batch, (chunk - q_chunks) * BLOCK_H, num_k_heads, token, in_seq,
-            cos, sin, HEAD_DIM, HALF, HALF_BLOCK, BLOCK_H, INTERLEAVED,
+            k_ptr, k_out_ptr, in_elements(strides[1], UNIT), in_elements(strides[3], UNIT), batch,
+            (chunk - q_chunks) * BLOCK_H, num_k_heads, token, in_seq, cos, sin,
+            HEAD_DIM, HALF, HALF_BLOCK, BLOCK_H, INTERLEAVED,
         )  # fmt: skip
 
 
@@ -120,13 +123,13 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False, con
         positions, positions_stride, offset = positions.contiguous(), T if positions.dim() == 2 else 0, 0
     else:
         positions, positions_stride, offset = None, 0, positions
+    unit, strides = strides_of(q, k, q_out, k_out)
     with torch.cuda.device_of(q):
         rope_kernel[(programs,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions,
-            *((0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, q_out, k_out)),
-            positions_stride, T, offset, cos.shape[0], Hq, Hk,
-            HEAD_DIM=D, HALF=half, BLOCK_T=config.own, BLOCK_H=config.step, INTERLEAVED=interleaved, INVERSE=inverse,
-            num_warps=config.num_warps,
+            strides, positions_stride, T, offset, cos.shape[0], Hq, Hk,
+            HEAD_DIM=D, HALF=half, UNIT=unit, BLOCK_T=config.own, BLOCK_H=config.step,
+            INTERLEAVED=interleaved, INVERSE=inverse, num_warps=config.num_warps,
         )  # fmt: skip
     return q_out, k_out
 

@@ -298,12 +298,12 @@ def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: 
 
 
 def strides_of(*tensors):
-    """(UNIT, a tuple of the first three strides of each tensor, in units of UNIT elements).
+    """(UNIT, a tuple of the first three strides of each tensor, in units of UNIT elements); of None they are 0.
 
     Tiles are loaded 128 bits a thread where the compiler knows that rows begin at multiples of 16 bytes, and of strides
     it learns whether 16 divides them, nothing finer. Heads of 72 or 120 elements need to know that 8 does.
     """
-    strides = [x.stride()[:3] for x in tensors]
+    strides = [(0, 0, 0) if x is None else x.stride()[:3] for x in tensors]
     flat = [stride for of_tensor in strides for stride in of_tensor]
     unit = 8 if any(stride % 16 for stride in flat) and not any(stride % 8 for stride in flat) else 1
     return unit, tuple(tuple(stride // unit for stride in of_tensor) for of_tensor in strides)

@@ -71,8 +71,8 @@ MUTATIONS = {
     ),
     "dk without one head of the group": (
         "attention_bwd.py",
-        "for pack in range(GROUP // PACK):",
-        "for pack in range(GROUP // PACK - 1):",
+        "for pack in range(GROUP // PACK // PARTS):",
+        "for pack in range(GROUP // PACK // PARTS - 1):",
     ),
     "gradient of lse with the wrong sign": (
         "attention_bwd.py",
