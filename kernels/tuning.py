@@ -4,24 +4,19 @@ A kernel's program owns `own` rows of its tile (packed queries in the forward an
 the others in steps: `edge` where a mask is needed, `step` in the interior. A narrow edge keeps the band tight, a wide
 interior spreads what a step costs whatever its width.
 
-Attention: `python benchmarks/tune_tiles.py`, with Triton 3.7.1, compiles candidates, drops what spills with or without
-rope, sinks, softcap and a gradient of lse, and ranks the rest by a model of the card's pipes. No GPU has timed them.
-  searched  bf16 at head sizes 64 and 128 on all cards (sm_89 has sm_86's entries), at 96 on sm_80 and sm_90; fp32 at 64
-            and 128 on sm_80, its forward on all. None of those in bf16 spills.
-  compiled  with everything at once and half of the head rotated: bf16 at 32, 96 and 256, on sm_80 and sm_90 at 16,
-            which spill nowhere; fp32 at 32, 64, 96, 128 and 256; for gfx942, which has Ampere's tiles, bf16 at 64 and
-            128.
-  spills    then, in bytes a thread: fp32 dk/dv at 64, sm_80 16, sm_86 12, sm_100 20, sm_120 40 (what does not, steps of
-            16 rows, takes 1.5 times as long in the model), at 32 44 to 132, at 96 12 to 40, at 128 12 on sm_120; fp32
-            dq at 32 and 96 up to 16 on sm_100 and sm_120; fp32 forward at 128 on sm_90 16 (what does not: 1.3 times as
-            long); all fp32 passes at 256: forward 4 to 72, dq 224 to 400, dk/dv 672 to 876; dq at 128 on gfx942 108.
+`python benchmarks/tune_tiles.py --write` made the table, with Triton 3.7.1: all passes at head sizes 16, 32, 64, 96,
+128, 256, in bf16 (checked in fp16 too) and fp32, for one card of each family; sm_89 has sm_86's. It compiles every tile
+that a thread's registers could hold, drops what spills with rope, or with sinks, softcap, a gradient of lse and half a
+rotation at once, and ranks the rest by a model of the card (benchmarks/speed_of_light.py, memory_bound.py). No GPU has
+timed them.
+Spills, in bytes a thread, with everything at once: fp32 at 256, whose 16 rows, the least of a product, are too many
+(forward 4 to 28, dq 224 to 388, dk/dv 672 to 876, decoding 4 to 44; on gfx942 dk/dv, 308; the search did not come to
+dk/dv, decoding and the rotation there); bf16 dk/dv at 256 on gfx942, 364; decoding one token in fp32 at 32 on sm_120,
+24. Head sizes between take the tiles of the next larger one: those of 72 and 120 elements spill up to 28.
 `python benchmarks/kernel_report.py --features half-all` shows what all of them compile to.
 
-Rotation: own tokens of step heads, 16 pairs for each of 128 threads at most, in 54 to 98 registers; there is no edge.
-Decoding: own is the most rows; one token of a group of up to 16 heads takes 16. Memory is the limit: a tile of keys and
-values has up to 32 kB, two are under way, and two programs (on consumer GPUs one) fit a multiprocessor's memory.
-Compiled with everything at head sizes 16 to 256, 64 rows, on all cards but sm_89: only fp32 at 256 spills, 4 to 44
-bytes.
+Rotation: own tokens of step heads; there is no edge. Sizes past 256 go on with 16 pairs for each of 128 threads.
+Decoding: own is the most rows; one token of a group of up to 16 heads takes 16. A step is the keys of one copy.
 """
 
 import functools
@@ -54,32 +49,89 @@ FAMILIES = {
 CONFIGS = {
     ("forward", 2): {
         AMPERE: {
+            16: TileConfig(128, 32, 64, 4, 2),
+            32: TileConfig(128, 16, 32, 4, 2),
             64: TileConfig(128, 32, 64, 4, 2),
             96: TileConfig(128, 32, 64, 8, 3),
             128: TileConfig(128, 32, 64, 8, 2),
-            256: TileConfig(64, 32, 32, 8, 2),
+            256: TileConfig(32, 16, 32, 4, 2),
+        },
+        CONSUMER: {
+            16: TileConfig(128, 32, 64, 4, 2),
+            32: TileConfig(64, 16, 32, 4, 2),
+            64: TileConfig(128, 32, 64, 4, 2),
+            96: TileConfig(128, 32, 64, 8, 3),
+            128: TileConfig(128, 32, 64, 8, 2),
+            256: TileConfig(32, 32, 32, 4, 2),
         },
         HOPPER: {
             64: TileConfig(128, 32, 64, 4, 2),
             96: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(128, 32, 64, 8, 3),
+            256: TileConfig(64, 32, 64, 8, 2),
+        },
+        BLACKWELL: {
+            64: TileConfig(128, 32, 64, 4, 2),
+            96: TileConfig(64, 32, 64, 4, 2),
+            128: TileConfig(128, 32, 64, 8, 3),
             256: TileConfig(64, 32, 32, 8, 2),
+        },
+        CONSUMER_BLACKWELL: {
+            64: TileConfig(128, 32, 64, 4, 2),
+            96: TileConfig(128, 32, 64, 8, 3),
+            128: TileConfig(128, 32, 64, 8, 2),
+            256: TileConfig(64, 32, 32, 8, 2),
+        },
+        AMD: {
+            64: TileConfig(128, 32, 64, 4, 2),
+            128: TileConfig(128, 32, 32, 4, 2),
+            256: TileConfig(64, 16, 32, 4, 2),
         },
     },
     ("dq", 2): {
         AMPERE: {
+            32: TileConfig(64, 32, 64, 4, 2),
+            64: TileConfig(128, 32, 32, 4, 2),
+            128: TileConfig(128, 32, 32, 8, 2),
+            256: TileConfig(32, 32, 64, 4, 2),
+        },
+        CONSUMER: {
             64: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(128, 32, 32, 8, 2),
-            256: TileConfig(32, 32, 32, 8, 2),
+            256: TileConfig(32, 32, 32, 4, 2),
         },
         HOPPER: {
             64: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(128, 32, 64, 8, 2),
             256: TileConfig(64, 16, 32, 8, 2),
         },
+        BLACKWELL: {
+            32: TileConfig(64, 32, 64, 4, 2),
+            64: TileConfig(128, 32, 32, 4, 2),
+            96: TileConfig(64, 32, 128, 8, 2),
+            128: TileConfig(128, 32, 64, 8, 2),
+            256: TileConfig(64, 16, 32, 8, 2),
+        },
+        CONSUMER_BLACKWELL: {
+            64: TileConfig(64, 32, 64, 4, 2),
+            128: TileConfig(128, 32, 32, 8, 2),
+            256: TileConfig(32, 32, 32, 8, 2),
+        },
+        AMD: {
+            64: TileConfig(128, 16, 32, 4, 2),
+            96: TileConfig(64, 32, 32, 4, 2),
+            128: TileConfig(64, 16, 32, 4, 2),
+            256: TileConfig(32, 16, 32, 4, 2),
+        },
     },
     ("dkdv", 2): {
         AMPERE: {
+            32: TileConfig(128, 32, 32, 4, 2),
+            64: TileConfig(64, 32, 64, 4, 2),
+            128: TileConfig(64, 16, 32, 4, 2),
+            256: TileConfig(32, 32, 64, 8, 2),
+        },
+        CONSUMER: {
             64: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(64, 16, 32, 4, 2),
             256: TileConfig(32, 32, 32, 8, 2),
@@ -87,12 +139,23 @@ CONFIGS = {
         HOPPER: {
             64: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(64, 16, 32, 4, 2),
-            256: TileConfig(32, 32, 32, 8, 2),
+            256: TileConfig(32, 32, 64, 8, 2),
+        },
+        BLACKWELL: {
+            64: TileConfig(64, 32, 64, 4, 2),
+            128: TileConfig(64, 16, 32, 4, 2),
+            256: TileConfig(64, 32, 32, 8, 2),
         },
         CONSUMER_BLACKWELL: {
+            16: TileConfig(32, 32, 128, 4, 2),
             64: TileConfig(64, 32, 64, 4, 2),
             128: TileConfig(64, 32, 64, 8, 2),
             256: TileConfig(32, 32, 32, 8, 2),
+        },
+        AMD: {
+            64: TileConfig(128, 16, 32, 4, 2),
+            128: TileConfig(64, 16, 32, 4, 2),
+            256: TileConfig(32, 16, 32, 4, 2),
         },
     },
     ("decode", 2): {
@@ -108,9 +171,22 @@ CONFIGS = {
             128: TileConfig(32, 64, 64, 4, 3),
             256: TileConfig(32, 32, 32, 8, 3),
         },
+        BLACKWELL: {
+            32: TileConfig(64, 64, 64, 4, 3),
+            64: TileConfig(64, 128, 128, 4, 3),
+            128: TileConfig(64, 64, 64, 4, 3),
+            256: TileConfig(32, 32, 32, 4, 4),
+        },
         CONSUMER_BLACKWELL: {
             32: TileConfig(64, 64, 64, 4, 3),
             128: TileConfig(32, 64, 64, 4, 3),
+            256: TileConfig(32, 32, 32, 8, 3),
+        },
+        AMD: {
+            32: TileConfig(64, 64, 64, 4, 3),
+            64: TileConfig(64, 128, 128, 4, 3),
+            96: TileConfig(64, 64, 64, 4, 3),
+            128: TileConfig(64, 16, 16, 4, 3),
             256: TileConfig(32, 32, 32, 8, 3),
         },
     },
@@ -118,6 +194,30 @@ CONFIGS = {
         AMPERE: {
             32: TileConfig(32, 32, 32, 4, 3),
             64: TileConfig(32, 64, 64, 8, 3),
+            128: TileConfig(16, 32, 32, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 2),
+        },
+        CONSUMER: {
+            32: TileConfig(32, 32, 32, 4, 3),
+            64: TileConfig(32, 64, 64, 8, 3),
+            128: TileConfig(16, 32, 32, 8, 2),
+            256: TileConfig(16, 16, 16, 8, 2),
+        },
+        HOPPER: {
+            32: TileConfig(32, 32, 32, 4, 3),
+            64: TileConfig(32, 64, 64, 8, 3),
+            128: TileConfig(16, 32, 32, 4, 3),
+            256: TileConfig(16, 16, 16, 8, 2),
+        },
+        BLACKWELL: {
+            32: TileConfig(32, 32, 32, 4, 3),
+            64: TileConfig(16, 64, 64, 4, 2),
+            128: TileConfig(32, 32, 32, 4, 3),
+            256: TileConfig(16, 16, 16, 8, 2),
+        },
+        AMD: {
+            32: TileConfig(32, 32, 32, 4, 3),
+            64: TileConfig(64, 16, 16, 4, 3),
             128: TileConfig(16, 32, 32, 8, 2),
             256: TileConfig(16, 16, 16, 8, 2),
         },
@@ -125,6 +225,15 @@ CONFIGS = {
     ("rotary", 2): {
         AMPERE: {
             16: TileConfig(64, 4, 4, 4, 1),
+            32: TileConfig(32, 4, 4, 4, 1),
+            64: TileConfig(16, 4, 4, 4, 1),
+            128: TileConfig(8, 4, 4, 4, 1),
+            256: TileConfig(4, 4, 4, 4, 1),
+            512: TileConfig(2, 4, 4, 4, 1),
+            1024: TileConfig(1, 4, 4, 4, 1),
+        },
+        AMD: {
+            16: TileConfig(8, 8, 8, 4, 1),
             32: TileConfig(32, 4, 4, 4, 1),
             64: TileConfig(16, 4, 4, 4, 1),
             128: TileConfig(8, 4, 4, 4, 1),
@@ -143,43 +252,132 @@ CONFIGS = {
             512: TileConfig(2, 4, 4, 4, 1),
             1024: TileConfig(1, 4, 4, 4, 1),
         },
+        AMD: {
+            16: TileConfig(8, 8, 8, 4, 1),
+            32: TileConfig(32, 4, 4, 4, 1),
+            64: TileConfig(16, 4, 4, 4, 1),
+            128: TileConfig(8, 4, 4, 4, 1),
+            256: TileConfig(4, 4, 4, 4, 1),
+            512: TileConfig(2, 4, 4, 4, 1),
+            1024: TileConfig(1, 4, 4, 4, 1),
+        },
     },
     ("forward", 4): {
         AMPERE: {
+            32: TileConfig(64, 16, 32, 4, 2),
+            64: TileConfig(64, 16, 16, 4, 2),
+            96: TileConfig(16, 32, 32, 4, 2),
             128: TileConfig(32, 16, 32, 4, 2),
-            256: TileConfig(16, 16, 16, 8, 1),
+            256: TileConfig(16, 16, 32, 8, 2),
         },
         CONSUMER: {
+            16: TileConfig(64, 16, 16, 4, 2),
+            32: TileConfig(64, 16, 32, 4, 2),
             64: TileConfig(32, 16, 32, 4, 2),
             128: TileConfig(16, 16, 32, 4, 2),
-            256: TileConfig(16, 16, 16, 8, 1),
+            256: TileConfig(16, 16, 32, 8, 1),
         },
         HOPPER: {
             64: TileConfig(64, 16, 32, 4, 2),
-            128: TileConfig(32, 16, 32, 4, 2),
-            256: TileConfig(16, 16, 16, 8, 1),
+            128: TileConfig(16, 32, 32, 4, 2),
+            256: TileConfig(16, 16, 32, 8, 2),
         },
         BLACKWELL: {
-            64: TileConfig(64, 32, 32, 8, 2),
+            64: TileConfig(64, 32, 32, 4, 2),
             128: TileConfig(16, 16, 32, 4, 2),
-            256: TileConfig(16, 16, 16, 8, 1),
+            256: TileConfig(16, 16, 32, 8, 1),
         },
         CONSUMER_BLACKWELL: {
+            16: TileConfig(32, 16, 16, 4, 2),
+            32: TileConfig(16, 16, 32, 4, 2),
             64: TileConfig(32, 16, 16, 4, 2),
             128: TileConfig(16, 16, 32, 4, 2),
-            256: TileConfig(16, 16, 16, 8, 1),
+            256: TileConfig(16, 16, 32, 8, 1),
+        },
+        AMD: {
+            16: TileConfig(64, 16, 16, 4, 2),
+            128: TileConfig(32, 16, 32, 4, 2),
+            256: TileConfig(64, 16, 16, 8, 2),
         },
     },
     ("dq", 4): {
         AMPERE: {
+            16: TileConfig(64, 16, 32, 4, 2),
+            64: TileConfig(64, 16, 16, 4, 2),
+            128: TileConfig(16, 32, 32, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        CONSUMER: {
+            16: TileConfig(64, 16, 32, 4, 2),
             64: TileConfig(32, 16, 32, 4, 2),
             128: TileConfig(16, 16, 16, 4, 2),
             256: TileConfig(16, 16, 16, 8, 1),
         },
+        HOPPER: {
+            16: TileConfig(64, 32, 32, 4, 2),
+            32: TileConfig(64, 16, 32, 4, 2),
+            64: TileConfig(64, 32, 32, 4, 2),
+            128: TileConfig(16, 32, 32, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        BLACKWELL: {
+            16: TileConfig(32, 16, 32, 4, 2),
+            32: TileConfig(16, 32, 32, 4, 2),
+            64: TileConfig(32, 16, 32, 4, 2),
+            128: TileConfig(16, 32, 32, 4, 2),
+            256: TileConfig(16, 16, 32, 8, 1),
+        },
+        CONSUMER_BLACKWELL: {
+            16: TileConfig(32, 16, 32, 4, 2),
+            32: TileConfig(16, 16, 32, 4, 2),
+            64: TileConfig(32, 16, 32, 4, 2),
+            96: TileConfig(16, 32, 32, 8, 2),
+            128: TileConfig(16, 16, 16, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        AMD: {
+            32: TileConfig(32, 16, 32, 4, 2),
+            64: TileConfig(64, 16, 16, 4, 2),
+            256: TileConfig(16, 16, 16, 4, 2),
+        },
     },
     ("dkdv", 4): {
         AMPERE: {
-            64: TileConfig(32, 16, 32, 4, 2),
+            32: TileConfig(64, 16, 16, 4, 2),
+            64: TileConfig(32, 32, 32, 4, 2),
+            96: TileConfig(16, 32, 32, 8, 2),
+            128: TileConfig(16, 16, 16, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        CONSUMER: {
+            16: TileConfig(64, 16, 16, 4, 2),
+            64: TileConfig(16, 32, 32, 4, 2),
+            96: TileConfig(16, 32, 32, 8, 2),
+            128: TileConfig(16, 16, 16, 4, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        HOPPER: {
+            32: TileConfig(64, 32, 32, 4, 2),
+            64: TileConfig(16, 32, 32, 4, 2),
+            128: TileConfig(16, 32, 32, 8, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        BLACKWELL: {
+            16: TileConfig(64, 32, 32, 4, 2),
+            32: TileConfig(64, 16, 16, 4, 2),
+            64: TileConfig(64, 16, 32, 8, 2),
+            128: TileConfig(16, 32, 32, 8, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        CONSUMER_BLACKWELL: {
+            16: TileConfig(32, 16, 32, 4, 2),
+            64: TileConfig(16, 32, 32, 4, 2),
+            128: TileConfig(16, 32, 32, 8, 2),
+            256: TileConfig(16, 16, 16, 8, 1),
+        },
+        AMD: {
+            16: TileConfig(64, 16, 16, 4, 2),
+            32: TileConfig(32, 16, 32, 4, 2),
             128: TileConfig(16, 16, 16, 4, 2),
             256: TileConfig(16, 16, 16, 8, 1),
         },
