@@ -5,6 +5,7 @@ implementations, the FLOP formula and autograd stand here once, and a backend is
 """
 
 import torch
+from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import autocast_dtype, resolve_backend
@@ -61,12 +62,12 @@ def sliding_gqa_attention(
     return (out, lse) if return_lse else out
 
 
-torch.library.define(
+library.define(
     "sliding_gqa::attention_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, float scale, "
     "float? softcap, str backend, bool with_lse, SymInt threads) -> (Tensor out, Tensor lse, Tensor[] kept)",
 )
-torch.library.define(
+library.define(
     "sliding_gqa::attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] kept, "
     "Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, float scale, float? softcap, str backend, "
@@ -79,7 +80,7 @@ torch.library.define(
 # for its backward pass; 0 where nothing is kept.
 
 
-@torch.library.impl("sliding_gqa::attention_forward", "default")
+@library.impl("sliding_gqa::attention_forward", "default")
 def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse, threads):
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": None if cos is None else (cos, sin)}
     with torch.autocast(q.device.type, enabled=False):
@@ -93,7 +94,7 @@ def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse
         return attention_forward(q, k, v, window, **options, with_lse=with_lse, threads=threads)
 
 
-@torch.library.register_fake("sliding_gqa::attention_forward")
+@library.register_fake("sliding_gqa::attention_forward")
 def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse, threads):
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty(q.shape[:3] if with_lse else 0, dtype=wide)
@@ -105,7 +106,7 @@ def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend, wit
     return torch.empty_like(q), lse, kept
 
 
-@torch.library.impl("sliding_gqa::attention_backward", "default")
+@library.impl("sliding_gqa::attention_backward", "default")
 def _backward(grad_out, grad_lse, q, k, v, out, lse, kept, sinks, cos, sin, window, scale, softcap, backend, threads):
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": None if cos is None else (cos, sin)}
     grads, inputs = (grad_out, grad_lse), (q, k, v, out, lse)
@@ -122,7 +123,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, kept, sinks, cos, sin, wind
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@torch.library.register_fake("sliding_gqa::attention_backward")
+@library.register_fake("sliding_gqa::attention_backward")
 def _backward_fake(
     grad_out, grad_lse, q, k, v, out, lse, kept, sinks, cos, sin, window, scale, softcap, backend, threads
 ):

@@ -14,6 +14,7 @@ lengths - T_new + i is negative is padding, is not written, and its query return
 from functools import cache
 
 import torch
+from torch import library
 
 from .attention import in_layout_of
 from .backend import resolve_backend
@@ -131,12 +132,12 @@ def _module(backend):
     return {"banded": banded_decode, "reference": reference}[backend]
 
 
-torch.library.define(
+library.define(
     "sliding_gqa::append",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? cos, Tensor? sin, "
     "str backend) -> ()",
 )
-torch.library.define(
+library.define(
     "sliding_gqa::decode",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, Tensor? cos, Tensor? sin, "
     "SymInt? window, float scale, float? softcap, str backend) -> Tensor",
@@ -151,10 +152,10 @@ def _append(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     _module(backend).append(k, v, k_cache, v_cache, lengths, rope=rope)
 
 
-torch.library.impl("sliding_gqa::append", "default", _append)
+library.impl("sliding_gqa::append", "default", _append)
 
 
-@torch.library.register_fake("sliding_gqa::append")
+@library.register_fake("sliding_gqa::append")
 def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     return None
 
@@ -168,9 +169,9 @@ def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softca
     return in_layout_of(q, out)
 
 
-torch.library.impl("sliding_gqa::decode", "default", _decode)
+library.impl("sliding_gqa::decode", "default", _decode)
 
 
-@torch.library.register_fake("sliding_gqa::decode")
+@library.register_fake("sliding_gqa::decode")
 def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, backend):
     return torch.empty_like(q)

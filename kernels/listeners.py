@@ -1,6 +1,6 @@
 """Whether anyone listens to operators: compilers, fake tensors, torch.func, modes that count or trace.
 
-Calling an operator of `torch.library` costs up to 25 us on a CPU beside what its implementation does. That is the price
+Calling a PyTorch operator of our own costs up to 25 us on a CPU beside what its implementation does. That is the price
 of PyTorch seeing one operator where there are many; where nobody looks, the implementation may be called by its name.
 """
 

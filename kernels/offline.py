@@ -241,7 +241,7 @@ class _TargetOnly(DriverBase):
         return True
 
     def map_python_to_cpp_type(self, ty):
-        raise NotImplementedError("nothing is launched offline")
+        raise RuntimeError("this driver compiles only, and launches nothing")
 
     def get_current_target(self):
         return self.target
@@ -250,7 +250,7 @@ class _TargetOnly(DriverBase):
         return torch.device("meta")
 
     def get_benchmarker(self):
-        raise NotImplementedError("nothing runs offline")
+        raise RuntimeError("this driver compiles only, and times nothing")
 
 
 @contextlib.contextmanager

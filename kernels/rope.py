@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import library
 
 from .backend import resolve_backend
 from .banded_rope import rotate_both, rows_of
@@ -180,14 +181,14 @@ def _check_positions(positions, B, T, cos):
     return True
 
 
-torch.library.define(
+library.define(
     "sliding_gqa::rotate",
     "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse) "
     "-> (Tensor q, Tensor k)",
 )
 
 
-@torch.library.impl("sliding_gqa::rotate", "default")
+@library.impl("sliding_gqa::rotate", "default")
 def _rotate(q, k, cos, sin, positions, offset, interleaved, inverse):
     from .rope_kernel import rotate
 
@@ -195,7 +196,7 @@ def _rotate(q, k, cos, sin, positions, offset, interleaved, inverse):
     return rotate(q, k, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
 
 
-@torch.library.register_fake("sliding_gqa::rotate")
+@library.register_fake("sliding_gqa::rotate")
 def _rotate_fake(q, k, cos, sin, positions, offset, interleaved, inverse):
     return torch.empty_like(q), torch.empty_like(k)
 
