@@ -74,8 +74,8 @@ def __getattr__(name):
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    # `from . import banded` asks here before it imports our own submodule
-    ours = os.path.isfile(os.path.join(_OURS, f"{name}.py"))
+    # `from . import checks` asks here before it imports our own submodule
+    ours = os.path.exists(os.path.join(_OURS, f"{name}.py")) or os.path.isdir(os.path.join(_OURS, name))
     if not name.startswith("_") and not ours:
         other = _load_other_package()
         if other is not None and hasattr(other, name):

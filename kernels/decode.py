@@ -11,15 +11,11 @@ nothing here waits for it. Rows of different lengths share a call by left paddin
 lengths - T_new + i is negative is padding, is not written, and its query returns zeros.
 """
 
-from functools import cache
-
 import torch
 from torch import library
 
-from .attention import in_layout_of
-from .backend import resolve_backend
+from .backend import backend_module, resolve_backend
 from .checks import check_heads, check_options, check_reach, check_rope, check_tensor, kind_of
-from .listeners import nobody_listens
 
 
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
@@ -51,8 +47,8 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto
         raise ValueError(_SHARED)
     cos, sin = check_rope(rope, 0, k, "k")
     name, _ = resolve_backend(backend, k.device)
-    tensors = k, v, k_cache, v_cache, lengths, cos, sin
-    _call(torch.ops.sliding_gqa.append, _append, tensors, name)
+    with torch.no_grad():
+        torch.ops.sliding_gqa.append(k, v, k_cache, v_cache, lengths, cos, sin, name)
 
 
 def sliding_gqa_decode(
@@ -78,17 +74,8 @@ def sliding_gqa_decode(
         raise ValueError(f"k_cache has {C} slots, expected at least window + T_new - 1 = {window + T - 1}")
     cos, sin = check_rope(rope, 0, q)
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
-    tensors = q, k_cache, v_cache, lengths, sinks, cos, sin
-    return _call(torch.ops.sliding_gqa.decode, _decode, tensors, window, scale, softcap, name)
-
-
-def _call(operator, implementation, tensors, *options):
-    """The operator, without gradients; on a CPU, where nobody would see the difference, what it runs."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            return _call(operator, implementation, tensors, *options)
-    plain = tensors[0].device.type == "cpu" and nobody_listens(*tensors)
-    return (implementation if plain else operator)(*tensors, *options)
+    with torch.no_grad():
+        return torch.ops.sliding_gqa.decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, name)
 
 
 def _check_ring(x, k_cache, lengths):
@@ -107,8 +94,8 @@ _SHARED = "k_cache and v_cache are the same memory, expected one tensor for the 
 
 
 def _check_lengths(lengths, slots, cos, backend):
-    """What lengths tell, where the host looks at them anyway. slots: of a ring that has to hold all tokens, or None."""
-    if (slots is None and cos is None) or not (lengths.is_cpu or backend == "reference"):
+    """Check the values of lengths, where the host reads them. slots: of a ring that must hold all tokens, or None."""
+    if (slots is None and cos is None) or not (lengths.is_cpu or backend_module(backend).READS_LENGTHS):
         return
     longest = max(lengths.tolist(), default=0)
     if slots is not None and longest > slots:
@@ -118,18 +105,6 @@ def _check_lengths(lengths, slots, cos, backend):
         )
     if cos is not None and longest > cos.shape[0]:
         check_reach(cos.shape[0], longest - 1)
-
-
-@cache
-def _module(backend):
-    """The module that holds append and decode of a backend."""
-    if backend == "triton":
-        from . import decode_kernels
-
-        return decode_kernels
-    from . import banded_decode, reference
-
-    return {"banded": banded_decode, "reference": reference}[backend]
 
 
 library.define(
@@ -149,7 +124,7 @@ def _append(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     if k_cache.data_ptr() == v_cache.data_ptr() and k_cache.numel():
         raise ValueError(_SHARED)
     rope = None if cos is None else (cos, sin)
-    _module(backend).append(k, v, k_cache, v_cache, lengths, rope=rope)
+    backend_module(backend).append(k, v, k_cache, v_cache, lengths, rope=rope)
 
 
 library.impl("sliding_gqa::append", "default", _append)
@@ -163,10 +138,10 @@ def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
 def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, backend):
     _check_lengths(lengths, k_cache.shape[2] if window is None else None, cos, backend)
     rope = None if cos is None else (cos, sin)
-    out = _module(backend).decode(
+    out = backend_module(backend).attend_to_cache(
         q, k_cache, v_cache, lengths, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
     )
-    return in_layout_of(q, out)
+    return out if q.is_contiguous() and out.is_contiguous() else torch.empty_like(q).copy_(out)
 
 
 library.impl("sliding_gqa::decode", "default", _decode)

@@ -3,19 +3,18 @@
     (a, b) -> (a cos - b sin, b cos + a sin)     for pair i at position p, angle p * theta ** (-2i / R)
 
 Pairs are half-split, (x[i], x[i + R/2]), or interleaved, (x[2i], x[2i + 1]). R may be smaller than the head size: the
-elements past R are left alone. The backward pass is the same rotation with the sign of sin turned.
+elements past R are left alone. The backward pass is the same rotation with the opposite sign of sin.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import library
 
-from .backend import resolve_backend
-from .banded_rope import rotate_both, rows_of
+from .backend import backend_module, resolve_backend
 from .checks import check_reach, check_tables, check_tensor, kind_of, positive_number, whole_number
-from .listeners import nobody_listens
 
 
 def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None):
@@ -80,10 +79,10 @@ def inverse_frequencies(dim, theta, scaling, device):
 def _yarn(inv_freq, dim, theta, options):
     factor, trained = options["factor"], options["original_max_position_embeddings"]
 
-    def pair_with_turns(turns):  # the (fractional) pair that makes this many turns within the trained context
-        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_of(rotations):  # the (fractional) pair that rotates so often within the trained context
+        return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_with_turns(options.get("beta_fast") or 32), pair_with_turns(options.get("beta_slow") or 1)
+    low, high = pair_of(options.get("beta_fast") or 32), pair_of(options.get("beta_slow") or 1)
     if options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -103,21 +102,21 @@ def _yarn(inv_freq, dim, theta, options):
 def _llama3(inv_freq, dim, theta, options):
     factor, trained = options["factor"], options["original_max_position_embeddings"]
     low, high = options["low_freq_factor"], options["high_freq_factor"]
-    turns = trained / (2 * math.pi / inv_freq)  # within the trained context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    rotations = trained / (2 * math.pi / inv_freq)  # within the trained context
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * inv_freq / factor + kept * inv_freq, 1.0
 
 
 def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="auto"):
-    """q (B, Hq, T, D) and k (B, Hkv, T, D) with each token's pairs turned by the angles of its position.
+    """q (B, Hq, T, D) and k (B, Hkv, T, D), each token's pairs rotated by the angles of its position.
 
     cos, sin: the tables of `rope_tables`, (positions, R / 2) with R <= D; they are constants. positions: None for
     0 .. T-1, a whole number for an offset, or a tensor (T,) or (B, T) of int64 or int32.
     interleaved: pairs are (x[2i], x[2i + 1]) instead of (x[i], x[i + R/2]).
 
     Returns new tensors (q, k) in their dtypes, computed in fp32, differentiable in q and k. Raises ValueError for
-    shapes, dtypes or devices that do not fit, and for positions that the tables do not have. Where nothing can look at
-    a tensor of positions without waiting (on a GPU, inside torch.compile), a token at such a position is NaN instead.
+    shapes, dtypes or devices that do not fit, and for positions that the tables do not have. Where reading a
+    tensor of positions would wait (on a GPU), and inside torch.compile, a token at such a position is NaN instead.
     """
     for name, x in (("q", q), ("k", k)):
         check_tensor(name, x, q)
@@ -126,29 +125,23 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="au
             f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, H, T, D) and differ only in their heads"
         )
     B, T = q.shape[0], q.shape[2]
-    by_token = isinstance(positions, torch.Tensor)
-    looked_at = False
-    if by_token:
+    by_token, offset = None, 0
+    if isinstance(positions, torch.Tensor):
+        by_token = positions
         cos, sin = check_tables(cos, sin, 0 if positions.numel() == 0 else 1, q)
-        looked_at = _check_positions(positions, B, T, cos)
+        _check_positions(positions, B, T, cos)
     else:
-        positions = _offset(positions)
-        cos, sin = check_tables(cos, sin, positions + T, q)
+        offset = _offset(positions)
+        cos, sin = check_tables(cos, sin, offset + T, q)
     name, _ = resolve_backend(backend, q.device)
-    if name == "triton":
-        return _Rotation.apply(
-            q, k, cos, sin, positions if by_token else None, 0 if by_token else positions, interleaved, False
-        )
-    if by_token:
-        cos, sin = rows_of(cos, sin, positions, looked_at)  # (T, R/2) or (B, T, R/2)
-        cos, sin = (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
-    else:
-        cos, sin = cos[positions : positions + T], sin[positions : positions + T]
-    if name == "reference":
-        from .reference import rotate
+    if name != "triton" and torch.compiler.is_compiling():
+        # the compiler makes one loop of the definition; an operator would hide it
+        from .backends import reference
 
-        return rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
-    return rotate_both(q, k, cos, sin, interleaved)
+        return reference.rotate(q, k, cos, sin, positions=positions if by_token is not None else offset,
+                                interleaved=interleaved)  # fmt: skip
+    rotation = _Rotation if torch.compiler.is_compiling() else _EagerRotation
+    return rotation.apply(q, k, cos, sin, by_token, offset, interleaved, False, name)
 
 
 def _offset(positions):
@@ -166,53 +159,63 @@ def _offset(positions):
 
 
 def _check_positions(positions, B, T, cos):
-    """Raise ValueError unless the tensor is of positions that the tables have. False if nobody could look at them."""
+    """Raise ValueError unless the tensor is one of positions."""
     if positions.dtype not in (torch.int64, torch.int32) or tuple(positions.shape) not in ((T,), (B, T)):
         raise ValueError(
             f"positions is {positions.dtype} {tuple(positions.shape)}, expected int64 or int32 ({T},) or ({B}, {T})"
         )
     if positions.device != cos.device:
         raise ValueError(f"positions is on {positions.device}, q is on {cos.device}: move it with .to(q.device)")
-    if positions.device.type != "cpu" or not nobody_listens(positions):
-        return False
-    if positions.numel():
-        for position in torch.aminmax(positions):
-            check_reach(cos.shape[0], position.item())
-    return True
 
 
 library.define(
     "sliding_gqa::rotate",
-    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse) "
-    "-> (Tensor q, Tensor k)",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse, "
+    "str backend) -> (Tensor q, Tensor k)",
 )
 
 
 @library.impl("sliding_gqa::rotate", "default")
-def _rotate(q, k, cos, sin, positions, offset, interleaved, inverse):
-    from .rope_kernel import rotate
-
-    positions = offset if positions is None else positions
-    return rotate(q, k, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
+def _rotate(q, k, cos, sin, positions, offset, interleaved, inverse, backend):
+    if positions is None:
+        positions = offset
+    elif positions.is_cpu and positions.numel():
+        for position in torch.aminmax(positions):
+            check_reach(cos.shape[0], position.item())
+    return backend_module(backend).rotate(q, k, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
 
 
 @library.register_fake("sliding_gqa::rotate")
-def _rotate_fake(q, k, cos, sin, positions, offset, interleaved, inverse):
+def _rotate_fake(q, k, cos, sin, positions, offset, interleaved, inverse, backend):
     return torch.empty_like(q), torch.empty_like(k)
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, cos, sin, positions, offset, interleaved, inverse):  # torch.compile counts these: no *arguments
-        return torch.ops.sliding_gqa.rotate(q, k, cos, sin, positions, offset, interleaved, inverse)
+    def forward(q, k, cos, sin, positions, offset, interleaved, inverse, backend):
+        return torch.ops.sliding_gqa.rotate(q, k, cos, sin, positions, offset, interleaved, inverse, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, *tensors, ctx.offset, ctx.interleaved, ctx.inverse = inputs
-        ctx.save_for_backward(*tensors)
+        _, _, *tables, offset, interleaved, inverse, backend = inputs
+        ctx.options, ctx.opposite = (offset, interleaved, inverse, backend), (offset, interleaved, not inverse, backend)
+        ctx.save_for_backward(*tables)
+        ctx.save_for_forward(*tables)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_q, grad_k):
-        options = ctx.offset, ctx.interleaved, not ctx.inverse
-        return *torch.ops.sliding_gqa.rotate(grad_q, grad_k, *ctx.saved_tensors, *options), *[None] * 6
+        return *_Rotation.apply(grad_q, grad_k, *ctx.saved_tensors, *ctx.opposite), *[None] * 7
+
+
+# PyTorch asks for the signature at every call, which takes 0.1 ms to make
+_Rotation.forward.__signature__ = inspect.signature(_Rotation.forward)
+
+
+class _EagerRotation(_Rotation):
+    """With what torch.compile does not take: derivatives forward, and torch.func.vmap."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx, q, k, *_):
+        return _EagerRotation.apply(q, k, *ctx.saved_tensors, *ctx.options)

@@ -1,6 +1,6 @@
 """How much arithmetic training a model takes, which is what a share of a card's peak is of (MFU, arXiv:2204.02311)."""
 
-from kernels.attention import visible_pairs
+from kernels.band import visible_pairs
 
 
 def flops_a_token(config) -> float:

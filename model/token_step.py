@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import embedding, gelu
 
 from kernels import resolve_backend
-from kernels.banded_token import Place, TokenRing
+from kernels.backends.banded.token_step import CachedAttention, StepPositions
 
 from . import gpt
 
@@ -74,7 +74,7 @@ class TokenStep:
             (
                 _norm(block.ln_1),
                 _linear(block.attn.qkv),
-                TokenRing(k, v, self.config.n_head, rotated, cache.lengths),
+                CachedAttention(k, v, self.config.n_head, rotated, cache.lengths),
                 _linear(block.attn.proj),
                 _norm(block.ln_2),
                 _linear(block.mlp.fc),
@@ -87,7 +87,7 @@ class TokenStep:
     def __call__(self, tokens):
         """The logits (B, V) after one more token of each row, tokens (B,)."""
         self.cache.advance(1, self.model.config)
-        return self.forward(tokens, Place(self.cache.lengths, self.config.head_dim, self.angles))
+        return self.forward(tokens, StepPositions(self.cache.lengths, self.config.head_dim, self.angles))
 
     def _forward(self, tokens, place):
         addmm, norm = torch.addmm, torch.layer_norm

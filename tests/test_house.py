@@ -41,10 +41,21 @@ def test_packages_import_only_what_lies_below_them(package):
 
 def test_no_kernel_imports_the_reference():
     """The specification must stay independent: only the functions that choose a backend may call it."""
-    may = {"attention.py", "decode.py", "rope.py", "reference.py"}
-    for path in (ROOT / "kernels").glob("*.py"):
-        if path.name not in may:
+    for path in (ROOT / "kernels").rglob("*.py"):
+        if path.name not in ("rope.py", "reference.py") or path.parent.name != "kernels":
             assert "reference import" not in path.read_text() and "import reference" not in path.read_text(), path
+
+
+def test_a_backend_imports_no_other_and_nothing_that_chooses_among_them():
+    """Of `kernels` it may use the band; and nothing that runs may import the tools that compile for absent cards."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        room = path.relative_to(ROOT / "kernels").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                module = (*room[: len(room) - node.level], *(node.module or "").split("."))
+                assert module[0] != "compiled" or room[0] == "compiled", path
+                if room[0] == "backends":
+                    assert module[0] == "band" or module[:2] == room[:2] or module == ("backends", "triton"), path
 
 
 def run_python(code, path=(), cwd=ROOT):

@@ -2,10 +2,9 @@
 
 import memory_bound
 import pytest
+from kernels.machine_code import Loop
 from memory_bound import bandwidth_share, decode_estimate, decode_ms, rope_estimate, rope_ms
 from speed_of_light import CARDS, LATENCY_CYCLES, Shape
-
-from kernels.machine_code import Loop
 
 H100 = CARDS["sm_90"]
 NEEDED = 3350 / 1.83 / 132 * LATENCY_CYCLES  # bytes for each multiprocessor

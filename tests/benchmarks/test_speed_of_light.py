@@ -8,12 +8,12 @@ import torch
 import triton
 import triton.language as tl
 import tune_tiles
+from kernels.machine_code import Loop
+from kernels.tuning import TileConfig
 from speed_of_light import CARDS, Shape
 from tile_candidates import candidates
 
 from kernels import tiles, tuning
-from kernels.machine_code import Loop
-from kernels.tuning import TileConfig
 
 ROOFLINE = Shape(4, 32, 8, 8192, 128, 1024)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels import reference
+from kernels.backends import reference
 
 
 def eager(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None):
@@ -10,7 +10,7 @@ def eager(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None):
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if rope is not None:
         cos, sin = rope
-        q, k = reference.rotate(q, cos[S - T : S], sin[S - T : S]), reference.rotate(k, cos[:S], sin[:S])
+        q, k = reference.rotated(q, cos[S - T : S], sin[S - T : S]), reference.rotated(k, cos[:S], sin[:S])
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q * scale) @ k.mT
     if softcap is not None:

@@ -1,4 +1,4 @@
-"""Copies of the kernels with a deliberate fault in them, for tests that show that other tests can fail."""
+"""Copies of the Triton kernels with a deliberate fault in them, for tests that show that other tests can fail."""
 
 import importlib
 import itertools
@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import kernels
+from kernels.backends import triton
 
 _numbers = itertools.count()
 
@@ -18,11 +18,7 @@ def copy_of_kernels(directory, modules, fault=None):
     """
     name = f"mutant_{next(_numbers)}"
     package = directory / name
-    package.mkdir()
-    (package / "__init__.py").touch()
-    for source in Path(kernels.__file__).parent.glob("*.py"):
-        if source.name != "__init__.py":
-            shutil.copy(source, package)
+    shutil.copytree(Path(triton.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     if fault is not None:
         source, text, replacement = fault
         code = (package / source).read_text()

@@ -4,17 +4,8 @@ import numpy
 import pytest
 import torch
 
-import kernels.backend
-from kernels import (
-    append_to_cache,
-    apply_rope,
-    banded_decode,
-    reference,
-    resolve_backend,
-    rope_tables,
-    sliding_gqa_attention,
-    sliding_gqa_decode,
-)
+from kernels import append_to_cache, apply_rope, resolve_backend, rope_tables, sliding_gqa_attention, sliding_gqa_decode
+from kernels.backends import banded, reference, triton
 
 B, T, Hq, Hkv, D, C = 2, 6, 4, 2, 8, 5
 COS, SIN = rope_tables(T, D)
@@ -143,7 +134,7 @@ BAD_CALLS = [  # (function, what is changed, message)
 def test_bad_calls_are_named_in_one_line(case):
     function, changed, message = BAD_CALLS[case]
     function()
-    names = ["auto", "banded", "reference", *(["triton"] if kernels.backend.interpreted() else [])]
+    names = ["auto", "banded", "reference", *(["triton"] if triton.interpreted() else [])]
     for name in [{}] if function is tables else [{"backend": name} for name in names]:
         with pytest.raises(ValueError, match=message) as error:
             function(**changed, **name)
@@ -185,7 +176,7 @@ def test_tables_are_constants(function, backend, device):
 @pytest.fixture
 def a_gpu(monkeypatch):
     """As where Triton runs: the answer to whether it does is all that is made up."""
-    monkeypatch.setattr(kernels.backend, "why_not_triton", lambda device=None: None)
+    monkeypatch.setattr(triton, "why_not_on", lambda device: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -234,13 +225,13 @@ def test_banded_gives_nan_for_lengths_that_it_cannot_refuse():
     lengths = torch.tensor([5, 7, 2], dtype=torch.int32)
     unseen, fits = lengths.as_subclass(Unseen), lengths.clamp(max=5)
     q, k, ring = torch.randn(3, Hq, 1, D), torch.randn(3, Hkv, 1, D), torch.randn(2, 3, Hkv, 5, D)
-    out = banded_decode.decode(q, *ring, unseen, scale=1.0)
+    out = banded.attend_to_cache(q, *ring, unseen, scale=1.0)
     assert out[1].isnan().all()
-    torch.testing.assert_close(out[::2], reference.decode(q, *ring, fits, scale=1.0)[::2])
-    out = banded_decode.decode(q, *ring, unseen, 5, scale=1.0, rope=(COS, SIN))
+    torch.testing.assert_close(out[::2], reference.attend_to_cache(q, *ring, fits, scale=1.0)[::2])
+    out = banded.attend_to_cache(q, *ring, unseen, 5, scale=1.0, rope=(COS, SIN))
     assert out[1].isnan().all()
-    torch.testing.assert_close(out[::2], reference.decode(q, *ring, fits, 5, scale=1.0, rope=(COS, SIN))[::2])
-    banded_decode.append(k, k, *ring, unseen, rope=(COS, SIN))
+    torch.testing.assert_close(out[::2], reference.attend_to_cache(q, *ring, fits, 5, scale=1.0, rope=(COS, SIN))[::2])
+    banded.append(k, k, *ring, unseen, rope=(COS, SIN))
     assert ring[0, 1, :, 6 % 5].isnan().all() and ring.isnan().sum() == Hkv * D
 
 

@@ -7,8 +7,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import reference, rope_tables, sliding_gqa_attention
-from kernels.attention import visible_pairs
+from kernels import rope_tables, sliding_gqa_attention
+from kernels.backends import reference
+from kernels.band import visible_pairs
 
 BACKENDS = ["banded", "triton"]
 
@@ -21,7 +22,7 @@ def inputs(T=20, S=20, dtype=torch.float32, device="cpu", Hq=4, Hkv=2, D=16):
     return q, k, v
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("everything", [False, True])
 def test_operators_pass_opcheck(backend, everything, device):
     """With permuted and sliced inputs: only those tell a fake of other strides from a right one."""
@@ -31,15 +32,27 @@ def test_operators_pass_opcheck(backend, everything, device):
     shared = (sinks, cos, sin, 6, 0.25, 5.0 if everything else None, backend)
     forward, backward = torch.ops.sliding_gqa.attention_forward, torch.ops.sliding_gqa.attention_backward
     if backend == "banded" and not everything:
-        torch.library.opcheck(forward, (q, k, v, *shared, False, 0))
-    for threads in (0, 2) if backend == "banded" and not everything else (0,):
-        torch.library.opcheck(forward, (q, k, v, *shared, True, threads))
-        *results, kept = forward(q, k, v, *shared, True, threads)
-        assert bool(kept) == bool(threads)
-        grad_out, grad_lse = (torch.randn_like(x) for x in results)
-        grad_out = grad_out.transpose(1, 3).contiguous().transpose(1, 3)
-        grads = grad_out, grad_lse if everything else None
-        torch.library.opcheck(backward, (*grads, q, k, v, *results, kept, *shared, threads))
+        torch.library.opcheck(forward, (q, k, v, *shared, False))
+    torch.library.opcheck(forward, (q, k, v, *shared, True))
+    results = forward(q, k, v, *shared, True)
+    torch.library.opcheck(backward, (*grads_of(results, everything), q, k, v, *results, *shared))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("T, S", [(12, 15), (12, 12), (80, 80)])
+def test_operators_that_keep_probabilities_pass_opcheck(T, S, with_lse, device):
+    q, k, v = (x.detach() for x in inputs(T, S, device=device))
+    shared = (*rope_tables(S, 8, device=device), 6, 0.25)
+    forward, backward = torch.ops.sliding_gqa.banded_forward, torch.ops.sliding_gqa.banded_backward
+    torch.library.opcheck(forward, (q, k, v, *shared, with_lse, 2))
+    *results, kept = forward(q, k, v, *shared, with_lse, 2)
+    assert kept
+    torch.library.opcheck(backward, (*grads_of(results, with_lse), q, k, v, *results, kept, *shared, 2))
+
+
+def grads_of(results, with_lse):
+    grad_out, grad_lse = (torch.randn_like(x) for x in results)
+    return grad_out.transpose(1, 3).contiguous().transpose(1, 3), grad_lse if with_lse else None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -117,7 +130,7 @@ def test_selective_checkpointing_keeps_attention_and_recomputes_the_rest(backend
     calls = []
 
     def policy(ctx, op, *args, **kwargs):
-        if op == torch.ops.sliding_gqa.attention_forward.default:
+        if op in (torch.ops.sliding_gqa.attention_forward.default, torch.ops.sliding_gqa.banded_forward.default):
             calls.append(ctx.is_recompute)
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE

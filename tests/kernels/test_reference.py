@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import reference, rope_tables, sliding_gqa_attention
+from kernels import rope_tables, sliding_gqa_attention
+from kernels.backends import reference
 
 
 def draw(seen):
@@ -55,7 +56,7 @@ def test_softcap_bounds_the_scores():
 def test_scores_depend_on_relative_positions_only():
     q, k = torch.randn(2, 1, 1, 1, 16)
     cos, sin = rope_tables(64, 16)
-    at = [reference.rotate(q, cos[i], sin[i]) @ reference.rotate(k, cos[i - 5], sin[i - 5]).mT for i in (5, 20, 63)]
+    at = [reference.rotated(q, cos[i], sin[i]) @ reference.rotated(k, cos[i - 5], sin[i - 5]).mT for i in (5, 20, 63)]
     torch.testing.assert_close(at[0], at[1])
     torch.testing.assert_close(at[0], at[2])
 
@@ -118,8 +119,8 @@ def test_rotation_is_hugging_faces():
     q, k = torch.randn(2, 2, 3, 9, 16)
     cos, sin = rope_tables(9, 16)
     expected = modeling.apply_rotary_pos_emb(q, k, torch.cat([cos, cos], -1)[None], torch.cat([sin, sin], -1)[None])
-    torch.testing.assert_close(reference.rotate(q, cos, sin), expected[0])
-    torch.testing.assert_close(reference.rotate(k, cos, sin), expected[1])
+    torch.testing.assert_close(reference.rotated(q, cos, sin), expected[0])
+    torch.testing.assert_close(reference.rotated(k, cos, sin), expected[1])
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,20 @@ def test_rotation_is_hugging_faces():
 def test_bad_tables_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         rope_tables(**{"length": 4, **arguments})
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("rotary_dim", [0, 4])
+@pytest.mark.parametrize("T, window", [(7, None), (7, 3), (4, 5)])
+def test_its_backward_is_what_autograd_makes_of_its_forward(T, window, rotary_dim, softcap, sinks):
+    q, k, v = (torch.randn(2, H, L, 8, dtype=torch.float64) for H, L in ((4, T), (2, 7), (2, 7)))
+    options = {"scale": 0.7, "softcap": softcap, "rope": rope_tables(7, rotary_dim) if rotary_dim else None}
+    options["sinks"] = torch.randn(4, dtype=torch.float64) if sinks else None
+    leaves = [x.requires_grad_() for x in (q, k, v, options["sinks"]) if x is not None]
+    out, lse = reference.attention(q, k, v, window, **options)
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    expected = torch.autograd.grad((out, lse), leaves, grads)
+    ours = reference.attend_backward(*grads, q, k, v, out, lse, window, **options)
+    for a, b in zip([x for x in ours if x is not None], expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)

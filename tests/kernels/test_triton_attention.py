@@ -10,22 +10,16 @@ import triton
 import triton.language as tl
 from budget import excess
 
-from kernels import (
-    attention_bwd,
-    attention_fwd,
-    reference,
-    rope_kernel,
-    rope_tables,
-    sliding_gqa_attention,
-    tiles,
-    tuning,
-)
-from kernels.attention_bwd import attention_backward, head_parts
-from kernels.attention_fwd import attention_forward
-from kernels.tuning import TileConfig
+from kernels import rope_tables, sliding_gqa_attention
+from kernels.backends import reference
+from kernels.backends.triton import attention_backward, attention_forward, tile_configs, tiles
+from kernels.backends.triton import rope as rope_kernel
+from kernels.backends.triton.attention_backward import attend_backward, head_parts
+from kernels.backends.triton.attention_forward import attend
+from kernels.backends.triton.tile_configs import KeyTile, RowTile
 
-TINY = TileConfig(16, 16, 16, 4, 1)
-WIDE = TileConfig(32, 16, 32, 4, 1)
+TINY = RowTile(16, 16, 16, 4, 1)
+WIDE = RowTile(32, 16, 32, 4, 1)
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
@@ -61,8 +55,9 @@ def attention(inputs, grads, window, config=TINY, **options):
     """[out, lse, dq, dk, dv (, dsinks)] of the kernels with all passes in tiles of `config`; None for the table's."""
     q, k, v = inputs[:3]
     options["sinks"] = inputs[3] if len(inputs) == 4 else None
-    out, lse = attention_forward(q, k, v, window, config=config, **options)
-    results = attention_backward(*grads, q, k, v, out, lse, window, configs=(config, config), **options)
+    out, lse = attend(q, k, v, window, config=config, **options)
+    configs = config, config and KeyTile(*config)
+    results = attend_backward(*grads, q, k, v, out, lse, window, configs=configs, **options)
     return [out, lse, *(x for x in results if x is not None)]
 
 
@@ -97,7 +92,7 @@ def test_long_bands_have_an_interior(T, S, window, device):
 def test_the_tiling_changes_nothing_but_rounding(device):
     inputs, grads, options = problem(device, T=90, S=101)
     expected = attention(inputs, grads, 37, TINY, **options)
-    for config in (WIDE, TileConfig(16, 16, 64, 4, 1), TileConfig(64, 32, 32, 4, 1), TileConfig(32, 32, 64, 4, 1)):
+    for config in (WIDE, RowTile(16, 16, 64, 4, 1), RowTile(64, 32, 32, 4, 1), RowTile(32, 32, 64, 4, 1)):
         for a, b in zip(attention(inputs, grads, 37, config, **options), expected, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
@@ -138,9 +133,9 @@ def test_head_sizes(D, device):
 def test_heads_of_a_group_spread_over_programs(shape, parts, device):
     """The sum over the query heads of a KV head, made by several programs of the dk/dv kernel."""
     inputs, grads, options = problem(device, 9, 20, Hq=128, Hkv=2, B=2, **shape)  # 16 heads a tile: 4 packs
-    out, lse = attention_forward(*inputs, 7, config=TINY, **options)
+    out, lse = attend(*inputs, 7, config=TINY, **options)
     one, several = (
-        attention_backward(*grads, *inputs, out, lse, 7, configs=(TINY, TINY), parts=among, **options)[:3]
+        attend_backward(*grads, *inputs, out, lse, 7, configs=(TINY, KeyTile(*TINY)), parts=among, **options)[:3]
         for among in (1, parts)
     )
     for a, b in zip(several, one, strict=True):
@@ -161,7 +156,7 @@ def test_keys_before_the_oldest_window_are_not_rotated(device, monkeypatch):
         rotated.append(k.shape[2])
         return rope_kernel.rotate(k, *rest, **options)
 
-    for module in (attention_fwd, attention_bwd):
+    for module in (attention_forward, attention_backward):
         monkeypatch.setattr(module, "rotate", counting)
     inputs, grads, options = problem(device, 6, 90, rotary_dim=16)
     assert_within_budget(inputs, grads, 11, **options)
@@ -174,7 +169,7 @@ def test_a_common_offset_of_scores_does_not_add_up(device):
     """Rescaling where no maximum has risen is by 1, whatever the pivot was rounded to."""
     q, k, v = (torch.randn(1, 1, length, 16, device=device) for length in (4, 2048, 2048))
     q[..., 0], k[..., 0] = 6.0, 20.0
-    out, lse = attention_forward(q, k, v, None, scale=0.25, config=TINY)
+    out, lse = attend(q, k, v, None, scale=0.25, config=TINY)
     exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), None, scale=0.25)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=0)
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
@@ -183,7 +178,7 @@ def test_a_common_offset_of_scores_does_not_add_up(device):
 def test_nan_is_not_hidden(device):
     inputs, _, options = problem(device, T=20)
     inputs[0][0, 1, 5, 3] = float("nan")
-    for result in attention_forward(*inputs, 7, config=TINY, **options):
+    for result in attend(*inputs, 7, config=TINY, **options):
         assert result[0, 1, 5].isnan().all()
         assert result.isnan().sum() == result[0, 1, 5].numel()
 
@@ -226,16 +221,16 @@ def test_keys_out_of_sight_change_nothing(device):
     q, k, v = (x.clone() for x in inputs)
     k[:, :, : seen.start] = 1e4
     v[:, :, : seen.start] = -1e4
-    again = attention_forward(q, k, v, 7, config=TINY, **options)
+    again = attend(q, k, v, 7, config=TINY, **options)
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
 
 
 def test_later_keys_change_no_earlier_query(device):
     inputs, grads, options = problem(device, T=40)
-    out, _ = attention_forward(*inputs, 9, config=TINY, **options)
+    out, _ = attend(*inputs, 9, config=TINY, **options)
     for x in inputs:
         x[:, :, 25:] = 1e4
-    again, _ = attention_forward(*inputs, 9, config=TINY, **options)
+    again, _ = attend(*inputs, 9, config=TINY, **options)
     assert torch.equal(out[:, :, :25], again[:, :, :25])
 
 
@@ -254,7 +249,7 @@ def test_very_negative_scores_are_scores(device):
     inputs, grads, options = problem(device, T=20)
     inputs[0].fill_(1.0)
     inputs[1].copy_(-1e6 + 1e5 * torch.randn_like(inputs[1]))
-    out, lse = attention_forward(*inputs, 5, config=TINY, scale=1.0)
+    out, lse = attend(*inputs, 5, config=TINY, scale=1.0)
     exact, exact_lse = reference.attention(*(x.double() for x in inputs), 5, scale=1.0)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=0)
     torch.testing.assert_close(out.double(), exact, rtol=1e-3, atol=1e-3)
@@ -378,23 +373,21 @@ def test_spans_cover_what_is_seen_and_no_interior_needs_a_mask(window, device):
 def test_every_head_size_has_tiles(arch, dtype):
     for name in ("forward", "dq", "dkdv"):
         for head_dim in (16, 24, 64, 80, 96, 128, 256):
-            config = tuning.tile_config(name, head_dim, dtype, arch)
-            assert config.step % config.edge == 0 and min(config.own, config.edge) >= 16
+            own, edge, step, *_ = tile_configs.tile_config(name, head_dim, dtype, arch)
+            assert step % edge == 0 and min(own, edge) >= 16
 
 
 def test_heads_without_a_tile_are_refused():
     with pytest.raises(ValueError, match=r"q has head size 264, expected at most 256, .*use backend='banded'"):
-        tuning.tile_config("forward", 264, torch.float16, 90)
+        tile_configs.tile_config("forward", 264, torch.float16, 90)
 
 
 def test_lengths_and_windows_share_a_binary():
     """Neither the lengths nor the window may become part of what Triton specialises a kernel for."""
-    from kernels import attention_bwd, attention_fwd, rope_kernel
-
     for kernel in (
-        attention_fwd.attention_forward_kernel,
-        attention_bwd.attention_dq_kernel,
-        attention_bwd.attention_dkdv_kernel,
+        attention_forward.attention_forward_kernel,
+        attention_backward.attention_dq_kernel,
+        attention_backward.attention_dkdv_kernel,
     ):
         assert {"num_queries", "num_keys", "num_kv_heads", "window"} <= unspecialised(kernel)
     assert {"num_tokens", "offset", "num_q_heads", "num_k_heads"} <= unspecialised(rope_kernel.rope_kernel)

@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 from budget import eager
 
-from kernels import decode_kernels, reference, rope_tables, tuning
-from kernels.decode_kernels import append, decode, split_count
-from kernels.tuning import TileConfig
+from kernels import rope_tables
+from kernels.backends import reference
+from kernels.backends.triton import decode as decode_kernels
+from kernels.backends.triton import tile_configs
+from kernels.backends.triton.decode import append, attend_to_cache, split_count
+from kernels.backends.triton.tile_configs import DecodeTile
 
-TINY = TileConfig(64, 16, 16, 4, 1)
+TINY = DecodeTile(64, 16, 4, 1)
 ON_GPU = torch.cuda.is_available()
 EXACT = torch.float32 if ON_GPU else torch.float64  # the widest that matrix products have
 
@@ -69,7 +72,7 @@ def eager_decode(q, k_cache, v_cache, lengths, window, *, rope=None, **options):
         slots = torch.arange(first, length, device=q.device) % C
         own = q[b : b + 1, :, T - real :]
         if rope is not None:
-            own = reference.rotate(own, *(table[length - real : length] for table in rope))
+            own = reference.rotated(own, *(table[length - real : length] for table in rope))
         keys, values = k_cache[b : b + 1, :, slots], v_cache[b : b + 1, :, slots]
         out[b : b + 1, :, T - real :] = eager(own, keys, values, window, **options)[0]
     return out
@@ -77,10 +80,10 @@ def eager_decode(q, k_cache, v_cache, lengths, window, *, rope=None, **options):
 
 def assert_right(arguments, options, config=TINY, num_splits=2):
     """The specification's numbers in fp64; below, twice as far off as eager PyTorch in that dtype and a rounding."""
-    out = decode(*arguments, **options, config=config, num_splits=num_splits)
+    out = attend_to_cache(*arguments, **options, config=config, num_splits=num_splits)
     q, k_cache, v_cache, *rest = arguments
     wide = {key: x.double() if isinstance(x, torch.Tensor) else x for key, x in options.items()}
-    exact = reference.decode(q.double(), k_cache.double(), v_cache.double(), *rest, **wide)
+    exact = reference.attend_to_cache(q.double(), k_cache.double(), v_cache.double(), *rest, **wide)
     if q.dtype == torch.float64:
         budget = 1e-12
     else:
@@ -116,7 +119,7 @@ def test_every_group(Hq, Hkv, T, device):
 @pytest.mark.parametrize("T, Hq", [(1, 40), (12, 3), (16, 7)])
 def test_more_rows_than_a_tile(T, Hq, device):
     """The keys of a row block are those of its own tokens: blocks of 16 rows begin in the midst of a token's heads."""
-    config = TileConfig(16, 16, 16, 4, 1)
+    config = DecodeTile(16, 16, 4, 1)
     assert_right(*problem(device, [70, 9], T, window=33, Hq=Hq, Hkv=1), config=config, num_splits=1)
 
 
@@ -191,7 +194,7 @@ def test_nothing_to_do(device):
         lengths = torch.full((B,), 3, dtype=torch.int32, device=device)
         append(k, k, cache, cache.clone(), lengths)
         assert cache.isnan().all()
-        assert decode(q, cache, cache, lengths, 5, scale=1.0).shape == q.shape
+        assert attend_to_cache(q, cache, cache, lengths, 5, scale=1.0).shape == q.shape
 
 
 # -- exactness -------------------------------------------------------------------------------------------------------
@@ -208,7 +211,7 @@ def test_neither_the_ring_nor_where_it_has_turned_changes_a_bit(device):
             for ring, cache in zip(rings, (k_cache, v_cache), strict=True):
                 ring[:, :, slots] = cache
             lengths = torch.full((1,), length, dtype=torch.int32, device=device)
-            outs.append(decode(q, *rings, lengths, window, **options, config=TINY, num_splits=2))
+            outs.append(attend_to_cache(q, *rings, lengths, window, **options, config=TINY, num_splits=2))
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -217,8 +220,8 @@ def test_very_negative_scores_are_scores(device):
     (q, k_cache, v_cache, lengths, window), options = problem(device, [70, 9], 2, window=33, dtype=torch.float32)
     q.fill_(1.0)
     k_cache[:] = torch.where(k_cache.isnan(), k_cache, k_cache * 1e5 - 1e6)
-    out = decode(q, k_cache, v_cache, lengths, window, **options, config=TINY, num_splits=2)
-    exact = reference.decode(q.double(), k_cache.double(), v_cache.double(), lengths, window, **options)
+    out = attend_to_cache(q, k_cache, v_cache, lengths, window, **options, config=TINY, num_splits=2)
+    exact = reference.attend_to_cache(q.double(), k_cache.double(), v_cache.double(), lengths, window, **options)
     torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=1e-3)
 
 
@@ -272,7 +275,7 @@ def test_one_cuda_graph_serves_every_step(device):
 
     def step():
         append(*token[1:], *rings, lengths)
-        out = decode(token[0], *rings, lengths, 100, scale=0.125, num_splits=3)
+        out = attend_to_cache(token[0], *rings, lengths, 100, scale=0.125, num_splits=3)
         lengths.add_(1)
         return out
 
@@ -336,8 +339,8 @@ def test_the_search_for_the_number_of_parts_stalls_no_step():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_head_size_has_tiles(arch, dtype):
     for head_dim in (16, 24, 64, 80, 96, 128, 256):
-        config = tuning.tile_config("decode", head_dim, dtype, arch)
-        assert min(config.own, config.step) >= 16 and config.own & (config.own - 1) == 0
+        config = tile_configs.tile_config("decode", head_dim, dtype, arch)
+        assert min(config.BLOCK_M, config.BLOCK_N) >= 16 and config.BLOCK_M & (config.BLOCK_M - 1) == 0
 
 
 def test_steps_of_every_length_share_a_binary():
@@ -379,9 +382,9 @@ def test_positions_past_the_tables_give_nan_and_are_not_read(rotary_dim, num_spl
     assert torch.equal(k_cache.isnan(), expected) and not v_cache.isnan().any()
 
     k_cache, v_cache = torch.randn(2, 3, 2, 40, 16, device=device)
-    out = decode(q, k_cache, v_cache, lengths, 38, scale=0.25, rope=rope, num_splits=num_splits)
+    out = attend_to_cache(q, k_cache, v_cache, lengths, 38, scale=0.25, rope=rope, num_splits=num_splits)
     assert out[2].isnan().all() and out[0, :, 2].isnan().all()
-    exact = reference.decode(*(x[:2] for x in (q, k_cache, v_cache, lengths)), 38, scale=0.25,
+    exact = reference.attend_to_cache(*(x[:2] for x in (q, k_cache, v_cache, lengths)), 38, scale=0.25,
                              rope=rope_tables(101, rotary_dim, device=device))  # fmt: skip
     torch.testing.assert_close(out[0, :, :2], exact[0, :, :2])
     torch.testing.assert_close(out[1], exact[1])
@@ -393,9 +396,9 @@ def test_without_a_window_a_row_longer_than_its_ring_is_nan(sinks, num_splits, d
     q, k_cache, v_cache = (torch.randn(3, heads, n, 16, device=device) for heads, n in ((4, 1), (2, 40), (2, 40)))
     lengths = torch.tensor([40, 41, 3], dtype=torch.int32, device=device)
     options = {"scale": 0.25, "sinks": torch.zeros(4, device=device) if sinks else None}
-    out = decode(q, k_cache, v_cache, lengths, **options, num_splits=num_splits)
+    out = attend_to_cache(q, k_cache, v_cache, lengths, **options, num_splits=num_splits)
     assert out[1].isnan().all() and out.isnan().sum() == out[1].numel()
-    exact = reference.decode(q, k_cache, v_cache, lengths.clamp(max=40), **options)
+    exact = reference.attend_to_cache(q, k_cache, v_cache, lengths.clamp(max=40), **options)
     torch.testing.assert_close(out[::2], exact[::2])
-    windowed = decode(q, k_cache, v_cache, lengths, 40, **options, num_splits=num_splits)
+    windowed = attend_to_cache(q, k_cache, v_cache, lengths, 40, **options, num_splits=num_splits)
     assert not windowed.isnan().any()

@@ -6,9 +6,10 @@ from budget import excess
 from mutants import copy_of_kernels
 
 from kernels import rope_tables
-from kernels.tuning import TileConfig
+from kernels.backends.triton.tile_configs import KeyTile, RowTile
 
-MODULES = ["attention_fwd", "attention_bwd"]
+TINY = 16, 16, 16, 4, 1
+MODULES = ["attention_forward", "attention_backward"]
 # {fault: (file, text, replacement)}
 MUTATIONS = {
     "window off by one": ("tiles.py", "(k_pos > q_pos - window)", "(k_pos >= q_pos - window)"),
@@ -17,13 +18,13 @@ MUTATIONS = {
     "one head for all rows of a pack": ("tiles.py", "first_head + row % PACK", "first_head + row % 1"),
     "an edge taken for interior, keys": (
         "tiles.py",
-        "full_begin = tl.minimum(tl.cdiv(tl.maximum(last_pos - window + 1, 0), EDGE_K) * EDGE_K, end)",
-        "full_begin = tl.maximum(last_pos - window + 1, 0) // EDGE_K * EDGE_K",
+        "full_begin = tl.minimum(tl.cdiv(tl.maximum(last_pos - window + 1, 0), EDGE_N) * EDGE_N, end)",
+        "full_begin = tl.maximum(last_pos - window + 1, 0) // EDGE_N * EDGE_N",
     ),
     "the diagonal taken for interior": (
         "tiles.py",
-        "(first_pos + 1) // EDGE_K * EDGE_K",
-        "(last_pos + 1) // EDGE_K * EDGE_K",
+        "(first_pos + 1) // EDGE_N * EDGE_N",
+        "(last_pos + 1) // EDGE_N * EDGE_N",
     ),
     "an edge taken for interior, queries": (
         "tiles.py",
@@ -46,49 +47,49 @@ MUTATIONS = {
         "tl.join(a * cos - b * sin, b * cos + a * sin)",
     ),
     "sign of the rotation of k": (
-        "rope_kernel.py",
+        "rope.py",
         "(a * cos - b * sin).to(first.dtype)",
         "(a * cos + b * sin).to(first.dtype)",
     ),
-    "positions of q not bottom-right": ("attention_fwd.py", "q_pos = query + offset", "q_pos = query"),
-    "lse without sinks": ("attention_fwd.py", "        lse_log2 = with_sink\n", ""),
-    "out without sinks": ("attention_fwd.py", "norm *= tl.exp2(lse_log2 - with_sink)", "norm *= 1.0"),
+    "positions of q not bottom-right": ("attention_forward.py", "q_pos = query + offset", "q_pos = query"),
+    "lse without sinks": ("attention_forward.py", "        lse_log2 = with_sink\n", ""),
+    "out without sinks": ("attention_forward.py", "norm *= tl.exp2(lse_log2 - with_sink)", "norm *= 1.0"),
     "strides swapped": (
-        "attention_fwd.py",
+        "attention_forward.py",
         "row_offset(batch, head, query, q_strides)",
         "row_offset(batch, query, head, q_strides)",
     ),
     "strides of k for v": (
-        "attention_fwd.py",
+        "attention_forward.py",
         "kv_head.to(tl.int64) * v_strides[1]",
         "kv_head.to(tl.int64) * k_strides[1]",
     ),
-    "scale left out of dq": ("attention_bwd.py", "    dq *= scale\n", ""),
+    "scale left out of dq": ("attention_backward.py", "    dq *= scale\n", ""),
     "delta left out of dk": (
-        "attention_bwd.py",
+        "attention_backward.py",
         "dot(v, tl.trans(do), None, PRECISION) - delta[None, :]",
         "dot(v, tl.trans(do), None, PRECISION)",
     ),
     "dk without one head of the group": (
-        "attention_bwd.py",
+        "attention_backward.py",
         "for pack in range(GROUP // PACK // PARTS):",
         "for pack in range(GROUP // PACK // PARTS - 1):",
     ),
     "gradient of lse with the wrong sign": (
-        "attention_bwd.py",
+        "attention_backward.py",
         "delta -= tl.load(dlse_ptr",
         "delta += tl.load(dlse_ptr",
     ),
     "derivative of the cap left out": (
-        "attention_bwd.py",
+        "attention_backward.py",
         "            ds *= 1 - scores * scores\n        dq",
         "            ds *= 1.0\n        dq",
     ),
-    "sinks' gradient without its sign": ("attention_bwd.py", ".sum((0, 2)).neg()", ".sum((0, 2))"),
+    "sinks' gradient without its sign": ("attention_backward.py", ".sum((0, 2)).neg()", ".sum((0, 2))"),
 }
 
 
-def worst_excess(attention_fwd, attention_bwd, device):
+def worst_excess(forward, backward, device):
     """How far the kernels are over their error budget, on one problem that has a bit of everything."""
     torch.manual_seed(0)
     T, S, Hq, Hkv, D, B, window = 53, 60, 6, 2, 16, 1, 40
@@ -102,10 +103,9 @@ def worst_excess(attention_fwd, attention_bwd, device):
     for group in (3, 2):  # one head a tile, and two
         q, k, v, sinks = inputs[0][:, : 2 * group], inputs[1], inputs[2], inputs[3][: 2 * group]
         some_grads = [x[:, : 2 * group] for x in grads]
-        config = TileConfig(16, 16, 16, 4, 1)
-        out, lse = attention_fwd.attention_forward(q, k, v, window, sinks=sinks, config=config, **options)
-        results = attention_bwd.attention_backward(
-            *some_grads, q, k, v, out, lse, window, sinks=sinks, configs=(config, config), **options
+        out, lse = forward.attend(q, k, v, window, sinks=sinks, config=RowTile(*TINY), **options)
+        results = backward.attend_backward(
+            *some_grads, q, k, v, out, lse, window, sinks=sinks, configs=(RowTile(*TINY), KeyTile(*TINY)), **options
         )
         ratios = excess([out, lse, *results], [q, k, v, sinks], some_grads, window, **options)
         worst = max(worst, *(ratio if ratio == ratio else float("inf") for ratio in ratios.values()))

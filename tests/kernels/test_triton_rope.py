@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from kernels import apply_rope, reference, rope_kernel, rope_tables, tuning
+from kernels import apply_rope, rope_tables
+from kernels.backends import reference
+from kernels.backends.triton import rope as rope_kernel
+from kernels.backends.triton import tile_configs
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -29,20 +32,18 @@ def test_rotation_is_the_references_rounded_once(Hq, Hkv, D, R, interleaved, dty
     q, k = heads(Hq, 9, D, dtype=dtype, device=device), heads(Hkv, 9, D, dtype=dtype, device=device)
     cos, sin = rope_tables(12, R, device=device)
     for ours, x in zip(apply_rope(q, k, cos, sin, interleaved=interleaved, backend="triton"), (q, k), strict=True):
-        exact = reference.rotate(x.double(), cos[:9].double(), sin[:9].double(), interleaved)
+        exact = reference.rotated(x.double(), cos[:9].double(), sin[:9].double(), interleaved)
         assert ours.dtype == dtype and ours.stride() == x.stride()
         assert (ours - exact).abs().max() <= 1.01 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("arch", [0, 80, 90, 120])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_a_threads_share_of_a_tile_is_small(arch, dtype):
+def test_a_threads_share_of_a_tile_is_small():
     """Of 16 pairs, of which first, second, cos and sin are held: 64 registers."""
     for rotary_dim in (2, 16, 48, 64, 80, 128, 256, 512, 1024):
-        config = tuning.tile_config("rotary", rotary_dim, dtype, arch)
+        tile = tile_configs.rotary_tile(rotary_dim)
         padded = 1 << (rotary_dim // 2 - 1).bit_length()
-        assert config.own * config.step * padded <= 16 * 32 * config.num_warps
-    assert tuning.tile_config("rotary", 2048, dtype, arch).own == 1
+        assert tile.BLOCK_T * tile.BLOCK_H * padded <= 16 * 32 * tile.num_warps
+    assert tile_configs.rotary_tile(2048).BLOCK_T == 1
 
 
 @pytest.mark.parametrize("kind", ["offset", "by token", "by row and token", "int32"])
@@ -86,7 +87,7 @@ def test_gradcheck_in_fp64(device):
 def test_operator_passes_opcheck(positions, device):
     cos, sin = rope_tables(30, 8, device=device)
     positions = None if positions is None else positions.to(device)
-    arguments = (heads(4, device=device), heads(2, device=device), cos, sin, positions, 3, False, False)
+    arguments = (heads(4, device=device), heads(2, device=device), cos, sin, positions, 3, False, False, "triton")
     torch.library.opcheck(torch.ops.sliding_gqa.rotate, arguments)
 
 

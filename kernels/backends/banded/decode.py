@@ -1,22 +1,22 @@
-"""The ring-buffer cache in PyTorch: what a step of sampling costs on a machine without Triton.
+"""The ring-buffer cache in PyTorch.
 
-Where the host may look at `lengths` for nothing (a CPU), the slots that the newest tokens write and see are known, and
-in the common cases they are one slice of the ring: a step is then a few calls on views, without a mask.
+On a CPU the host may read `lengths`, so the slots that the newest tokens write and see are known. In the common cases
+they are one slice of the ring: a step is then a few calls on views, without a mask.
 
     C=4, window=4   length 3: slots 0 1 2      length 4 and more: all of them, in whatever order they lie
                               x x x .                             x x x x
 
-Otherwise (ragged rows, several tokens a call, a ring larger than the window) each slot is asked which position it
-holds. Elsewhere than on a CPU nothing waits for `lengths`, and the mask is always made.
+Otherwise (ragged rows, several tokens a call, a ring larger than the window) the position in each slot is computed and
+masked. On other devices nothing waits for `lengths`, and the mask is always made.
 """
 
 import torch
 
-from .banded_rope import rows_of, turn
+from .rope import rotate_into, rows_of
 
 
 def append(k, v, k_cache, v_cache, lengths, *, rope=None):
-    """`append_to_cache`: copies into a slice of the ring, or where rows differ or turn over its end, a scatter."""
+    """`append_to_cache`: copies into a slice of the ring; a scatter where rows differ or pass its end."""
     T, C = k.shape[2], k_cache.shape[2]
     shortest, longest = _range(lengths)
     tables = None if rope is None else _rows(rope, lengths, T, shortest, longest)
@@ -26,11 +26,11 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
         if rope is None:
             slots.copy_(k)
         else:
-            turn(k, *tables, slots)
+            rotate_into(k, *tables, slots)
         v_cache.narrow(2, first, T).copy_(v)
         return
     if rope is not None:
-        k = turn(k, *tables)
+        k = rotate_into(k, *tables)
     positions = _positions(lengths, T)
     written = (positions >= 0)[:, None, :, None]
     slots = (positions % C)[:, None, :, None].expand(k.shape).long()
@@ -39,18 +39,18 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
         cache.scatter_(2, slots, torch.where(written, new, cache.gather(2, slots)))
 
 
-def decode(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None):
+def attend_to_cache(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None):
     """`sliding_gqa_decode`: products over the slots that are seen, or over the whole ring under a mask."""
     B, Hq, T, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     lost = None
     if window is None:
         window = C
-        if not lengths.is_cpu:  # who can look at them has refused such lengths
-            lost = (lengths > C)[:, None, None, None]  # rows that should see what their ring has overwritten
+        if not lengths.is_cpu:  # on a CPU, the caller has refused such lengths
+            lost = (lengths > C)[:, None, None, None]  # rows whose ring has overwritten keys that they should see
     shortest, longest = _range(lengths)
     if rope is not None:
-        q = turn(q, *_rows(rope, lengths, T, shortest, longest))
+        q = rotate_into(q, *_rows(rope, lengths, T, shortest, longest))
     unseen = None
     if T == 1 and window >= C <= shortest:
         pass  # every slot of every row is seen
@@ -61,12 +61,12 @@ def decode(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, si
         unseen, v_cache = _unseen(lengths, T, window, v_cache, shortest)
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     rows = q.reshape(B * Hkv, Hq // Hkv * T, D)  # the heads of a group share their keys
-    out = attend(rows, keys, values, (B, Hq, T), scale, unseen, softcap=softcap, sinks=sinks, padding=shortest < T)
+    out = attend_rows(rows, keys, values, (B, Hq, T), scale, unseen, softcap=softcap, sinks=sinks, padding=shortest < T)
     out = out.view(B, Hq, T, D)
     return out if lost is None else out.masked_fill(lost, float("nan"))
 
 
-def attend(rows, keys, values, queries, scale, unseen=None, *, softcap=None, sinks=None, padding=False):
+def attend_rows(rows, keys, values, queries, scale, unseen=None, *, softcap=None, sinks=None, padding=False):
     """(B * Hkv, G * T, D), in the dtype of the values: rows of this shape attend to keys and values (B * Hkv, N, D).
 
     queries   (B, Hq, T), which the rows are
@@ -93,7 +93,7 @@ def attend(rows, keys, values, queries, scale, unseen=None, *, softcap=None, sin
 
 
 def _range(lengths):
-    """(shortest, longest) of the rows where the host can look for nothing, else a range that promises nothing."""
+    """(shortest, longest) row, where reading it costs nothing; else a range that promises nothing."""
     rows = lengths.tolist() if lengths.is_cpu else None
     return (min(rows), max(rows)) if rows else (-1, 2**31 - 1)
 
@@ -108,7 +108,7 @@ def _rows(rope, lengths, T, shortest, longest):
     if shortest == longest >= T:
         return [table.narrow(0, longest - T, T) for table in rope]
     positions = _positions(lengths, T).clamp_(min=0)
-    cos, sin = (table[:, None] for table in rows_of(*rope, positions, lengths.is_cpu))
+    cos, sin = (table[:, None] for table in rows_of(*rope, positions))
     return cos, sin
 
 

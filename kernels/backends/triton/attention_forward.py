@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
-from .rope_kernel import rotary_tables, rotate
+from . import tile_configs
+from .rope import rotary_tables, rotate
 from .tiles import (
     LN_2,
     LOG2_E,
@@ -43,18 +43,18 @@ from .tiles import (
 @triton.jit
 def _attend(
     state, q, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The walk of one row block over the key tiles of `span`."""
     PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
     element, in_head = head_columns(HEAD_DIM)
     start = walk_start(span, MASKED)
-    key = start.to(tl.int64) + tl.arange(0, BLOCK_K)
+    key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
     # pointers are carried, not computed: a 64-bit product a tile costs 10 to 20 instructions
     k_ptrs = k_ptr + key[None, :] * k_stride + element[:, None]
     v_ptrs = v_ptr + key[:, None] * v_stride + element[None, :]
     for _ in range(span[3]):
-        k_pos = start + tl.arange(0, BLOCK_K)
+        k_pos = start + tl.arange(0, BLOCK_N)
         in_keys = k_pos < num_keys
         k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
         scores = dot(q, k, None, PRECISION)
@@ -64,7 +64,7 @@ def _attend(
             scores = tl.where(visible(q_pos[:, None], k_pos[None, :], window), scores, float("-inf"))
         v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
         state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
-        step = walk_step(start, span, BLOCK_K, MASKED)
+        step = walk_step(start, span, BLOCK_N, MASKED)
         start += step
         k_ptrs += step * wide_stride(k_stride)
         v_ptrs += step * wide_stride(v_stride)
@@ -77,7 +77,7 @@ def attention_forward_kernel(
     strides,  # of q, k, v, out: of batch, head, position, in units of UNIT elements; the last stride is 1
     num_queries, num_keys, num_kv_heads, window, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, EDGE_K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """k is rotated already, q is rotated here. sinks_ptr and cap_scale are None where there are none."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
@@ -100,18 +100,18 @@ def attention_forward_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     first_pos = block * BLOCK_Q + offset
     last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
-    edges, interior = key_spans(first_pos, last_pos, window, EDGE_K, BLOCK_K)
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N)
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
     row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
     state = (acc, row_sum, row_max)
     state = _attend(
         state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window, scale_log2, cap_scale,
-        HEAD_DIM, EDGE_K, PRECISION, True,
+        HEAD_DIM, EDGE_N, PRECISION, True,
     )  # fmt: skip
     state = _attend(
         state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window, scale_log2, cap_scale,
-        HEAD_DIM, BLOCK_K, PRECISION, False,
+        HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
 
@@ -137,11 +137,11 @@ def first_key(T, S, window):
     return 0 if window is None else max(0, S - T - window + 1)
 
 
-def attention_forward(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None, with_lse=True, config=None):
-    """(out, lse) of `sliding_gqa_attention`: out in q's memory layout, lse (B, Hq, T) in wide precision.
+def attend(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None, with_lse=True, config=None):
+    """(out, lse) of `sliding_gqa_attention`: out in q's memory layout, lse (B, Hq, T) in fp32, for fp64 in fp64.
 
     With rope, k is rotated into a temporary first: in the loop it would be done again for every row block. lse costs
-    nothing, without with_lse it is merely not returned. config: a TileConfig in place of the table's.
+    nothing: without with_lse it is only not returned. config: a RowTile in place of the table's.
     """
     B, Hq, T, D = q.shape
     Hkv, S = k.shape[1], k.shape[2]
@@ -156,17 +156,16 @@ def attention_forward(q, k, v, window, *, scale, softcap=None, sinks=None, rope=
         first = first_key(T, S, window)
         k, v, cos, sin, S = k[:, :, first:], v[:, :, first:], cos[first:], sin[first:], S - first
         k, _ = rotate(k, None, cos, sin)
-    arch = tuning.architecture(q.device)
-    config = config or tuning.tile_config("forward", D, q.dtype, arch)
-    pack = packed_heads(group, config.own)
+    arch = tile_configs.architecture(q.device)
+    config = config or tile_configs.tile_config("forward", D, q.dtype, arch)
+    pack = packed_heads(group, config.BLOCK_M)
     scale_log2, cap_scale = softmax_scales(scale, softcap)
     unit, strides = strides_of(q, k, v, out)
     with torch.cuda.device_of(q):
-        attention_forward_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, config.own // pack),)](
+        attention_forward_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, config.BLOCK_M // pack),)](
             q, k, v, out, lse, sinks, cos, sin, strides,
             T, S, Hkv, S if window is None else min(window, S), scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack, UNIT=unit,
-            BLOCK_M=config.own, EDGE_K=config.edge, BLOCK_K=config.step, PRECISION=tuning.dot_precision(q.dtype, arch),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            PRECISION=tile_configs.dot_precision(q.dtype, arch), **config._asdict(),
         )  # fmt: skip
     return out, lse if with_lse else lse.new_empty(0)

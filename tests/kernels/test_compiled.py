@@ -14,21 +14,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels import machine_code, offline
-from kernels.control_flow import Branch, innermost_loops
+from kernels import compiled
+from kernels.compiled import machine_code
+from kernels.compiled.machine_code import Branch, innermost_loops
 
 ROOT = Path(__file__).parents[2]
 MATRIX = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"]}
 WITH_PRODUCTS = {"attention_forward", "attention_dq", "attention_dkdv", "decode"}
 COMPILE = """
 import json, torch
-from kernels import offline
-from kernels.attention_bwd import attention_backward
-from kernels.attention_fwd import attention_forward
-from kernels.tuning import TileConfig
+from kernels import compiled
+from kernels.backends.triton import attend, attend_backward
+from kernels.backends.triton.tile_configs import RowTile
 
 def report(launch, target, D, variant):
-    made = offline.compile_launch(launch, target)._asdict() | {"D": D, "variant": variant}
+    made = compiled.compile_launch(launch, target)._asdict() | {"D": D, "variant": variant}
     tiles = [one for one in made["accesses"] if one.kind != "store" and not one.of_rows]
     made["narrow"] = [tuple(one) for one in tiles if one.bytes < 16]
     made["loops"] = [loop._asdict() for loop in made["loops"]]
@@ -38,10 +38,9 @@ def report(launch, target, D, variant):
 everything = dict(sinks=True, softcap=20.0, grad_lse=True)
 variants = {"all": dict(rope=True, **everything), "half": dict(half_rope=True, **everything), "plain": {}}
 attention = ("attention_forward", "attention_dq", "attention_dkdv")
-compiled = set()
 for target in ("sm_80", "sm_90"):
     for D, name in ((128, "half"), (128, "plain"), (64, "all")):
-        for launch in offline.launches(target, head_dim=D, dtype=torch.bfloat16, **variants[name]):
+        for launch in compiled.launches(target, head_dim=D, dtype=torch.bfloat16, **variants[name]):
             if name == "plain" and launch.name not in attention:
                 continue
             report(launch, target, D, name)
@@ -52,15 +51,15 @@ for target, D, R, T, k_strides in (("sm_86", 128, 96, 256, None), ("sm_90", 72, 
     q = torch.empty(1, T, 8, D, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     k = torch.empty_strided((1, 2, T, D), k_strides or (2 * T * D, D, 2 * D, 1), dtype=q.dtype, device="meta")
     rope = (torch.empty(T, R // 2, device="meta"),) * 2 if R else None
-    with offline.recorded(target) as found:
-        out, lse = attention_forward(q, k, k, 128, scale=1.0, rope=rope)
-        attention_backward(out, lse, q, k, k, out, lse, 128, scale=1.0, rope=rope)
+    with compiled.recorded(target) as found:
+        out, lse = attend(q, k, k, 128, scale=1.0, rope=rope)
+        attend_backward(out, lse, q, k, k, out, lse, 128, scale=1.0, rope=rope)
     for launch in {launch.name: launch for launch in found}.values():
         report(launch, target, D, "special")
 # one that is known not to fit into registers
-too_large = {"forward": TileConfig(128, 64, 64, 4, 2)}
-launch = offline.launches("sm_80", head_dim=128, dtype=torch.bfloat16, configs=too_large)[0]
-made = offline.compile_launch(launch, "sm_80")
+too_large = {"forward": RowTile(128, 64, 64, 4, 2)}
+launch = compiled.launches("sm_80", head_dim=128, dtype=torch.bfloat16, configs=too_large)[0]
+made = compiled.compile_launch(launch, "sm_80")
 print(json.dumps({"kernel": "too large", "spilled_bytes": made.spilled_bytes, "stack_bytes": made.stack_bytes}))
 """
 
@@ -158,13 +157,13 @@ def test_the_forwards_interior_is_short(shipped, target, most):
 
 def test_an_unknown_architecture_is_named_with_those_possible():
     with pytest.raises(ValueError, match=r"architecture 'sm_70' is not one .* wanted one of sm_80, .*sm_90"):
-        offline.limits("sm_70")
+        compiled.limits("sm_70")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
 def test_interpreted_kernels_are_refused():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1: record and compile in a process without it"):
-        offline.launches("sm_90", head_dim=64, dtype=torch.float16)
+        compiled.launches("sm_90", head_dim=64, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_interpreted_kernels_are_refused():
     ],
 )
 def test_resident_blocks(target, registers, warps, shared, expected):
-    assert offline.resident_blocks(offline.LIMITS[target], registers, warps, shared) == expected
+    assert compiled.resident_blocks(compiled.LIMITS[target], registers, warps, shared) == expected
 
 
 def test_a_jump_back_from_code_behind_the_end_is_no_loop():
@@ -219,7 +218,7 @@ PTX = """
 @pytest.mark.parametrize("masked", [True, False])
 def test_machine_code_is_read(masked):
     def line_of(name, text):
-        lines = (ROOT / "kernels" / name).read_text().splitlines()
+        lines = (ROOT / "kernels" / "backends" / "triton" / name).read_text().splitlines()
         return next(i for i, line in enumerate(lines, 1) if text in line)
 
     line = line_of("tiles.py", "return (k_pos <= q_pos)" if masked else "rescale = tl.exp2(")

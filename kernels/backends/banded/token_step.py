@@ -1,7 +1,8 @@
-"""One token a row on a CPU: `append_to_cache` and `sliding_gqa_decode` in one go, in as few operators as there can be.
+"""One token a row on a CPU: `append_to_cache` and `sliding_gqa_decode` together, in as few PyTorch calls as possible.
 
-A step of a small model is mostly the calling of operators. So what its layers share, the angles and what is seen, is
-made once a step (`Place`), and q, k and v come side by side, as the projection made them, to be rotated together:
+A step of a small model is mostly the cost of calling operators. So what its layers share, the angles and the mask, is
+made once a step (`StepPositions`). q, k and v come as the projection made them, in one tensor, and q and k are rotated
+together:
 
     qkv (B, (Hq + 2 Hkv) * D)      q q q q q q q q  k k  v v
                                    \\___ rotated ___/  \\_____ into their slot; then all slots are read that are written
@@ -10,11 +11,11 @@ made once a step (`Place`), and q, k and v come side by side, as the projection 
 import torch
 from torch.nn.functional import pad
 
-from .banded_decode import attend
+from .decode import attend_rows
 
 
-class Place:
-    """Where one new token a row stands. lengths (B,) int32 on the CPU count it, and are at least 1.
+class StepPositions:
+    """The position of one new token a row. lengths (B,) int32 on the CPU count it, and are at least 1.
 
     angles   gives (cos, sin) of a position, (R / 2,), or of a tensor (B,) of them, (B, R / 2): rows of the tables of
              `rope_tables`. None: nothing is rotated.
@@ -27,7 +28,7 @@ class Place:
         self.position = self.longest - 1 if self.even else lengths.long() - 1
         self.cos = self.sin = None
         if angles is not None:
-            # x turns to x * cos + other(x) * sin, other(x) being the partner in the pair; past R nothing turns
+            # x becomes x * cos + other(x) * sin, other(x) being the partner in the pair; nothing past R is rotated
             cos, sin = angles(self.position)
             self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
             if rest := head_dim - self.cos.shape[-1]:
@@ -40,8 +41,8 @@ class Place:
         return torch.arange(slots) >= self.lengths[:, None]
 
 
-class TokenRing:
-    """The ring of one layer, for steps of one token a row; its memory is that of k_cache, v_cache (B, Hkv, C, D).
+class CachedAttention:
+    """Attention of one layer to its ring, one token a row; the ring's memory is k_cache, v_cache (B, Hkv, C, D).
 
     C is the window, so that all written slots are seen, or without a window any number that no row reaches.
     lengths (B,) are the tokens so far. softcap and sinks are not offered.
@@ -54,35 +55,35 @@ class TokenRing:
         self.batch, self.rows = B, torch.arange(B)
         self.num_heads, self.grouped = num_heads, (B * Hkv, num_heads // Hkv, D)
         self.queries = B, num_heads, 1
-        self.turned = num_heads + Hkv
+        self.rotated = num_heads + Hkv
         self.scale = D**-0.5
         half = rotary_dim // 2
         self.partner = torch.arange(D)
         self.partner[: 2 * half] = self.partner[: 2 * half].roll(half)
         if lengths.amin() < self.slots:
             # rows of different lengths: an unwritten slot may hold NaN, which no weight of 0 removes
-            v_cache.masked_fill_(Place(lengths, D).unwritten(self.slots)[:, None, :, None], 0)
+            v_cache.masked_fill_(StepPositions(lengths, D).unwritten(self.slots)[:, None, :, None], 0)
 
-    def __call__(self, qkv, place):
+    def __call__(self, qkv, positions):
         """Write the new keys and values and attend to the ring: (B, Hq * D) of qkv (B, (Hq + 2 Hkv) * D)."""
         Hq, D = self.num_heads, self.grouped[2]
         heads = qkv.view(self.batch, -1, D)
-        turned = heads[:, : self.turned]
-        if place.cos is not None:
-            turned = torch.addcmul(turned * place.cos, turned[..., self.partner], place.sin)
-        k, v = turned[:, Hq:], heads[:, self.turned :]  # (B, Hkv, D)
-        slot = place.position % self.slots
-        if place.even:
+        rotated = heads[:, : self.rotated]
+        if positions.cos is not None:
+            rotated = torch.addcmul(rotated * positions.cos, rotated[..., self.partner], positions.sin)
+        k, v = rotated[:, Hq:], heads[:, self.rotated :]  # (B, Hkv, D)
+        slot = positions.position % self.slots
+        if positions.even:
             self.k_cache.select(2, slot).copy_(k)
             self.v_cache.select(2, slot).copy_(v)
         else:
             self.k_cache[self.rows, :, slot] = k
             self.v_cache[self.rows, :, slot] = v
         keys, values = self.keys, self.values
-        if place.longest < self.slots:
-            keys, values = keys[:, : place.longest], values[:, : place.longest]
+        if positions.longest < self.slots:
+            keys, values = keys[:, : positions.longest], values[:, : positions.longest]
         unwritten = None
-        if not place.even and place.shortest < self.slots:
-            unwritten = place.unwritten(keys.shape[1])[:, None]
-        rows = turned[:, :Hq].reshape(self.grouped)
-        return attend(rows, keys, values, self.queries, self.scale, unwritten).view(self.batch, Hq * D)
+        if not positions.even and positions.shortest < self.slots:
+            unwritten = positions.unwritten(keys.shape[1])[:, None]
+        rows = rotated[:, :Hq].reshape(self.grouped)
+        return attend_rows(rows, keys, values, self.queries, self.scale, unwritten).view(self.batch, Hq * D)

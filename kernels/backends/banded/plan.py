@@ -3,9 +3,9 @@
 Six queries, L=2, window=3:
 
     keys      0 1 2 3 4 5
-    block 0   1               the first region: a row block whose stretch of keys is cut short
+    block 0   1               the first region: a row block whose key slice is cut short
               1 1
-    block 1   1 1 1           the second: blocks that meet a whole stretch, L keys further on each
+    block 1   1 1 1           the second: blocks with a full key slice, each L keys further on
                 1 1 1
     block 2       1 1 1
                     1 1 1
@@ -18,11 +18,11 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-BLOCK_LENGTHS = (16, 32, 64, 128)  # L: short blocks compute few keys in vain, long ones need fewer and larger products
+BLOCK_LENGTHS = (16, 32, 64, 128)  # L: short blocks compute few masked scores, long ones need fewer and larger products
 STEP_SCORES_PER_THREAD = 256 * 1024  # fp32 scores of one step: 1 MB, a core's L2 cache; smaller steps cost calls
 # What a cut is weighed by, in multiply-adds: measured on two cores of an AMD EPYC (Zen 4)
 STEP_WORK = 2**23  # the calls of one step, forward and backward
-ROW_WORK = 9  # what a score costs beside its products, over the rows of its block: adding up its keys' gradients
+ROW_WORK = 9  # what a score costs besides its products, over the rows of its block: adding its keys' gradients
 
 
 class Region(NamedTuple):
@@ -59,22 +59,22 @@ class Step(NamedTuple):
         """The same of one number a row: x (B, Hkv * G, T) as (b * h * n, L * G, 1)."""
         return self.rows(x[..., None], G).reshape(-1, self.region.rows * G, 1)
 
-    def stretches(self, x):
-        """The step's keys of x (B, Hkv, S, D), (b * h * n, N, D): overlapping views where b * h is 1."""
+    def keys(self, x):
+        """The step's key slices of x (B, Hkv, S, D), (b * h * n, N, D): overlapping views where b * h is 1."""
         return self.pieces(x, 0, self.region.keys).flatten(0, 2)
 
     def pieces(self, x, first, width):
-        """Keys first .. first + width - 1 of each stretch, as a view (b, h, n, width, D)."""
+        """Keys first .. first + width - 1 of each block, as a view (b, h, n, width, D)."""
         L, (b, h, s, d) = self.region.rows, x.stride()
         offset = self.batch.start * b + self.heads.start * h + (self.region.first_key + self.first * L + first) * s
         size = (*self.pairs, self.blocks, width, x.shape[3])
         return x.as_strided(size, (b, h, L * s, s, d), x.storage_offset() + offset)
 
-    def add_to_stretches(self, x, summands):
+    def add_to_keys(self, x, summands):
         """x (B, Hkv, S, D) += summands (b * h * n, N, D), each at its block's keys."""
         keys = self.region.keys
         summands = summands.view(*self.pairs, self.blocks, keys, -1)
-        # stretches overlap, but their first L keys do not, nor do the next L
+        # the key slices of blocks overlap, but their first L keys do not, nor do the next L
         width = self.region.rows if self.blocks > 1 else keys
         for first in range(0, keys, width):
             self.pieces(x, first, width).add_(summands[:, :, :, first : first + width])
@@ -103,8 +103,8 @@ def regions(B, Hkv, G, T, S, window, D):
 
 
 def _regions(T, S, window, L, early_block):
-    """Blocks of L rows, and of early_block those before the first whole stretch, which are few and see less."""
-    full = -(-(L + window - 1) // L) * L  # keys of a whole stretch, in pieces of L
+    """Blocks of L rows, and of early_block those before the first full key slice, which are few and see less."""
+    full = -(-(L + window - 1) // L) * L  # keys of a full slice, in pieces of L
     early = min(T, max(0, full - L - (S - T)))
     cut, row = [], 0
     while row < T:

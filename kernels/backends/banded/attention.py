@@ -1,59 +1,46 @@
-"""Sliding-window attention in PyTorch with a cost linear in the length: the backend for machines without Triton.
+"""Attention of the banded backend: cost and memory linear in the length.
 
 The queries are cut into blocks of L positions, and the query heads of one KV head are stacked into the rows of a block.
-Each block meets the one stretch of keys that it sees in two dense products with a softmax between. L=2, window=3:
+Each block meets the keys that it sees, one slice of them, in two dense products with a softmax between. L=2, window=3:
 
     keys      0 1 2 3 4 5
     block 0   1
-              1 1                 Only the corners of a stretch are masked, by one small triangle each that is
-    block 1   1 1 1               the same for every block; a stretch that would begin before the first key is
-                1 1 1             cut short.
+              1 1                 Only the corners of a block are masked, by one small triangle each that is
+    block 1   1 1 1               the same for every block; a key slice that would begin before the first key
+                1 1 1             is cut short.
     block 2       1 1 1
                     1 1 1
 
-Full stretches lie L keys apart, so those of many blocks are one overlapping view of the keys: no copy, and one batched
+Full key slices lie L keys apart, so those of many blocks are one overlapping view of the keys: no copy, and one batched
 product. The scores of one step, a batch of blocks, fit a core's cache, which is where the speed comes from.
 
-The backward pass needs the probabilities again. Where the window is short beside the head size, they take little
-memory, linear in T, and the forward pass keeps them, and the stacked queries: that saves one of seven products, a
-softmax and a rotation. Otherwise they are computed again, as FlashAttention does (arXiv:2307.08691), and the scores of
-one step are all that ever exists.
+The backward pass needs the probabilities again. Where the window is short compared with the head size, they take little
+memory, linear in T. The forward pass then keeps them, and the stacked queries: that saves one of seven products, a
+softmax and a rotation (`attend_keeping`). Otherwise they are recomputed, as FlashAttention does (arXiv:2307.08691), and
+the scores of one step are all that ever exists.
 
-Inside, rotated queries and keys have the two elements of a pair side by side, where one complex product turns them.
-That changes no score, and it is two to six times as fast as turning halves.
+Inside, rotated queries and keys have the two elements of a pair next to each other, where one complex product rotates
+them. That changes no score, and it is two to six times as fast as rotating halves.
 
-How the rows are cut into blocks is in banded_plan.py; sequences of a few dozen tokens are left to banded_short.py.
+plan.py cuts the rows into blocks. short.py takes sequences of a few dozen tokens.
 """
 
 from functools import lru_cache
 
 import torch
+from torch import library
+from torch.utils.flop_counter import register_flop_formula
 
-from .banded_plan import steps_of
-from .banded_rope import rotation_of, turn_pairs, turn_pairs_back
-from .banded_short import is_short, short_backward, short_forward
+from ...band import attention_flops
+from .plan import steps_of
+from .rope import rotate_pairs, rotate_pairs_back, rotation_of
+from .short import is_short, short_backward, short_forward
 
 KEPT_KEYS = 8  # what is kept for the backward pass takes at most about 8 times the memory of q
 
 
-def keeps(q, k, window):
-    """Whether the forward pass is to keep the probabilities, and what goes with them, for the backward pass."""
-    longest = max((step.region.keys for step in steps_of(q, k, window, 1)), default=0)
-    return longest <= KEPT_KEYS * q.shape[3]
-
-
-def kept_shapes(q, k, window, rope, threads):
-    """The shapes of what it keeps: probabilities and stacked queries of each step, then the rotated keys."""
-    D, G = q.shape[3], q.shape[1] // k.shape[1]
-    if is_short(q, k):
-        return [q.shape[:3], *([q.shape, k.shape] if rope is not None else [])]
-    stacks = [(s.products, s.region.rows * G, s.region.keys) for s in steps_of(q, k, window, threads)]
-    shapes = [shape for n, rows, keys in stacks for shape in ((n, rows, keys), (n, rows, D))]
-    return shapes + ([k.shape] if rope is not None and shapes else [])
-
-
 class _Scratch:
-    """Buffers that all steps of a call share: fresh ones would be mapped and cleared by the system at every step."""
+    """Buffers that all steps of a call share: new ones would be mapped and cleared by the system at every step."""
 
     def __init__(self, dtype, device):
         self.buffers, self.dtype, self.device = {}, dtype, device
@@ -81,7 +68,7 @@ class _Band:
         if rope is not None:
             self.rotation = rotation_of(rope, self.S, self.dtype)
             if rotated_k is None:
-                rotated_k = turn_pairs(self.k, self.rotation, torch.empty(k.shape, dtype=self.dtype, device=k.device))
+                rotated_k = rotate_pairs(self.k, self.rotation, torch.empty(k.shape, dtype=self.dtype, device=k.device))
             self.k = rotated_k
 
     def step_rotation(self, step):
@@ -101,7 +88,7 @@ class _Band:
         if self.rotation is None:
             return self.rows(step, q, out)
         q = step.rows(q, self.G)
-        turn_pairs(q.to(self.dtype), self.step_rotation(step), out.view(q.shape))
+        rotate_pairs(q.to(self.dtype), self.step_rotation(step), out.view(q.shape))
         return out
 
     def row_buffer(self, name, step):
@@ -115,7 +102,7 @@ class _Band:
     def scores(self, step, q, out):
         """Masked scores (b * h * n, L * G, N) of stacked rows q, in `out`; with a softcap, also their derivative."""
         region, slope = step.region, None
-        s = torch.baddbmm(out, q, step.stretches(self.k).mT, beta=0, alpha=self.scale, out=out)
+        s = torch.baddbmm(out, q, step.keys(self.k).mT, beta=0, alpha=self.scale, out=out)
         if self.softcap is not None:
             s.div_(self.softcap).tanh_()
             slope = torch.mul(s, s, out=self.scratch("slope", *s.shape)).neg_().add_(1.0)
@@ -145,7 +132,7 @@ def _triangles(rows, left, dtype, device):
     return tuple(torch.zeros(x.shape, dtype=dtype, device=device).masked_fill_(x, float("-inf")) for x in (gone, ahead))
 
 
-def attention_forward(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None, with_lse=True, threads=0):
+def _forward(q, k, v, window, scale, softcap, sinks, rope, with_lse, threads=0):
     """(out, lse, kept) of `sliding_gqa_attention`: out in q's dtype and layout, lse (B, Hq, T) fp32.
 
     Sums and lse are fp64 for fp64 inputs. Without with_lse, which sinks need, lse has no elements: the backward pass
@@ -160,7 +147,7 @@ def attention_forward(q, k, v, window=None, *, scale, softcap=None, sinks=None, 
     for step in band.steps:
         s, rows = band.score_buffer(step), band.row_buffer("q", step)
         if threads:
-            # tensors a step, not one for all: the system would map and clear a large one anew at every call
+            # tensors a step, not one for all: the system would map and clear a large one at every call
             s, rows = torch.empty_like(s), torch.empty_like(rows)
             kept += [s, rows]
         band.scores(step, band.queries(step, q, rows), s)
@@ -168,7 +155,7 @@ def attention_forward(q, k, v, window=None, *, scale, softcap=None, sinks=None, 
             largest = s.amax(-1)
         torch.softmax(s, dim=-1, out=s)
         target = step.rows(out, band.G)
-        target.copy_(band.product("o", s, step.stretches(band.v)).view(target.shape))
+        target.copy_(band.product("o", s, step.keys(band.v)).view(target.shape))
         if with_lse:  # from the largest score and its probability: no second pass of exponentials
             target = step.rows(lse[..., None], band.G)
             target.copy_(largest.sub_(s.amax(-1).log_()).view(target.shape))
@@ -181,11 +168,11 @@ def attention_forward(q, k, v, window=None, *, scale, softcap=None, sinks=None, 
     return out, lse, kept
 
 
-def attention_backward(
-    grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale, softcap=None, sinks=None, rope=None,
-    kept=(), threads=0,
+def _backward(
+    grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope, kept=(), threads=0,
 ):  # fmt: skip
     """(dq, dk, dv, dsinks) for the gradients of both results; grad_lse may be None, dsinks is None without sinks.
+
     kept, threads: those of the forward pass, if it kept anything.
 
     ds_ij = p_ij (do_i . v_j - do_i . o_i + dlse_i);  dq = scale ds k,  dk = scale ds^T q,  dv = p^T do
@@ -209,23 +196,23 @@ def attention_backward(
                 torch.softmax(p, dim=-1, out=p)
             else:
                 p.sub_(step.numbers(lse, G)).exp_()
-        step.add_to_stretches(dv, band.product("sums", p.mT, do))
-        ds = band.product("ds", do, step.stretches(band.v).mT)
+        step.add_to_keys(dv, band.product("sums", p.mT, do))
+        ds = band.product("ds", do, step.keys(band.v).mT)
         # p * (dp - sum(p * dp)) in one pass; the sum is do . o
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         if grad_lse is not None:
             ds.addcmul_(p, step.numbers(grad_lse, G))
         if slope is not None:
             ds.mul_(slope)
-        step.add_to_stretches(dk, band.product("sums", ds.mT, rows, scale))
+        step.add_to_keys(dk, band.product("sums", ds.mT, rows, scale))
         target = step.rows(dq, G)
-        step_dq = band.product("o", ds, step.stretches(band.k), scale).view(target.shape)
+        step_dq = band.product("o", ds, step.keys(band.k), scale).view(target.shape)
         if rope is None:
             target.copy_(step_dq)
         else:
-            turn_pairs_back(step_dq, band.step_rotation(step), target)
+            rotate_pairs_back(step_dq, band.step_rotation(step), target)
     if rope is not None:
-        dk = turn_pairs_back(dk, band.rotation, torch.empty_like(k))
+        dk = rotate_pairs_back(dk, band.rotation, torch.empty_like(k))
     dsinks = None
     if sinks is not None:
         # the sink's probability times its ds, whose do . v is zero
@@ -233,3 +220,113 @@ def attention_backward(
         ds = (sinks.to(lse.dtype)[:, None] - lse).exp_() * (-delta if grad_lse is None else grad_lse - delta)
         dsinks = ds.sum((0, 2)).to(sinks.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+def attend(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None, with_lse=True):
+    """(out, lse): see kernels/backends/__init__.py."""
+    return _forward(q, k, v, window, scale, softcap, sinks, rope, with_lse)[:2]
+
+
+def attend_backward(grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale, softcap=None, sinks=None, rope=None):
+    """(dq, dk, dv, dsinks) from recomputed probabilities: see kernels/backends/__init__.py."""
+    return _backward(grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope)
+
+
+# Attention that keeps its probabilities for the backward pass: operators of the same kind as those of
+# kernels/attention.py, with `kept` between them, and `threads`, for how many the work is cut.
+
+
+def attend_keeping(q, k, window, sinks, softcap):
+    """A differentiable attention that keeps its probabilities for the backward pass; None where it should not.
+
+    Its arguments are those of `kernels.attention._Attention.apply`. Nothing is kept with sinks or a softcap.
+    """
+    longest = max((step.region.keys for step in steps_of(q, k, window, 1)), default=0)
+    if sinks is None and softcap is None and longest <= KEPT_KEYS * q.shape[3]:
+        return _KeepingAttention.apply
+    return None
+
+
+library.define(
+    "sliding_gqa::banded_forward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, SymInt? window, float scale, bool with_lse, "
+    "int threads) -> (Tensor out, Tensor lse, Tensor[] kept)",
+)
+library.define(
+    "sliding_gqa::banded_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] kept, "
+    "Tensor? cos, Tensor? sin, SymInt? window, float scale, int threads) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+
+
+@library.impl("sliding_gqa::banded_forward", "default")
+def _forward_op(q, k, v, cos, sin, window, scale, with_lse, threads):
+    rope = None if cos is None else (cos, sin)
+    with torch.autocast(q.device.type, enabled=False):
+        return _forward(q, k, v, window, scale, None, None, rope, with_lse, threads)
+
+
+@library.register_fake("sliding_gqa::banded_forward")
+def _forward_fake(q, k, v, cos, sin, window, scale, with_lse, threads):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(q.shape[:3] if with_lse else 0, dtype=wide)
+    return (
+        torch.empty_like(q),
+        lse,
+        [q.new_empty(shape, dtype=wide) for shape in _kept_shapes(q, k, window, cos, threads)],
+    )
+
+
+def _kept_shapes(q, k, window, rope, threads):
+    """Of the probabilities and the stacked queries of each step, then of the rotated keys."""
+    D, G = q.shape[3], q.shape[1] // k.shape[1]
+    if is_short(q, k):
+        return [q.shape[:3], *([q.shape, k.shape] if rope is not None else [])]
+    stacks = [(s.products, s.region.rows * G, s.region.keys) for s in steps_of(q, k, window, threads)]
+    shapes = [shape for n, rows, keys in stacks for shape in ((n, rows, keys), (n, rows, D))]
+    return shapes + ([k.shape] if rope is not None and shapes else [])
+
+
+@library.impl("sliding_gqa::banded_backward", "default")
+def _backward_op(grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, window, scale, threads):
+    rope = None if cos is None else (cos, sin)
+    with torch.autocast(q.device.type, enabled=False):
+        return _backward(grad_out, grad_lse, q, k, v, out, lse, window, scale, None, None, rope, kept, threads)[:3]
+
+
+@library.register_fake("sliding_gqa::banded_backward")
+def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, window, scale, threads):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@register_flop_formula(torch.ops.sliding_gqa.banded_forward)
+def _forward_flops(q_shape, k_shape, v_shape, cos, sin, window, *args, **kwargs):
+    return attention_flops(q_shape, k_shape, window, products=2)
+
+
+@register_flop_formula(torch.ops.sliding_gqa.banded_backward)
+def _backward_flops(grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, kept, cos, sin, window, *args, **kwargs):
+    return attention_flops(q_shape, k_shape, window, products=5)
+
+
+class _KeepingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
+        ctx.options = window, scale, torch.get_num_threads()
+        out, lse, kept = torch.ops.sliding_gqa.banded_forward(
+            q, k, v, cos, sin, window, scale, with_lse, ctx.options[2]
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, cos, sin, *kept)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, out, lse, cos, sin, *kept = ctx.saved_tensors
+        if grad_out is None:  # only lse was used
+            grad_out = torch.zeros_like(out)
+        grads = torch.ops.sliding_gqa.banded_backward(
+            grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, *ctx.options
+        )
+        return *grads, *[None] * 8

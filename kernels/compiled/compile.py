@@ -1,8 +1,8 @@
 """What the compiler makes of a kernel, for any GPU, on a machine without one.
 
-    from kernels import offline
-    for launch in offline.launches("sm_90", head_dim=128, dtype=torch.bfloat16, rope=True):
-        made = offline.compile_launch(launch, "sm_90")
+    from kernels.compiled import compile_launch, launches
+    for launch in launches("sm_90", head_dim=128, dtype=torch.bfloat16, rope=True):
+        made = compile_launch(launch, "sm_90")
         print(made.kernel, made.registers, made.spilled_bytes, made.shared_bytes, [loop.pipes for loop in made.loops])
 
 Tensors on the meta device go through the real launchers, which choose their tiles and arguments as they would on the
@@ -29,17 +29,14 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from . import machine_code, tuning
-from .attention_bwd import attention_backward
-from .attention_fwd import attention_forward
-from .decode_kernels import append, decode
-from .rope_kernel import rotate
+from ..backends.triton import append, attend, attend_backward, attend_to_cache, rotate, tile_configs
+from . import machine_code
 
 
 class Limits(NamedTuple):
     """What one multiprocessor has for its programs (CUDA programming guide, "compute capabilities"; AMD CDNA3 ISA)."""
 
-    number: int  # as kernels.tuning counts architectures
+    number: int  # as tile_configs counts architectures
     cards: str
     shared_per_block: int  # bytes
     shared_total: int
@@ -56,7 +53,7 @@ LIMITS = {
     "sm_90": Limits(90, "H100, H200", 227 << 10, 228 << 10, 65536, 64, 32),
     "sm_100": Limits(100, "B200", 227 << 10, 228 << 10, 65536, 64, 32),
     "sm_120": Limits(120, "RTX 5090", 99 << 10, 100 << 10, 65536, 48, 24),
-    "gfx942": Limits(tuning.AMD, "MI300X", 64 << 10, 64 << 10, 4 * 512 * 64, 32, 32, 64),
+    "gfx942": Limits(tile_configs.AMD, "MI300X", 64 << 10, 64 << 10, 4 * 512 * 64, 32, 32, 64),
 }
 RESERVED_SHARED = 1 << 10  # bytes that CUDA takes for itself from every block
 TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell multiprocessor
@@ -123,7 +120,7 @@ def launches(
     """The launches of every pass on `target`, once each: a list of `Launch`.
 
     rope: whether q and k are rotated, with half_rope only half of each head. grad_lse: whether lse has a gradient.
-    configs {pass: TileConfig}: in place of the table's. The other arguments are those of `sliding_gqa_attention`.
+    configs {pass: tile}: in place of the table's. The other arguments are those of `sliding_gqa_attention`.
     """
     configs = configs or {}
     batch, heads, length, window, splits = 1, 2, 1024, 512, 2
@@ -144,15 +141,15 @@ def launches(
         "rope": (table, table) if rotary_dim else None,
     }
     with recorded(target) as found:
-        out, lse = attention_forward(q, k, k, window, config=configs.get("forward"), **extras)
+        out, lse = attend(q, k, k, window, config=configs.get("forward"), **extras)
         by_pass = (configs.get("dq"), configs.get("dkdv"))
-        attention_backward(out, lse if grad_lse else None, q, k, k, out, lse, window, configs=by_pass, **extras)
+        attend_backward(out, lse if grad_lse else None, q, k, k, out, lse, window, configs=by_pass, **extras)
         tables = extras["rope"] or (meta(length, head_dim // 2, dtype=torch.float32),) * 2
-        rotate(q, k, *tables, config=configs.get("rotary"))
+        rotate(q, k, *tables)
         cache, lengths = meta(batch, heads, length, head_dim), meta(batch, dtype=torch.int32)
         append(projected(new_tokens, heads), projected(new_tokens, heads), cache, cache, lengths, rope=extras["rope"])
-        decode(projected(new_tokens, heads * group), cache, cache, lengths, window, num_splits=splits,
-               config=configs.get("decode"), **extras)  # fmt: skip
+        attend_to_cache(projected(new_tokens, heads * group), cache, cache, lengths, window, num_splits=splits,
+                        config=configs.get("decode"), **extras)  # fmt: skip
     return list({launch.name: launch for launch in found}.values())
 
 
@@ -166,15 +163,15 @@ def recorded(target):
         raise RuntimeError("kernels were decorated with TRITON_INTERPRET=1: record and compile in a process without it")
     found = []
     number = limits(target).number
-    run, architecture = JITFunction.run, tuning.architecture
+    run, architecture = JITFunction.run, tile_configs.architecture
     JITFunction.run = lambda kernel, *arguments, grid, warmup, **keywords: found.append(
         Launch(kernel, arguments, keywords, grid)
     )
-    tuning.architecture = lambda device: number
+    tile_configs.architecture = lambda device: number
     try:
         yield found
     finally:
-        JITFunction.run, tuning.architecture = run, architecture
+        JITFunction.run, tile_configs.architecture = run, architecture
 
 
 def compile_launch(launch, target):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import append_to_cache, rope_tables, sliding_gqa_decode
-from kernels.banded_token import Place, TokenRing
+from kernels.backends.banded.token_step import CachedAttention, StepPositions
 
 Hq, Hkv, D = 6, 2, 16
 
@@ -22,11 +22,11 @@ def test_it_equals_append_and_decode(lengths, rotary_dim, window):
     for row, length in enumerate(lengths.tolist()):  # poison: slots never written must not be read
         k_cache[row, :, length:], v_cache[row, :, length:] = float("nan"), float("nan")
     k_expected, v_expected = k_cache.clone(), v_cache.clone()
-    ring = TokenRing(k_cache, v_cache, Hq, rotary_dim, lengths)
+    ring = CachedAttention(k_cache, v_cache, Hq, rotary_dim, lengths)
     for _ in range(12):
         lengths += 1
         qkv = torch.randn(B, (Hq + 2 * Hkv) * D, dtype=dtype)
-        out = ring(qkv, Place(lengths, D, angles))
+        out = ring(qkv, StepPositions(lengths, D, angles))
         q, k, v = qkv.view(B, Hq + 2 * Hkv, 1, D).split([Hq, Hkv, Hkv], dim=1)
         append_to_cache(k, v, k_expected, v_expected, lengths, rope=rope, backend="banded")
         expected = sliding_gqa_decode(q, k_expected, v_expected, lengths, window, rope=rope, backend="banded")

@@ -8,7 +8,7 @@ PACK heads and a row block spans BLOCK_Q = BLOCK_M / PACK positions, which keeps
     head     h        h + 1    h        h + 1    h        h + 1
 
 Its columns are keys. A row block needs the tiles between the window's edge and the diagonal. Those that all of its rows
-see whole are its interior, and need no mask; `e` are its edges. BLOCK_Q = 2, BLOCK_K = 2, window = 5:
+see whole are its interior, and need no mask; `e` are its edges. BLOCK_Q = 2, BLOCK_N = 2, window = 5:
 
     keys        0 1   2 3   4 5   6 7   8 9
     query 6     . .   1 1   1 1   1 .   . .
@@ -91,8 +91,8 @@ def packed_rows(first_query, first_head, PACK: tl.constexpr, BLOCK_M: tl.constex
 
 
 @triton.jit
-def anew(index, length):
-    """index, hidden from the compiler by a term that is 0 for any length: what follows from it is computed anew.
+def recomputed(index, length):
+    """index, hidden from the compiler by a term that is 0 for any length: what follows from it is recomputed.
 
     Without it, positions, masks and addresses of the prologue would wait in registers for the epilogue, over the loops.
     """
@@ -123,17 +123,17 @@ def row_offset(batch, head, position, strides):
 
 
 @triton.jit
-def key_spans(first_pos, last_pos, window, EDGE_K: tl.constexpr, BLOCK_K: tl.constexpr):
+def key_spans(first_pos, last_pos, window, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr):
     """The keys that queries first_pos .. last_pos need, as two walks: (edges, interior). See `walk_start`.
 
-    The interior is whole tiles of BLOCK_K that every query sees, the edges are tiles of EDGE_K to the left and to the
+    The interior is whole tiles of BLOCK_N that every query sees, the edges are tiles of EDGE_N to the left and to the
     right of it. Needed is the union over the queries, unmasked their intersection.
     """
-    begin = tl.maximum(first_pos - window + 1, 0) // EDGE_K * EDGE_K
-    end = (last_pos // EDGE_K + 1) * EDGE_K
-    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_pos - window + 1, 0), EDGE_K) * EDGE_K, end)
-    full_end = tl.maximum((first_pos + 1) // EDGE_K * EDGE_K, full_begin)
-    return _spans(begin, full_begin, full_end, end, EDGE_K, BLOCK_K)
+    begin = tl.maximum(first_pos - window + 1, 0) // EDGE_N * EDGE_N
+    end = (last_pos // EDGE_N + 1) * EDGE_N
+    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_pos - window + 1, 0), EDGE_N) * EDGE_N, end)
+    full_end = tl.maximum((first_pos + 1) // EDGE_N * EDGE_N, full_begin)
+    return _spans(begin, full_begin, full_end, end, EDGE_N, BLOCK_N)
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def load_tile(ptrs, row_ok, column_ok, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, num_positions=None):
-    """Load the elements (1, columns) of rows (rows, 1), each turned by the angle of its row's position.
+    """Load the elements (1, columns) of rows (rows, 1), each rotated by the angle of its row's position.
 
     (a, b) -> (a cos - b sin, b cos + a sin) in wide precision, rounded once. The partner of every element is loaded
     beside it: a second read of lines that are in L1 by then, instead of moving elements between threads.
@@ -214,14 +214,14 @@ def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: 
     if ROTARY_DIM > 0:
         HALF: tl.constexpr = ROTARY_DIM // 2
         is_first = element < HALF
-        turned = ok & (element < ROTARY_DIM)
-        partner = tl.load(row_ptrs + tl.where(is_first, element + HALF, element - HALF), mask=turned, other=0.0)
+        in_pairs = ok & (element < ROTARY_DIM)
+        partner = tl.load(row_ptrs + tl.where(is_first, element + HALF, element - HALF), mask=in_pairs, other=0.0)
         angle = position.to(tl.int64) * HALF + element % HALF
         if num_positions is not None:
             in_table = (position >= 0) & (position < num_positions)
-            turned &= in_table
-        cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+            in_pairs &= in_table
+        cos = tl.load(cos_ptr + angle, mask=in_pairs, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=in_pairs, other=0.0)
         if num_positions is not None:
             cos = tl.where(in_table, cos, float("nan"))
         wide = wide_dtype(x.dtype)
@@ -235,7 +235,7 @@ def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: 
 def rotate_back(tile, position, row_ok, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr):
     """The transpose of the rotation, for a wide gradient tile (rows, columns of `head_columns`) of given positions.
 
-    (a, b) -> (a cos + b sin, b cos - a sin). Columns past the pairs are turned by the angle 0.
+    (a, b) -> (a cos + b sin, b cos - a sin). Columns past the pairs are rotated by the angle 0.
     """
     BLOCK_M: tl.constexpr = tile.shape[0]
     BLOCK_D: tl.constexpr = tile.shape[1]
@@ -244,9 +244,9 @@ def rotate_back(tile, position, row_ok, cos_ptr, sin_ptr, ROTARY_DIM: tl.constex
     PAIRS: tl.constexpr = BLOCK_D // (2 * HALF_BLOCK)
     pair = tl.arange(0, BLOCK_D // 2)
     angle = position.to(tl.int64)[:, None] * HALF + pair[None, :]
-    turned = row_ok[:, None] & (pair < HALF)[None, :]
-    cos = tl.load(cos_ptr + angle, mask=turned, other=1.0)
-    sin = tl.load(sin_ptr + angle, mask=turned, other=0.0)
+    in_pairs = row_ok[:, None] & (pair < HALF)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=in_pairs, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=in_pairs, other=0.0)
     # (rows, PAIRS, 2, half): bring the 2 to the end, where split and join work
     halves = tl.permute(tl.reshape(tile, (BLOCK_M, PAIRS, 2, HALF_BLOCK)), (0, 1, 3, 2))
     a, b = tl.split(tl.reshape(halves, (BLOCK_M, BLOCK_D // 2, 2)))

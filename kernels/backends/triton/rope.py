@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
+from . import tile_configs
 from .tiles import in_elements, strides_of, wide_dtype
 
 
@@ -32,8 +32,8 @@ def _rotate_heads(
         x = tl.load(x_rows + column, mask=ok, other=0.0)
         pairs: tl.constexpr = (x.shape[0], x.shape[1], HALF_BLOCK, 2)
         a, b = tl.split(tl.reshape(x.to(wide_dtype(x.dtype)), pairs))
-        turned = tl.join(a * cos - b * sin, b * cos + a * sin)
-        tl.store(out_rows + column, tl.reshape(turned, x.shape).to(x.dtype), mask=ok)
+        rotated = tl.join(a * cos - b * sin, b * cos + a * sin)
+        tl.store(out_rows + column, tl.reshape(rotated, x.shape).to(x.dtype), mask=ok)
     else:
         column = tl.arange(0, HALF_BLOCK)[None, None, :]
         ok = row_ok & (column < HALF)
@@ -62,7 +62,7 @@ def rope_kernel(
 ):  # fmt: skip
     """Position of token t: positions[b, t], or offset + t where positions_ptr is None. k_ptr may be None.
 
-    A token at a position that the tables, of num_positions rows, do not have turns to NaN.
+    A token at a position that the tables, of num_positions rows, do not have becomes NaN.
     """
     HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
     q_chunks = tl.cdiv(num_q_heads, BLOCK_H)
@@ -101,21 +101,20 @@ def rope_kernel(
         )  # fmt: skip
 
 
-def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False, config=None):
+def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
     """(q, k) rotated, as new tensors in their memory layouts. q, k (B, H, T, D); k may be None.
 
     positions: an offset, or integers (T,) or (B, T); NaN for those that cos, sin (positions, R / 2) lack.
-    inverse turns by the negative angles.
-    config: a TileConfig in place of the table's.
+    inverse rotates by the negative angles.
     """
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
     q, k = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (q, k))
     B, Hq, T, D = q.shape
     Hk = 0 if k is None else k.shape[1]
     half = cos.shape[1]
-    config = config or tuning.tile_config("rotary", 2 * half, q.dtype, tuning.architecture(q.device))
-    heads = triton.cdiv(Hq, config.step) + triton.cdiv(Hk, config.step)
-    programs = B * triton.cdiv(T, config.own) * heads
+    tile = tile_configs.rotary_tile(2 * half)
+    heads = triton.cdiv(Hq, tile.BLOCK_H) + triton.cdiv(Hk, tile.BLOCK_H)
+    programs = B * triton.cdiv(T, tile.BLOCK_T) * heads
     if programs == 0:
         return q_out, k_out
     by_token = isinstance(positions, torch.Tensor)
@@ -128,8 +127,8 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False, con
         rope_kernel[(programs,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions,
             strides, positions_stride, T, offset, cos.shape[0], Hq, Hk,
-            HEAD_DIM=D, HALF=half, UNIT=unit, BLOCK_T=config.own, BLOCK_H=config.step,
-            INTERLEAVED=interleaved, INVERSE=inverse, num_warps=config.num_warps,
+            HEAD_DIM=D, HALF=half, UNIT=unit,
+            INTERLEAVED=interleaved, INVERSE=inverse, **tile._asdict(),
         )  # fmt: skip
     return q_out, k_out
 

@@ -15,12 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
-from .attention_fwd import first_key
-from .rope_kernel import rotary_tables, rotate
+from . import tile_configs
+from .attention_forward import first_key
+from .rope import rotary_tables, rotate
 from .tiles import (
     LOG2_E,
-    anew,
     dot,
     head_block,
     head_columns,
@@ -31,6 +30,7 @@ from .tiles import (
     packed_heads,
     packed_rows,
     query_spans,
+    recomputed,
     rotate_back,
     row_offset,
     row_program,
@@ -48,7 +48,7 @@ from .tiles import (
 @triton.jit
 def _add_dq(
     dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """The walk of one row block over the key tiles of `span`."""
@@ -57,11 +57,11 @@ def _add_dq(
     k_element, k_in_head = head_columns(HEAD_DIM, ROTARY_DIM)
     v_element, v_in_head = head_columns(HEAD_DIM)
     start = walk_start(span, MASKED)
-    key = start.to(tl.int64) + tl.arange(0, BLOCK_K)
+    key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + key[:, None] * k_stride + k_element[None, :]
     v_ptrs = v_ptr + key[None, :] * v_stride + v_element[:, None]
     for _ in range(span[3]):
-        k_pos = start + tl.arange(0, BLOCK_K)
+        k_pos = start + tl.arange(0, BLOCK_N)
         in_keys = k_pos < num_keys
         k = load_tile(k_ptrs, in_keys[:, None], k_in_head[None, :], MASKED, K_PADDED)
         v = load_tile(v_ptrs, in_keys[None, :], v_in_head[:, None], MASKED, V_PADDED)
@@ -75,7 +75,7 @@ def _add_dq(
         if cap_scale is not None:
             ds *= 1 - scores * scores
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
-        step = walk_step(start, span, BLOCK_K, MASKED)
+        step = walk_step(start, span, BLOCK_N, MASKED)
         start += step
         k_ptrs += step * wide_stride(k_stride)
         v_ptrs += step * wide_stride(v_stride)
@@ -88,7 +88,7 @@ def attention_dq_kernel(
     strides,  # of do, q, k, v, out, dq, rotated: of batch, head, position, in units of UNIT elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, EDGE_K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, delta and, with rope, the rotated q. k is rotated already; dlse_ptr and cap_scale may be None."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
@@ -131,18 +131,18 @@ def attention_dq_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     first_pos = block * BLOCK_Q + offset
     last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
-    edges, interior = key_spans(first_pos, last_pos, window, EDGE_K, BLOCK_K)
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N)
     dq = tl.zeros((BLOCK_M, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
     dq = _add_dq(
         dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window,
-        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, EDGE_K, PRECISION, True,
+        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, EDGE_N, PRECISION, True,
     )  # fmt: skip
     dq = _add_dq(
         dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window,
-        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_K, PRECISION, False,
+        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     dq *= scale
-    query, head = packed_rows(anew(block, num_queries) * BLOCK_Q, first_head, PACK, BLOCK_M)
+    query, head = packed_rows(recomputed(block, num_queries) * BLOCK_Q, first_head, PACK, BLOCK_M)
     q_pos = query + offset
     in_queries = query < num_queries
     ok = in_queries[:, None] & in_head[None, :]
@@ -256,7 +256,7 @@ def attention_dkdv_kernel(
         )  # fmt: skip
     dk, dv = state
     dk *= scale
-    k_pos = anew(block, num_keys) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_pos = recomputed(block, num_keys) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_keys = k_pos < num_keys
     k_ok = in_keys[:, None] & k_in_head[None, :]
     v_ok = in_keys[:, None] & v_in_head[None, :]
@@ -271,14 +271,14 @@ def attention_dkdv_kernel(
     tl.store(dv_ptr + dv_row[:, None] + v_element[None, :], dv.to(dv_ptr.dtype.element_ty), mask=v_ok)
 
 
-def attention_backward(
+def attend_backward(
     grad_out, grad_lse, q, k, v, out, lse, window, *, scale, softcap=None, sinks=None, rope=None, configs=(None, None),
     parts=None,
 ):  # fmt: skip
     """(dq, dk, dv, dsinks) of `attention_forward`, each in the memory layout of what it is the gradient of.
 
     grad_lse (B, Hq, T) may be None; dsinks is None without sinks. k is rotated again, not kept since the forward.
-    configs, parts: TileConfigs of the dq and the dk/dv pass, and what `head_parts` says, in place of the table's.
+    configs: a RowTile and a KeyTile in place of the table's; parts: in place of what `head_parts` says.
     """
     B, Hq, T, D = q.shape
     Hkv, S = k.shape[1], k.shape[2]
@@ -292,7 +292,7 @@ def attention_backward(
         grad_lse = grad_lse.to(lse.dtype).contiguous()
     delta = torch.empty_like(lse)
     cos, sin, rotary_dim = rotary_tables(rope)
-    to_dq, to_dk, to_dv, turned = dq, dk, dv, False
+    to_dq, to_dk, to_dv, separate = dq, dk, dv, False
     q_rotated = q
     if rotary_dim:
         first = first_key(T, S, window)
@@ -302,19 +302,19 @@ def attention_backward(
         cos, sin, S = cos[first:], sin[first:], S - first
         k, _ = rotate(k, None, cos, sin)
         # Halves that pad to a wider tile, 48 of 128 elements to 64: a rotation before and one after cost less
-        turned = head_block(D, rotary_dim) > head_block(D)
-        if turned:
+        separate = head_block(D, rotary_dim) > head_block(D)
+        if separate:
             q, _ = rotate(q, None, cos, sin, positions=S - T)
             q_rotated, tables, cos, sin, rotary_dim = q, (cos, sin), None, None, 0
         else:
             q_rotated = torch.empty_like(q)
-    arch = tuning.architecture(q.device)
-    by_row = configs[0] or tuning.tile_config("dq", D, q.dtype, arch)
-    by_key = configs[1] or tuning.tile_config("dkdv", D, q.dtype, arch)
-    pack, key_pack = packed_heads(group, by_row.own), packed_heads(group, by_key.edge)
-    key_programs = B * Hkv * triton.cdiv(S, by_key.own)
+    arch = tile_configs.architecture(q.device)
+    by_row = configs[0] or tile_configs.tile_config("dq", D, q.dtype, arch)
+    by_key = configs[1] or tile_configs.tile_config("dkdv", D, q.dtype, arch)
+    pack, key_pack = packed_heads(group, by_row.BLOCK_M), packed_heads(group, by_key.EDGE_M)
+    key_programs = B * Hkv * triton.cdiv(S, by_key.BLOCK_N)
     if parts is None:
-        parts = head_parts(key_programs, group // key_pack, tuning.processors(q.device))
+        parts = head_parts(key_programs, group // key_pack, tile_configs.processors(q.device))
     if parts > 1:
         wide = torch.empty((2, parts, *to_dk.shape), dtype=lse.dtype, device=q.device)
         dk_part, dv_part = wide[0, 0], wide[1, 0]
@@ -322,24 +322,22 @@ def attention_backward(
         dk_part, dv_part = to_dk, to_dv
     window = S if window is None else min(window, S)
     scalars = (T, S, Hkv, window, scale, *softmax_scales(scale, softcap))
-    shape = dict(HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PRECISION=tuning.dot_precision(q.dtype, arch))
+    shape = dict(HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PRECISION=tile_configs.dot_precision(q.dtype, arch))
     row_unit, row_strides = strides_of(grad_out, q, k, v, out, to_dq, q_rotated)
     key_unit, key_strides = strides_of(grad_out, q_rotated, k, v, dk_part, dv_part)
     with torch.cuda.device_of(q):
-        attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.own // pack),)](
+        attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.BLOCK_M // pack),)](
             grad_out, q, k, v, out, lse, grad_lse, cos, sin, to_dq, delta, q_rotated, row_strides, *scalars,
-            **shape, PACK=pack, UNIT=row_unit, BLOCK_M=by_row.own, EDGE_K=by_row.edge, BLOCK_K=by_row.step,
-            num_warps=by_row.num_warps, num_stages=by_row.num_stages,
+            **shape, PACK=pack, UNIT=row_unit, **by_row._asdict(),
         )  # fmt: skip
         attention_dkdv_kernel[(key_programs * parts,)](
             grad_out, q_rotated, k, v, lse, delta, cos, sin, dk_part, dv_part, key_strides, to_dk.numel(), *scalars,
-            **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, BLOCK_N=by_key.own, EDGE_M=by_key.edge,
-            BLOCK_M=by_key.step, num_warps=by_key.num_warps, num_stages=by_key.num_stages,
+            **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, **by_key._asdict(),
         )  # fmt: skip
     if parts > 1:
         to_dk.copy_(wide[0].sum(0))
         to_dv.copy_(wide[1].sum(0))
-    if turned:
+    if separate:
         dq, _ = rotate(dq, None, *tables, positions=S - T, inverse=True)
         to_dk.copy_(rotate(to_dk, None, *tables, inverse=True)[0])
     dsinks = None

@@ -32,8 +32,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
-from .rope_kernel import rotary_tables
+from . import tile_configs
+from .rope import rotary_tables
 from .tiles import (
     LOG2_E,
     dot,
@@ -103,14 +103,14 @@ def ring_slot(oldest_slot, key, num_slots):
 def _attend(
     state, q, q_key, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, oldest_slot, num_slots, window,
     scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The walk of one row block over the key tiles of `span`; q_key is where each row's query is among the keys."""
     PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
     element, in_head = head_columns(HEAD_DIM)
     start = walk_start(span, MASKED)
     for _ in range(span[3]):
-        key = start + tl.arange(0, BLOCK_K)
+        key = start + tl.arange(0, BLOCK_N)
         in_keys = key < num_keys
         slot = ring_slot(oldest_slot, key, num_slots).to(tl.int64)
         k_ptrs = k_ptr + slot[None, :] * k_stride + element[:, None]
@@ -123,7 +123,7 @@ def _attend(
         v_ptrs = v_ptr + slot[:, None] * v_stride + element[None, :]
         v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
         state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
-        start += walk_step(start, span, BLOCK_K, MASKED)
+        start += walk_step(start, span, BLOCK_N, MASKED)
     return state
 
 
@@ -135,7 +135,7 @@ def decode_kernel(
     strides,  # of q, k, v, out: of batch, head, position or slot, in units of UNIT elements; the last stride is 1
     num_new, num_kv_heads, num_slots, window, max_length, num_positions, num_splits, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one row block, into out, or if acc_ptr is not None, into (rows, num_splits, HEAD_DIM).
 
@@ -173,15 +173,15 @@ def decode_kernel(
     oldest = tl.maximum(first_pos - window + 1, 0)
     num_keys = tl.maximum(last_pos + 1 - oldest, 0)
     # this part's keys, and among them those that every row sees
-    num_tiles = tl.cdiv(num_keys, BLOCK_K)
+    num_tiles = tl.cdiv(num_keys, BLOCK_N)
     part = tl.cdiv(num_tiles, num_splits)
-    begin = tl.minimum(split * part, num_tiles) * BLOCK_K
-    end = tl.minimum(split * part + part, num_tiles) * BLOCK_K
-    edges, _ = key_spans(first_pos - oldest, last_pos - oldest, window, BLOCK_K, BLOCK_K)
+    begin = tl.minimum(split * part, num_tiles) * BLOCK_N
+    end = tl.minimum(split * part + part, num_tiles) * BLOCK_N
+    edges, _ = key_spans(first_pos - oldest, last_pos - oldest, window, BLOCK_N, BLOCK_N)
     full_begin = tl.minimum(tl.maximum(edges[1], begin), end)
     full_end = tl.minimum(tl.maximum(edges[2], full_begin), end)
-    edges = (begin, full_begin, full_end, (full_begin - begin + end - full_end) // BLOCK_K)
-    interior = (full_begin, full_end, full_end, (full_end - full_begin) // BLOCK_K)
+    edges = (begin, full_begin, full_end, (full_begin - begin + end - full_end) // BLOCK_N)
+    interior = (full_begin, full_end, full_end, (full_end - full_begin) // BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
     row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
@@ -197,11 +197,11 @@ def decode_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     state = _attend(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, oldest % num_slots,
-        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_K, PRECISION, True,
+        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
     state = _attend(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, oldest % num_slots,
-        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_K, PRECISION, False,
+        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
 
@@ -270,13 +270,13 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
         )  # fmt: skip
 
 
-def decode(
+def attend_to_cache(
     q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None,
     config=None, num_splits=None,
 ):  # fmt: skip
     """`sliding_gqa_decode`: one launch, or two if the keys are split.
 
-    config, num_splits: in place of the table's TileConfig and of what `split_count` says.
+    config, num_splits: in place of the table's DecodeTile and of what `split_count` says.
     """
     B, Hq, T, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
@@ -284,13 +284,13 @@ def decode(
     if out.numel() == 0:
         return out
     group, rows = Hq // Hkv, Hq // Hkv * T
-    arch = tuning.architecture(q.device)
-    config = config or tuning.tile_config("decode", D, q.dtype, arch)
-    block_m = min(config.own, max(16, triton.next_power_of_2(rows)))
+    arch = tile_configs.architecture(q.device)
+    config = config or tile_configs.tile_config("decode", D, q.dtype, arch)
+    block_m = min(config.BLOCK_M, max(16, triton.next_power_of_2(rows)))
     programs = B * Hkv * triton.cdiv(rows, block_m)
     if num_splits is None:
         keys = C if window is None else min(C, window + T - 1)
-        num_splits = split_count(programs, triton.cdiv(keys, config.step), tuning.processors(q.device))
+        num_splits = split_count(programs, triton.cdiv(keys, config.BLOCK_N), tile_configs.processors(q.device))
     acc = maxima = sums = None
     if num_splits > 1:
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -307,8 +307,8 @@ def decode(
             strides,
             T, Hkv, C, C if window is None else window, C if window is None else 2**31 - 1, num_positions, num_splits,
             scale_log2, cap_scale,
-            HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, UNIT=unit, BLOCK_M=block_m, BLOCK_K=config.step,
-            PRECISION=tuning.dot_precision(q.dtype, arch),
+            HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, UNIT=unit, BLOCK_M=block_m, BLOCK_N=config.BLOCK_N,
+            PRECISION=tile_configs.dot_precision(q.dtype, arch),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if num_splits > 1:
