@@ -8,7 +8,7 @@ import torch
 from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import autocast_dtype, backend_module, resolve_backend
+from .backend import autocast_dtype, backend_module, backward_reads_lse, resolve_backend
 from .band import attention_flops
 from .checks import check_heads, check_options, check_rope, check_tensor
 
@@ -46,14 +46,14 @@ def sliding_gqa_attention(
         )
     cos, sin = check_rope(rope, k.shape[2], q)
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
-    # the banded backward needs no lse, so it is only made where someone asks for it
-    with_lse = return_lse or sinks is not None or name != "banded"
+    with_lse = return_lse or sinks is not None or backward_reads_lse(name)
     arguments = q, k, v, sinks, cos, sin, window, scale, softcap
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
         attend = _Attention.apply
-        # torch.compile has symbols for sizes: what banded keeps for its backward depends on numbers
-        if name == "banded" and not torch.compiler.is_compiling():
-            attend = backend_module(name).attend_keeping(q, k, window, sinks, softcap) or attend
+        # what a backend keeps for its backward pass depends on sizes, which are symbols in torch.compile
+        if not torch.compiler.is_compiling():
+            keeping = getattr(backend_module(name), "attend_keeping", None)
+            attend = (keeping and keeping(q, k, window, sinks, softcap)) or attend
         out, lse, *_ = attend(*arguments, name, with_lse)
     else:
         out, lse = torch.ops.sliding_gqa.attention_forward(*arguments, name, with_lse)

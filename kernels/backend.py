@@ -17,6 +17,12 @@ def backend_module(name: str):
     return importlib.import_module(f"{__package__}.backends.{MODULES[name]}")
 
 
+@torch.compiler.assume_constant_result
+def backward_reads_lse(name: str) -> bool:
+    """Whether the backward pass of a backend reads the lse of its forward pass."""
+    return backend_module(name).BACKWARD_READS_LSE
+
+
 def why_not_triton(device=None) -> str | None:
     """Why Triton kernels cannot run on `device` (default: the current CUDA device), in a line; None if they can."""
     return triton.why_not(torch.device("cuda" if device is None else device))

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange, reduce, repeat
 
 READS_LENGTHS = True
+BACKWARD_READS_LSE = False
 
 
 def why_not(device, dtype=None, head_dim=None):

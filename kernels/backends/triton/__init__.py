@@ -8,6 +8,7 @@ import torch
 
 LARGEST_HEAD = 256  # elements of the largest head that has tiles on every GPU
 READS_LENGTHS = False
+BACKWARD_READS_LSE = True
 
 _HOME = {
     "attend": "attention_forward",
