@@ -28,6 +28,7 @@ from .checkpoint import (
     check_weights,
     from_pretrained,
     read_tokenizer,
+    resolve_checkpoint,
     save_pretrained,
 )
 from .command import Parser
@@ -197,7 +198,7 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "direction", choices=("import", "export"), help="import: theirs to ours; export: ours to theirs"
     )
-    parser.add_argument("source", metavar="SRC", help="directory to read")
+    parser.add_argument("source", metavar="SRC", help="directory to read; export also takes a run: best, else last")
     parser.add_argument("destination", metavar="DST", help="directory to write; it must not exist, or be empty")
     options = parser.parse_args(arguments)
     try:
@@ -222,7 +223,7 @@ def _convert(direction, source, destination):
         place = shlex.quote(str(destination))
         uses = [f"python -m model.sample --checkpoint {place}", f"python -m train --fused-kernels --init-from {place}"]
     else:
-        model, tokenizer = from_pretrained(source)
+        model, tokenizer = from_pretrained(resolve_checkpoint(source))
         export_pretrained(model, destination, tokenizer)
         uses = [f"AutoModelForCausalLM.from_pretrained({str(destination)!r})"]
         uses += [] if tokenizer is None else [f"AutoTokenizer.from_pretrained({str(destination)!r})"]

@@ -16,7 +16,7 @@ import types
 
 import torch
 
-from .checkpoint import from_pretrained
+from .checkpoint import from_pretrained, resolve_checkpoint
 from .command import Parser, resolve_device
 from .gpt import attention_backend
 from .sampling import generate, sample
@@ -30,12 +30,7 @@ def make_parser():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="directory with config.json, model.safetensors, tokenizer.json",
-    )
+    add("--checkpoint", required=True, metavar="DIR", help="a model directory, or a run directory: best, else last")
     add("--prompt", default="\n", help="text to go on from")
     add("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to write; more than the context is fine")
     add("--temperature", type=float, default=1.0, metavar="T", help="above 1 more daring, below 1 safer, 0 greedy")
@@ -121,11 +116,12 @@ def _prepare(options, written):
         raise ValueError(f"--num-samples is {options.num_samples}, expected at least 1")
     backend = attention_backend(device, options.fused_kernels, options.backend)
     runs = "plain PyTorch" if backend is None else "backend {} ({})".format(*backend)
+    checkpoint = resolve_checkpoint(options.checkpoint)
     model, tokenizer = from_pretrained(
-        options.checkpoint, fused_kernels=options.fused_kernels, backend=options.backend, device=device
+        checkpoint, fused_kernels=options.fused_kernels, backend=options.backend, device=device
     )
     if tokenizer is None:
-        raise ValueError(f"{options.checkpoint} has no tokenizer.json, so no prompt can be read and no text written")
+        raise ValueError(f"{checkpoint} has no tokenizer.json, so no prompt can be read and no text written")
     prompt = torch.tensor([tokenizer.encode(options.prompt)], dtype=torch.long)
     stop_strings = [string.replace("\\n", "\n") for string in options.stop_strings]
     streams = [
@@ -148,7 +144,7 @@ def _prepare(options, written):
         for i in range(options.num_samples)
     ]
     print(
-        f"{options.checkpoint}: {model.config.architecture}, {model.num_parameters():,} parameters, {runs} on {device}",
+        f"{checkpoint}: {model.config.architecture}, {model.num_parameters():,} parameters, {runs} on {device}",
         file=sys.stderr,
         flush=True,
     )

@@ -187,6 +187,14 @@ def test_the_commands_there_and_back_need_no_transformers(starcoder2, tmp_path, 
     assert (tmp_path / "back" / "tokenizer.json").read_text() == (starcoder2 / "tokenizer.json").read_text()
 
 
+def test_a_run_directory_exports_its_best_checkpoint(tmp_path, capsys):
+    gpt = GPT(MIXES["rope"])
+    save_pretrained(gpt, tmp_path / "run" / "best")
+    save_pretrained(GPT(MIXES["original"]), tmp_path / "run" / "last")
+    assert command(capsys, "export", tmp_path / "run", tmp_path / "theirs")[0] == 0
+    assert from_huggingface(tmp_path / "theirs").config == gpt.config
+
+
 def test_what_needs_a_package_that_is_missing_says_which(gpt2, neither_is_installed):
     with pytest.raises(ValueError, match=r"tokenizer.json cannot be read: .* pip install tokenizers"):
         import_pretrained(gpt2)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import model.files
 from model import GPT, CharTokenizer, CheckpointError, GPTConfig, from_pretrained, save_pretrained
+from model.checkpoint import resolve_checkpoint
 
 TOKENIZER = CharTokenizer("".join(map(chr, range(40, 81))))
 
@@ -171,3 +172,17 @@ def test_a_tokenizer_of_another_model_is_refused(directory):
     (directory / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read: it is damaged"):
         from_pretrained(directory)
+
+
+def test_a_run_directory_means_its_best_checkpoint_else_its_last(directory, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"run has no config.json, .* and no best/config.json or last/config"):
+        resolve_checkpoint(run)
+    directory.rename(run / "checkpoints" / "step-000005")
+    (run / "last").symlink_to("checkpoints/step-000005")
+    assert resolve_checkpoint(run) == run / "last"
+    save_pretrained(GPT(MIXES["rope"]), run / "best")
+    assert resolve_checkpoint(str(run)) == resolve_checkpoint(run / "best") == run / "best"
+    with pytest.raises(CheckpointError, match="nowhere is not a directory"):
+        resolve_checkpoint(tmp_path / "nowhere")

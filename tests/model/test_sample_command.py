@@ -45,6 +45,14 @@ def test_the_command_writes_what_the_library_samples(capsys, checkpoint):
     assert "70 tokens in" in err
 
 
+def test_a_run_directory_writes_with_its_best_checkpoint(capsys, checkpoint, tmp_path):
+    (tmp_path / "best").symlink_to(checkpoint)
+    arguments = ("--max-new-tokens", "20", "--seed", "4")
+    status, out, err = run(capsys, "--checkpoint", str(tmp_path), *arguments)
+    assert (status, out) == run(capsys, "--checkpoint", checkpoint, *arguments)[:2]
+    assert f"{tmp_path}/best: rope-window-gqa" in err
+
+
 def test_every_way_to_choose_has_its_flag(capsys, checkpoint):
     flags = ("--min-p", "0.05", "--repetition-penalty", "1.4", "--top-p", "0.9", "--temperature", "2", "--seed", "4")
     status, out, _ = run(capsys, "--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "60", *flags)
