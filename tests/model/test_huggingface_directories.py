@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import model.huggingface
 from model import GPT, CharTokenizer, from_pretrained, load_tokenizer, save_pretrained
 from model.huggingface import export_pretrained, from_huggingface, import_pretrained, main
-from model.sample import main as sample
+from model.sample import main as sample_command
+from model.sampling import sample
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -111,7 +112,7 @@ def test_transformers_generates_from_an_exported_directory_what_we_do(tmp_path):
     prompt = torch.randint(41, (1, 4))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     written = theirs.generate(prompt, max_new_tokens=80, do_sample=False)  # past the window, and the context
-    assert torch.equal(written, model.sample(gpt, prompt, 80))
+    assert torch.equal(written, sample(gpt, prompt, 80))
 
 
 def test_shards_are_one_model(starcoder2, tmp_path):
@@ -208,9 +209,9 @@ def test_an_imported_model_writes_with_subwords(gpt2, tmp_path, capsys):
     assert command(capsys, "import", gpt2, tmp_path / "ours")[0] == 0
     prompt = "the king \u2014 "
     flags = ["--checkpoint", str(tmp_path / "ours"), "--prompt", prompt, "--max-new-tokens", "60", "--greedy"]
-    assert sample(flags) == 0
+    assert sample_command(flags) == 0
     gpt, tokenizer = from_pretrained(tmp_path / "ours")
-    written = model.sample(gpt, torch.tensor([tokenizer.encode(prompt)]), 60)[0].tolist()
+    written = sample(gpt, torch.tensor([tokenizer.encode(prompt)]), 60)[0].tolist()
     whole = tokenizer.decode(written)
     assert "\ufffd" in whole  # a random model does not write whole characters
     shown = capsys.readouterr().out.removesuffix("\n")
