@@ -9,8 +9,7 @@
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .config import ARCHITECTURES, GPTConfig
-from .flops import flops_a_token
-from .gpt import GPT, attention_backend
+from .gpt import GPT, attention_backend, flops_per_token
 from .kv_cache import KVCache
 from .sampling import generate
 from .sampling_params import SamplingParams, min_p_logits, penalized_logits, top_k_logits, top_p_logits
@@ -27,7 +26,7 @@ __all__ = [
     "SamplingParams",
     "SubwordTokenizer",
     "attention_backend",
-    "flops_a_token",
+    "flops_per_token",
     "from_pretrained",
     "generate",
     "load_tokenizer",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from .decoding import Decoder
 from .sampling_params import RowGenerators, SamplingParams
+from .tokenizer import overlap
 
 FINISHED = -1  # the token that a finished row yields
 
@@ -195,14 +196,9 @@ class TextUntil:
         if ends:
             self.ended, self.held = True, ""
             return text[: min(ends)]
-        shown = len(text) - max((_overlap(text, string) for string in self.strings), default=0)
+        shown = len(text) - max((overlap(text, string) for string in self.strings), default=0)
         self.held = text[shown:]
         return text[:shown]
-
-
-def _overlap(text, string):
-    """How many characters at the end of text begin the string without completing it."""
-    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
 
 
 def _checked_strings(strings):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hugging import FAMILIES, WINDOW, family
 
-import model.huggingface_attention as ours
+from model.huggingface import attention as ours
 from model.huggingface import register_attention
 
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import model.huggingface
 from model import GPT, CharTokenizer, from_pretrained, load_tokenizer, save_pretrained
-from model.huggingface import export_pretrained, from_huggingface, import_pretrained, main
+from model.huggingface import export_pretrained, from_huggingface, import_pretrained
+from model.huggingface.__main__ import main
 from model.sample import main as sample_command
 from model.sampling import sample
 

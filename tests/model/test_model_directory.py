@@ -6,7 +6,7 @@ import torch
 from mixes import FIELDS, MIXES, every_mix, lively
 from safetensors.torch import load_file, save_file
 
-import model.files
+import model.checkpoint
 from model import GPT, CharTokenizer, CheckpointError, GPTConfig, from_pretrained, save_pretrained
 from model.checkpoint import resolve_checkpoint
 
@@ -35,12 +35,23 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(config, tmp_path):
 def test_every_field_of_the_config_survives(tmp_path):
     config = GPTConfig(**{**FIELDS, "rope_scaling": ("llama3", {"factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}), "rotary_dim": 4, "rope_theta": 5e5,
-        "dropout": 0.1, "tie_weights": False, "norm_epsilon": 1e-6, "window_pattern": "SL"})  # fmt: skip
+        "dropout": 0.1, "tie_weights": False, "norm_epsilon": 1e-6, "window_pattern": "SL",
+        "mlp_width": 50})  # fmt: skip
     save_pretrained(GPT(config), tmp_path)
     loaded, tokenizer = from_pretrained(tmp_path, fused_kernels=False)
     assert loaded.config == config
     assert tokenizer is None
     assert not loaded.fused_kernels
+
+
+def test_a_config_file_without_a_field_gets_its_default(directory):
+    """As directories that older versions wrote."""
+    config = json.loads((directory / "config.json").read_text())
+    del config["mlp_width"]
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = load_file(directory / "model.safetensors")
+    save_file(weights, directory / "model.safetensors", metadata={"config": json.dumps(config)})
+    assert from_pretrained(directory)[0].config == MIXES["rope-window-gqa"]
 
 
 def test_the_directory_holds_three_plain_files_and_the_tied_weights_once(directory):
@@ -83,7 +94,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(directory, monk
     if failing == "write":
         monkeypatch.setattr(model.checkpoint, "save_file", no_space)
     else:
-        monkeypatch.setattr(model.files.os, "fsync", no_space)
+        monkeypatch.setattr(model.checkpoint.os, "fsync", no_space)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(GPT(MIXES["original"]), directory, TOKENIZER)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
