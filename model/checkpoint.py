@@ -23,7 +23,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class CheckpointError(ValueError):
-    """A model directory that cannot be loaded: what is wrong with it, in one line."""
+    """A model directory cannot be loaded; the message says why, in one line."""
 
 
 def save_pretrained(model, directory, tokenizer=None, weights=None):
@@ -56,7 +56,11 @@ def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cp
     CheckpointError for missing, truncated and damaged files, and for files of different models.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    values = read_json(directory / CONFIG)
+    try:
+        config = _config_from(values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory / CONFIG} cannot be used: {error}") from None
     tokenizer = read_tokenizer(directory, config)
     with torch.device("meta"):  # shapes only: random weights would be replaced at once
         model = GPT(config, fused_kernels=fused_kernels, backend=backend)
@@ -83,22 +87,26 @@ def resolve_checkpoint(path) -> Path:
     )
 
 
-def _read_config(directory):
+def read_json(path) -> dict:
+    """The fields of a .json file in a model directory. Raises CheckpointError if there are none to read."""
+    directory = path.parent
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: give the one that holds {CONFIG} and {WEIGHTS}")
-    path = directory / CONFIG
     try:
-        return _config_from(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no {CONFIG}, so it is not a model directory") from None
-    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory} has no {path.name}, so it is not a model directory") from None
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} cannot be used: it has no fields")
+    return values
 
 
 def _config_from(values):
     """The GPTConfig of a parsed config.json. Raises ValueError for a wrong one."""
     if not isinstance(values, dict):
-        raise ValueError("it does not hold the fields of a config")
+        raise ValueError("its config has no fields")
     if "model_type" in values:
         raise ValueError(
             f"it describes a {values['model_type']!r} model of Hugging Face: python -m model.huggingface import makes "

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..checkpoint import CONFIG, WEIGHTS, CheckpointError, check_weights, read_tokenizer, replacing
+from ..checkpoint import CONFIG, WEIGHTS, CheckpointError, check_weights, read_json, read_tokenizer, replacing
 from ..gpt import GPT
 from ..tokenizer import FILE as TOKENIZER
 from .attention import register_attention
@@ -123,9 +123,7 @@ def _their_config(config, dtype, tokenizer=None):
 
 def _read_directory(directory):
     """(parsed config.json, {name: tensor}) of a directory of transformers, its weights in one file or several."""
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory: give the one that holds {CONFIG} and {WEIGHTS}")
-    values = _read_json(directory / CONFIG)
+    values = read_json(directory / CONFIG)
     if "model_type" not in values and "n_kv_head" in values:
         raise CheckpointError(f"{directory} is a model directory of this package already: from_pretrained reads it")
     weights = {}
@@ -147,7 +145,7 @@ def _weight_files(directory):
     if (directory / WEIGHTS).exists():
         return [WEIGHTS]
     if (directory / INDEX).exists():
-        files = _read_json(directory / INDEX).get("weight_map")
+        files = read_json(directory / INDEX).get("weight_map")
         if not isinstance(files, dict) or any(Path(str(name)).name != name for name in files.values()):
             raise CheckpointError(f"{directory / INDEX} does not map weights to files of its directory")
         return sorted(set(files.values()))
@@ -158,15 +156,3 @@ def _weight_files(directory):
             "trust it, AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) of transformers makes safetensors"
         )
     raise CheckpointError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
-
-
-def _read_json(path):
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}, so it is not a model directory") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} cannot be used: it has no fields")
-    return values

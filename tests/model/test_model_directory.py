@@ -157,7 +157,7 @@ def test_weights_that_do_not_say_whose_they_are_are_told_by_their_shapes(directo
     ("content", "message"),
     [
         ("", "config.json cannot be used: Expecting value"),
-        ("[1]", "config.json cannot be used: it does not hold the fields of a config"),
+        ("[1]", "config.json cannot be used: it has no fields"),
         ("\udcff", "config.json cannot be used: 'utf-8'"),
         ('{"model_type": "gpt2"}', "describes a 'gpt2' model of Hugging Face"),
         ('{"n_layers": 3}', "it has unknown fields: n_layers"),
