@@ -123,7 +123,7 @@ def test_angles_of_a_position_are_a_row_of_the_tables(scaling):
         torch.testing.assert_close(found, table[4999], atol=1e-6, rtol=0)
 
 
-def test_weights_that_are_changed_in_place_are_seen_at_the_next_token():
+def test_weights_changed_in_place_count_at_the_next_token():
     model = make()
     prompt = torch.randint(41, (1, 5))
     iterator = generate(model, prompt, 20, greedy=True)
@@ -137,7 +137,7 @@ def test_weights_that_are_changed_in_place_are_seen_at_the_next_token():
     assert next(iterator).tolist() == [7]
 
 
-def test_tokens_may_be_trained_on():
+def test_generated_tokens_can_be_used_in_training():
     """They come out of inference mode: a tensor made within it could not be saved for a backward pass."""
     model = GPT(MIXES["rope-window-gqa"])
     new = torch.stack(list(generate(model, torch.randint(41, (2, 3)), 20, seed=0)), dim=1)
@@ -147,7 +147,7 @@ def test_tokens_may_be_trained_on():
 
 
 @pytest.mark.parametrize("how", ["nothing", "a hook"])
-def test_compiled_steps_write_the_same(how, monkeypatch):
+def test_compiled_steps_give_the_same_tokens(how, monkeypatch):
     compiled = []
 
     def compile_eagerly(function):
@@ -200,7 +200,7 @@ def test_a_replayed_graph_gives_the_logits_of_the_model(name, padding):
 
 
 @pytest.mark.gpu
-def test_the_sampler_takes_the_graph_and_writes_what_a_model_with_a_hook_writes():
+def test_the_sampler_takes_the_graph_and_gives_the_tokens_of_a_model_with_a_hook():
     model = lively(GPT(MIXES["rope-window-gqa"])).eval().cuda()
     prompt = torch.randint(41, (2, 20), device="cuda")
     decoder = Decoder(model, prompt, torch.zeros(2, dtype=torch.int32, device="cuda"), 5, 128)

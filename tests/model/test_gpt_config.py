@@ -31,7 +31,7 @@ def test_one_set_of_fields_makes_every_step_and_the_config_knows_its_name(name):
     assert config.n_kv_head == (2 if "gqa" in name else 4)
 
 
-def test_a_mix_that_is_no_step_is_named_by_its_parts():
+def test_another_combination_is_named_by_its_parts():
     assert GPTConfig(**{**FIELDS, "window": None}).architecture == "rope-gqa"
     assert GPTConfig(**{**FIELDS, "positions": "learned", "n_kv_head": 4}).architecture == "original-window"
     assert GPTConfig(**{**FIELDS, "window_pattern": "L"}).architecture == "rope-gqa"

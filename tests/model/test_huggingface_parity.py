@@ -80,7 +80,7 @@ def test_greedy_generation_is_the_same_token_for_token(name):
 
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back_again_is_the_same_bits(name, dtype):
+def test_a_round_trip_gives_the_same_bits(name, dtype):
     model = theirs(name, dtype)
     gpt = from_huggingface(model)
     back = to_huggingface(gpt)
@@ -91,7 +91,7 @@ def test_there_and_back_again_is_the_same_bits(name, dtype):
         assert getattr(back.config, field) == getattr(model.config, field), field
 
 
-def test_a_copy_is_no_view_of_the_other_model():
+def test_a_converted_model_shares_no_memory():
     model = theirs("gpt2")
     gpt = from_huggingface(model)
     back = to_huggingface(gpt)
@@ -129,7 +129,7 @@ def test_ours_becomes_theirs_and_comes_back(name):
         {"mlp_width": 100},
     ],
 )
-def test_every_way_to_write_a_config_that_they_have_is_exported(change):
+def test_every_config_that_they_support_is_exported(change):
     gpt = lively(GPT(GPTConfig(**{**FIELDS, **change}))).eval()
     model = to_huggingface(gpt)
     tokens = torch.randint(41, (2, 60))  # past the context length, where scaled positions differ most
@@ -147,7 +147,7 @@ def test_every_way_to_write_a_config_that_they_have_is_exported(change):
         ("learned window", "no class with learned positions and a window or grouped KV heads"),
     ],
 )
-def test_what_they_have_no_class_for_is_refused(name, message):
+def test_a_config_that_they_have_no_class_for_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         to_huggingface(GPT(MIXES[name]))
 
@@ -163,7 +163,7 @@ def test_what_they_have_no_class_for_is_refused(name, message):
         ("starcoder2", rope("dynamic", factor=2.0), "rope_type is 'dynamic', and only default, linear, yarn and"),
     ],
 )  # fmt: skip
-def test_a_model_that_we_do_not_have_is_refused_with_the_field(kind, change, message):
+def test_a_model_that_we_do_not_support_is_refused_with_the_field(kind, change, message):
     with pytest.raises(ValueError, match=message):
         from_huggingface(theirs(kind, **change))
 
@@ -198,7 +198,7 @@ def test_a_model_without_a_head_is_one_whose_head_is_tied(name):
         from_huggingface(theirs(name, tie_word_embeddings=False).base_model)
 
 
-def test_different_dropouts_become_the_largest_and_that_is_said():
+def test_different_dropouts_become_the_largest_with_a_warning():
     model = theirs("gpt2", attn_pdrop=0.3, resid_pdrop=0.2)
     with pytest.warns(UserWarning, match=r"takes the largest of resid_pdrop 0.2, embd_pdrop 0, attn_pdrop 0.3"):
         assert from_huggingface(model).config.dropout == 0.3

@@ -116,7 +116,7 @@ def test_a_missing_file_is_named(directory, name):
         from_pretrained(directory)
 
 
-def test_a_directory_that_is_none_is_named(directory):
+def test_a_missing_directory_is_named(directory):
     with pytest.raises(CheckpointError, match="nowhere is not a directory"):
         from_pretrained(directory / "nowhere")
     with pytest.raises(CheckpointError, match=r"config.json is not a directory"):
@@ -128,13 +128,13 @@ def edit(directory, **change):
     (directory / "config.json").write_text(json.dumps({**config, **change}))
 
 
-def test_files_of_two_models_in_one_directory_are_told_apart_by_the_fields_that_differ(directory):
+def test_files_of_two_models_in_one_directory_are_refused_with_the_fields_that_differ(directory):
     edit(directory, n_layer=6, window=5)
     with pytest.raises(CheckpointError, match=r"of different models: n_layer 6 and 3, window 5 and 9 \(to change"):
         from_pretrained(directory)
 
 
-def test_weights_that_do_not_say_whose_they_are_are_told_by_their_shapes(directory):
+def test_weights_without_a_config_are_checked_by_their_shapes(directory):
     path = directory / "model.safetensors"
     weights = load_file(path)
     save_file(weights, path)  # without the config

@@ -36,7 +36,7 @@ def run(capsys, *arguments):
     return status, *capsys.readouterr()
 
 
-def test_the_command_writes_what_the_library_samples(capsys, checkpoint):
+def test_the_command_prints_what_the_library_samples(capsys, checkpoint):
     arguments = ("--prompt", "ABC", "--max-new-tokens", "70", "--temperature", "0.8", "--top-k", "9", "--seed", "4")
     status, out, err = run(capsys, "--checkpoint", checkpoint, *arguments)
     loaded, _ = from_pretrained(checkpoint)
@@ -98,7 +98,7 @@ def test_the_value_of_a_flag_keeps_its_underscores(capsys, checkpoint):
     assert status == 2 and "'_' not in the vocabulary" in err
 
 
-def test_plain_pytorch_and_every_named_backend_write_the_same(capsys, checkpoint):
+def test_plain_pytorch_and_every_named_backend_give_the_same_text(capsys, checkpoint):
     arguments = ("--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "40", "--greedy", "--device", "cpu")
     texts = [
         run(capsys, *arguments, *choice)[1]
@@ -142,7 +142,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, checkpoint, arguments, messa
     assert err.count("\n") == 1
 
 
-def test_a_checkpoint_is_asked_for_and_one_without_tokenizer_refused(capsys, tmp_path):
+def test_a_checkpoint_is_required_and_needs_a_tokenizer(capsys, tmp_path):
     status, _, err = run(capsys)
     assert status == 2 and "the following arguments are required: --checkpoint" in err
     save_pretrained(GPT(GPTConfig(**FIELDS)), tmp_path)
@@ -151,12 +151,12 @@ def test_a_checkpoint_is_asked_for_and_one_without_tokenizer_refused(capsys, tmp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_a_gpu_that_is_not_there_is_one_line(capsys, checkpoint):
+def test_a_missing_gpu_is_one_line(capsys, checkpoint):
     status, _, err = run(capsys, "--checkpoint", checkpoint, "--device", "cuda")
     assert status == 2 and "no CUDA device is available: use --device cpu" in err
 
 
-def test_the_text_comes_as_it_is_made(checkpoint, monkeypatch):
+def test_the_text_is_printed_as_it_is_made(checkpoint, monkeypatch):
     received = []
 
     class Terminal(io.RawIOBase):
@@ -213,6 +213,6 @@ def test_a_closed_pipe_prints_no_error(checkpoint):
     assert b"Traceback" not in err and b"Exception" not in err
 
 
-def test_model_sample_is_a_plain_module_whether_imported_before_the_function_or_after():
+def test_model_sample_is_a_plain_module_and_the_function_is_in_model_sampling():
     assert type(command) is types.ModuleType and command.make_parser().prog == "python -m model.sample"
     assert callable(sample) and sample is importlib.import_module("model.sampling").sample

@@ -29,7 +29,7 @@ def greedy_without_cache(model, tokens, steps, context=None):
 
 @pytest.mark.parametrize("fused_kernels", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("name", ["rope", "rope-window", "rope-window-gqa", "pattern"])
-def test_a_rotary_model_writes_on_past_its_context_as_without_a_cache(name, fused_kernels):
+def test_a_rotary_model_continues_past_its_context_as_without_a_cache(name, fused_kernels):
     model = make(name, fused_kernels=fused_kernels)
     prompt = torch.randint(41, (2, 5))
     assert torch.equal(sample(model, prompt, 120), greedy_without_cache(model, prompt, 120))
@@ -109,7 +109,7 @@ def test_a_row_is_finished_by_its_own_stop_token():
         assert row[end + 1 :].eq(-1).all()
 
 
-def test_a_seed_repeats_itself_whatever_else_draws():
+def test_a_seed_gives_the_same_text_whatever_else_draws():
     model = make()
     prompt = torch.randint(41, (2, 4))
     alone = [tokens_of(generate(model, prompt, 20, seed=seed)) for seed in (1, 2)]
@@ -160,7 +160,7 @@ def test_a_stop_string_that_the_prompt_ends_with_stops_nothing():
     assert tokenizer.decode(tokens_of(stopped)[0]) == text
 
 
-def test_log_probabilities_are_the_models_own_whatever_the_cuts():
+def test_log_probabilities_are_those_of_the_model_before_filters():
     model, options = make(), {"temperature": 3.0, "top_k": 5, "repetition_penalty": 1.5, "seed": 0}
     prompt = torch.randint(41, (2, 12))
     pairs = list(generate(model, prompt, 30, **options, log_probabilities=True))
@@ -288,7 +288,7 @@ def test_sampling_between_two_training_steps_changes_neither():
 
 
 @pytest.mark.parametrize("name", ["rope-window-gqa", "pattern", "original"])
-def test_tokens_are_made_and_memory_taken_when_they_are_asked_for(name):
+def test_tokens_and_memory_are_made_on_demand(name):
     iterator = generate(make(name), torch.tensor([[1, 2]]), 10**12, seed=0)
     assert len(list(itertools.islice(iterator, 3))) == 3
     assert list(generate(make(), torch.tensor([[1, 2]]), 0)) == []
@@ -335,7 +335,7 @@ def test_generation_under_autocast_and_in_bfloat16():
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0 is below 1"),
     ],
 )
-def test_wrong_arguments_are_refused_at_the_call_and_not_at_the_first_token(tokens, options, message):
+def test_wrong_arguments_are_refused_at_the_call_not_at_the_first_token(tokens, options, message):
     with pytest.raises(ValueError, match=message) as error:
         generate(make(), tokens, **{"max_new_tokens": 1, **options})
     assert "\n" not in str(error.value)
