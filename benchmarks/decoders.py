@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from kernels import rope_tables
 from model import GPT, generate
-from model.plain import rotate
+from model.sdpa import rotate
 
 PREFILL_CHUNK = 256
 LONGEST = 10**6  # positions, for Hugging Face's warning: nobody is asked for as many

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from cards import peak_of
 from measure import alternate, peak_memory, shown, three_digits, with_host_times
 
-from model import GPT, GPTConfig, flops_a_token
+from model import GPT, GPTConfig, flops_per_token
 from train.config import RunConfig, TrainerConfig
 from train.optim import make_optimizer
 
@@ -237,7 +237,7 @@ def add_figures(rows, times, config, peak):
         if time := times.get(row["contestant"]):
             row |= time.as_dict()
             row["tokens_per_second"] = row["tokens"] / time.pace
-            row["flops_per_second"] = row["tokens_per_second"] * flops_a_token(config)
+            row["flops_per_second"] = row["tokens_per_second"] * flops_per_token(config)
             for name, key in (("ours, --no-fused-kernels", "x_plain"), ("Hugging Face StarCoder2", "x_hugging_face")):
                 if name in times:
                     row[key] = times[name].pace / time.pace

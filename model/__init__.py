@@ -1,21 +1,18 @@
-"""GPT-2 and the modified GPT-2 (rotary positions, sliding window, grouped KV heads): one class, and how to sample.
+"""GPT-2 and the modified GPT-2 (rotary positions, sliding window, grouped KV heads), in one class, and its sampler.
 
     model = GPT(GPTConfig(vocab_size=65, context_length=256, window=64, n_layer=4, n_head=4, n_kv_head=2, d_model=128))
     logits, loss = model(tokens, targets)
     for token in generate(model, prompt, 100, top_k=10): ...
 
-gpt.py is the model. kv_cache.py is what it remembers while it writes, steps.py and token_step.py bring the logits of
-one token after the other, choosing.py picks it, stopping.py sees the end, sampling.py is all of it, sample.py the
-command (command.py is what all commands share). flops.py counts the arithmetic.
+`model.sample` is the command; the function `sample` is in model.sampling.
 """
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
-from .choosing import Choice, min_p_logits, penalized_logits, top_k_logits, top_p_logits
 from .config import ARCHITECTURES, GPTConfig
-from .flops import flops_a_token
-from .gpt import GPT, attention_backend
+from .gpt import GPT, attention_backend, flops_per_token
 from .kv_cache import KVCache
-from .sampling import generate, sample
+from .sampling import generate
+from .sampling_params import SamplingParams, min_p_logits, penalized_logits, top_k_logits, top_p_logits
 from .tokenizer import ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
 
 __all__ = [
@@ -24,18 +21,17 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "CheckpointError",
-    "Choice",
     "GPTConfig",
     "KVCache",
+    "SamplingParams",
     "SubwordTokenizer",
     "attention_backend",
-    "flops_a_token",
+    "flops_per_token",
     "from_pretrained",
     "generate",
     "load_tokenizer",
     "min_p_logits",
     "penalized_logits",
-    "sample",
     "save_pretrained",
     "top_k_logits",
     "top_p_logits",

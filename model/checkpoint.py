@@ -5,6 +5,8 @@ model, tokenizer = from_pretrained("runs/shakespeare/best")
 """
 
 import json
+import os
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import GPTConfig
-from .files import replacing
 from .gpt import GPT
 from .tokenizer import FILE as TOKENIZER
 from .tokenizer import load_tokenizer
@@ -22,18 +23,18 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class CheckpointError(ValueError):
-    """A model directory that cannot be loaded: what is wrong with it, in one line."""
+    """A model directory cannot be loaded; the message says why, in one line."""
 
 
 def save_pretrained(model, directory, tokenizer=None, weights=None):
-    """Write the model, and its tokenizer, into a directory, which is made if need be.
+    """Write the model, and its tokenizer, into a directory, which is made if it does not exist.
 
-    Every file is written beside its final name, synced and renamed, the weights last: a save that fails leaves what
-    was there. The weights carry the config as well, so that files of two models in one directory are told apart.
-    Weights are saved in their own dtype, from under torch.compile. weights: {name: tensor} to save in place of the
-    model's own, such as an average. Raises OSError if the directory cannot be written.
+    A save that fails leaves the old files as they were (`replacing`, the weights last). The weights' file holds the
+    config too, so that `from_pretrained` detects files of two models in one directory. The dtype is kept, and a
+    compiled model is saved under its own names. weights: {name: tensor} to save instead of the model's own, such as an
+    average. Raises OSError if the directory cannot be written.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would put its name before every parameter's
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every name
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = json.dumps(asdict(model.config), indent=2)
@@ -51,13 +52,17 @@ def save_pretrained(model, directory, tokenizer=None, weights=None):
 def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cpu"):
     """(model, tokenizer) of a directory that `save_pretrained` wrote; tokenizer is None if there is none.
 
-    The model is in evaluation mode and in the dtype it was saved in. torch's random state is left alone. Raises
-    CheckpointError for files that are missing, truncated, damaged or of another config than the others.
+    The model is in evaluation mode and in the dtype it was saved in. torch's random state does not change. Raises
+    CheckpointError for missing, truncated and damaged files, and for files of different models.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    values = read_json(directory / CONFIG)
+    try:
+        config = _config_from(values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory / CONFIG} cannot be used: {error}") from None
     tokenizer = read_tokenizer(directory, config)
-    with torch.device("meta"):  # shapes only: no weights are drawn that would be thrown away
+    with torch.device("meta"):  # shapes only: random weights would be replaced at once
         model = GPT(config, fused_kernels=fused_kernels, backend=backend)
     weights = _read_weights(directory, config, model.state_dict())
     model.to(weights["wte.weight"].dtype).to_empty(device=device)
@@ -65,26 +70,47 @@ def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cp
     return model.eval(), tokenizer
 
 
-def _read_config(directory):
+def resolve_checkpoint(path) -> Path:
+    """The model directory that `path` means: itself, or of a run directory its `best`, else its `last`.
+
+    Raises CheckpointError, in one line, if there is none.
+    """
+    path = Path(path)
+    for directory in (path, path / "best", path / "last"):
+        if (directory / CONFIG).is_file():
+            return directory
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory: give the one that holds {CONFIG} and {WEIGHTS}, or a run's")
+    raise CheckpointError(
+        f"{path} has no {CONFIG}, so it is not a model directory, and no best/{CONFIG} or last/{CONFIG}, so it is not "
+        "a run directory with a checkpoint"
+    )
+
+
+def read_json(path) -> dict:
+    """The fields of a .json file in a model directory. Raises CheckpointError if there are none to read."""
+    directory = path.parent
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: give the one that holds {CONFIG} and {WEIGHTS}")
-    path = directory / CONFIG
     try:
-        return _config_from(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no {CONFIG}, so it is not a model directory") from None
-    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory} has no {path.name}, so it is not a model directory") from None
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} cannot be used: it has no fields")
+    return values
 
 
 def _config_from(values):
-    """The config of a parsed config.json. Raises ValueError for a wrong one."""
+    """The GPTConfig of a parsed config.json. Raises ValueError for a wrong one."""
     if not isinstance(values, dict):
-        raise ValueError("it does not hold the fields of a config")
+        raise ValueError("its config has no fields")
     if "model_type" in values:
         raise ValueError(
             f"it describes a {values['model_type']!r} model of Hugging Face: python -m model.huggingface import makes "
-            "a directory for this package of one"
+            "a directory for this package of it"
         )
     known = {field.name for field in fields(GPTConfig)}
     if unknown := sorted(values.keys() - known):
@@ -97,7 +123,7 @@ def _config_from(values):
 
 
 def read_tokenizer(directory, config):
-    """The tokenizer of a directory, None if it has none. Raises CheckpointError if it cannot be that of the config."""
+    """The tokenizer of a directory, None if it has none. Raises CheckpointError if it does not fit the config."""
     if not (directory / TOKENIZER).exists():
         return None
     try:
@@ -113,7 +139,7 @@ def read_tokenizer(directory, config):
 
 
 def _read_weights(directory, config, expected):
-    """The tensors by name, if they are those of `expected`, and of this config where the file says of which it is."""
+    """{name: tensor} of the directory, checked against `expected` and, where the file holds a config, against ours."""
     path = directory / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -145,3 +171,33 @@ def check_weights(source, weights, expected):
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{source} does not fit {CONFIG}: {', '.join(wrong[:3])}{more}")
+
+
+@contextmanager
+def replacing(*paths):
+    """Temporary paths to write instead of `paths`. At the end of the block they are synced to the disk and renamed, in
+    this order: a reader, and a machine that lost power, finds the old file or the new one, whole. If the block fails,
+    no file is replaced.
+    """
+    paths = [Path(path) for path in paths]
+    temporary = [path.with_name(f".{path.name}.tmp") for path in paths]
+    try:
+        yield temporary
+        for file in temporary:
+            sync(file)
+        for file, path in zip(temporary, paths, strict=True):
+            os.replace(file, path)
+        for directory in {path.parent for path in paths}:
+            sync(directory)
+    finally:
+        for file in temporary:
+            file.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Wait until the file, or the names in the directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What the commands of model and train have in common: how a command line is read, and which device it means."""
+"""The command line of every command: flags and devices."""
 
 import argparse
 import re
@@ -8,7 +8,7 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes `_` for `-` in a flag's name, guesses no abbreviations, and errs in one line."""
+    """An argument parser that accepts `_` for `-` in a flag's name, no abbreviations, and prints errors in one line."""
 
     def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **settings):
         super().__init__(formatter_class=formatter_class, allow_abbrev=False, **settings)
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `name` means; "auto" is a CUDA device where there is one. ValueError for one that is not here."""
+    """The device of this name; "auto" is a CUDA device if there is one. ValueError for a device that is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,12 +30,12 @@ def resolve_device(name: str) -> torch.device:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {name!r} cannot be used: no CUDA device is available: use --device cpu")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without the device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
 
 def _with_hyphens(argument: str) -> str:
-    """`--context_size=25` as `--context-size=25`; anything that is not a flag as it is."""
+    """`--context_size=25` as `--context-size=25`; other arguments unchanged."""
     name = re.match(r"--[A-Za-z0-9_-]+", argument)
     return name[0].replace("_", "-") + argument[name.end() :] if name else argument

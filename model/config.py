@@ -1,4 +1,4 @@
-"""What a model is made of: `GPTConfig`, and the named steps from GPT-2 to the modified one."""
+"""The shape of a model: `GPTConfig`, and the named steps from GPT-2 to the modified architecture."""
 
 from dataclasses import dataclass, fields
 
@@ -8,16 +8,16 @@ ARCHITECTURES = ("original", "rope", "rope-window", "rope-window-gqa")
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The shape of a GPT. Every field is checked; a wrong one raises ValueError in one line.
+    """The shape of a GPT. A wrong field raises ValueError, in one line.
 
-    With the defaults it is StarCoder2's architecture (rotary positions, biases, tanh GELU, LayerNorm), with
-    positions="learned" GPT-2's; window and n_kv_head switch sliding-window attention and grouped KV heads on.
+    The defaults are StarCoder2's architecture (rotary positions, biases, tanh GELU, LayerNorm); positions="learned" is
+    GPT-2's. `window` switches sliding-window attention on, `n_kv_head` grouped KV heads.
     """
 
     vocab_size: int
-    """Different tokens."""
+    """Number of tokens in the vocabulary."""
     context_length: int
-    """Tokens a training sequence holds. Learned positions end here; rotary ones go on past it."""
+    """Tokens of a training sequence. Learned positions end here; rotary positions do not."""
     n_layer: int
     """Transformer blocks."""
     n_head: int
@@ -25,21 +25,23 @@ class GPTConfig:
     n_kv_head: int | None = None
     """Key and value heads of a layer, a divisor of n_head. None = n_head; 1 is multi-query attention."""
     d_model: int
-    """Width of the residual stream; the MLP is four times as wide."""
+    """Width of the residual stream."""
+    mlp_width: int | None = None
+    """Width inside the MLP. None = 4 * d_model."""
     positions: str = "rope"
     """"rope": q and k are rotated by their position. "learned": one vector a position is added to the embedding."""
     window: int | None = None
     """Keys a query sees on a sliding layer, its own included (Hugging Face's `sliding_window`). None = all earlier."""
     window_pattern: str = "S"
-    """A letter a layer, repeated over the layers: S slides by `window`, L sees all earlier keys. "SSSL" is 3 to 1."""
+    """One letter a layer, repeated: S has the sliding `window`, L sees all earlier keys. "SSSL": every fourth is L."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths: the longest is about 2 pi * rope_theta tokens."""
     rope_scaling: tuple | None = None
-    """Stretches rotary positions over longer contexts: the `scaling` of kernels.rope_tables, e.g. ("linear", 2.0)."""
+    """Scales rotary positions to longer contexts: the `scaling` of kernels.rope_tables, e.g. ("linear", 2.0)."""
     rotary_dim: int | None = None
-    """Elements of a head that are rotated, an even number. None = the whole head."""
+    """Rotated elements of a head, an even number. None = the whole head."""
     dropout: float = 0.0
-    """Probability that an element of the embeddings, attention weights and residual branches is dropped in training."""
+    """Dropout probability in training, for embeddings, attention weights and residual branches."""
     tie_weights: bool = True
     """Whether the output projection is the token embedding."""
     norm_epsilon: float = 1e-5
@@ -50,9 +52,10 @@ class GPTConfig:
             _check_count(name, getattr(self, name))
         if self.d_model % self.n_head:
             raise ValueError(f"n_head={self.n_head} does not divide d_model={self.d_model}: heads are of equal size")
-        if self.n_kv_head is None:
-            object.__setattr__(self, "n_kv_head", self.n_head)
-        _check_count("n_kv_head", self.n_kv_head)
+        for name, default in (("n_kv_head", self.n_head), ("mlp_width", 4 * self.d_model)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            _check_count(name, getattr(self, name))
         if self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head} (grouped KV heads need "
@@ -91,10 +94,10 @@ class GPTConfig:
 
     @classmethod
     def for_architecture(cls, name, **fields):
-        """The config of a named step of ARCHITECTURES; of `fields`, what the step does not have is dropped.
+        """The config of a named step of ARCHITECTURES. Fields that the step does not have are ignored.
 
-        "original" and "rope" have no window, and only "rope-window-gqa" has fewer KV heads than query heads, so one
-        set of fields makes all four. Raises ValueError for an unknown name and for a step that misses its own field.
+        One set of fields makes all four steps: "original" and "rope" ignore window, only "rope-window-gqa" takes
+        n_kv_head. Raises ValueError for an unknown name, and for a step without the window or n_kv_head it needs.
         """
         if name not in ARCHITECTURES:
             raise ValueError(f"architecture {name!r} is unknown: take one of {', '.join(ARCHITECTURES)}")
@@ -111,7 +114,7 @@ class GPTConfig:
 
     @property
     def architecture(self) -> str:
-        """The step's name in ARCHITECTURES, or for another mix its parts joined likewise, as in "rope-gqa"."""
+        """The name in ARCHITECTURES, or for another combination its parts joined in the same way, as in "rope-gqa"."""
         parts = ["original" if self.positions == "learned" else "rope"]
         parts += ["window"] if any(self.layer_window(i) is not None for i in range(self.n_layer)) else []
         parts += ["gqa"] if self.n_kv_head < self.n_head else []
@@ -124,16 +127,16 @@ class GPTConfig:
 
     @property
     def rotated(self) -> int:
-        """Elements of a head that are rotated."""
+        """Rotated elements of a head."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def layer_window(self, layer) -> int | None:
-        """Keys a query of this layer sees; None = all earlier ones."""
+        """Keys a query of this layer sees; None = all earlier keys."""
         slides = self.window_pattern[layer % len(self.window_pattern)] == "S"
         return self.window if slides else None
 
     def differences(self, other) -> str:
-        """The fields in which two configs differ, for a message: "n_layer 4 and 6, window None and 32"; "" if equal."""
+        """The fields that differ, for a message: "n_layer 4 and 6, window None and 32"; "" if equal."""
         pairs = ((field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
         return ", ".join(f"{name} {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs)
 

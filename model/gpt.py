@@ -1,12 +1,11 @@
-"""The model: GPT-2 and its modified form (rotary positions, sliding window, grouped KV heads), in one class.
+"""The model: GPT-2 and the modified GPT-2 (rotary positions, sliding window, grouped KV heads), in one class.
 
     model = GPT(GPTConfig(vocab_size=65, context_length=256, window=64, n_layer=4, n_head=4, n_kv_head=2, d_model=128))
     logits, loss = model(tokens, targets)          # (B, T, V) and a number
 
-Every block is x = x + attention(norm(x)), x = x + mlp(norm(x)). A config with learned positions and no window is GPT-2
-(Radford et al. 2019, weights in the order of Hugging Face's modules); with rotary positions it is StarCoder2
-(arXiv:2402.19173). Shapes: B rows of T tokens, C = d_model, V = vocab_size, heads of size D, Hq for queries and Hkv for
-keys and values.
+Every block is x = x + attention(norm(x)), x = x + mlp(norm(x)). Learned positions and no window make GPT-2 (Radford et
+al. 2019), rotary positions StarCoder2 (arXiv:2402.19173). Shapes: B rows of T tokens, C = d_model, V = vocab_size; Hq
+heads of size D for queries, Hkv for keys and values.
 """
 
 import dataclasses
@@ -19,22 +18,25 @@ from torch import nn
 
 from kernels import append_to_cache, resolve_backend, sliding_gqa_attention, sliding_gqa_decode
 from kernels.backend import check_backend
+from kernels.band import visible_pairs
 
-from .plain import BandMasks, plain_attention
 from .rotary import RopeTables
+from .sdpa import BandMasks, sdpa_attention
+
+PLAIN_CACHE_BACKEND = "banded"  # without fused kernels too: it is plain PyTorch on every device
 
 
 def attention_backend(device, fused_kernels=True, backend="auto") -> tuple[str, str] | None:
-    """(backend, why) of the kernels that a GPT of these arguments runs on a device; None where it runs plain PyTorch.
+    """(backend, why) that a GPT with these arguments runs on a device; None if it runs plain PyTorch.
 
-    Raises ValueError, in one line, for an unknown backend, and for one that cannot run there.
+    Raises ValueError, in one line, for an unknown backend and for one that cannot run there.
     """
     check_backend(backend)
     return resolve_backend(backend, device) if fused_kernels else None
 
 
 class Attention(nn.Module):
-    """Causal attention of one layer, over the tokens of the call or, with a cache, over those before it as well."""
+    """Causal attention of one layer, over the tokens of the call and, with a cache, over earlier tokens."""
 
     def __init__(self, config, layer, rope, masks, fused_kernels, backend):
         super().__init__()
@@ -62,14 +64,14 @@ class Attention(nn.Module):
             out = sliding_gqa_attention(q, k, v, self.window, rope=rope, backend=self.backend)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = plain_attention(q, k, v, self.window, rope, self.masks, dropout)
+            out = sdpa_attention(q, k, v, self.window, rope, self.masks, dropout)
         out = out.transpose(1, 2).reshape(B, T, C)  # a view again: the output has q's memory layout
         return F.dropout(self.proj(out), self.dropout, self.training)
 
     def attend_to_cache(self, q, k, v, rope, cache):
-        """Write the new keys and values into this layer's ring and let the new queries look at it: (B, Hq, T, D)."""
+        """Write the new keys and values into this layer's ring, then attend to it: (B, Hq, T, D)."""
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
-        backend = self.backend if self.fused_kernels else "banded"  # which is plain PyTorch too
+        backend = self.backend if self.fused_kernels else PLAIN_CACHE_BACKEND
         append_to_cache(k, v, k_cache, v_cache, cache.lengths, rope=rope, backend=backend)
         return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, rope=rope, backend=backend)
 
@@ -78,8 +80,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.fc = nn.Linear(config.d_model, 4 * config.d_model)
-        self.proj = nn.Linear(4 * config.d_model, config.d_model)
+        self.fc = nn.Linear(config.d_model, config.mlp_width)
+        self.proj = nn.Linear(config.mlp_width, config.d_model)
 
     def forward(self, x):
         x = F.gelu(self.fc(x), approximate="tanh")
@@ -102,11 +104,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model of the given `GPTConfig`, with GPT-2's random initial weights.
 
-    fused_kernels   run the package `kernels`; False runs plain PyTorch (plain.py) with the same parameters.
+    fused_kernels   run the package `kernels`; False runs plain PyTorch (sdpa.py) with the same parameters.
     backend         of the kernels: "auto" is Triton on a GPU, banded PyTorch elsewhere; a named one never falls back.
-                    An unknown name is a ValueError at once; one that cannot run where the model is, at the forward.
-    seed            makes the same weights every time and leaves torch's random state alone; None draws from that state,
-                    so that torch.manual_seed before it does the same.
+                    An unknown name raises ValueError here, one that cannot run on the model's device in the forward.
+    seed            gives the same weights every time and does not change torch's random state. None draws the weights
+                    from that state, which torch.manual_seed sets.
     """
 
     def __init__(self, config, fused_kernels=True, backend="auto", seed=None):
@@ -116,7 +118,7 @@ class GPT(nn.Module):
         self.fused_kernels = fused_kernels
         rope = RopeTables(config) if config.positions == "rope" else None
         masks = BandMasks()
-        # modules draw weights as they are made; a seeded model must not move the caller's random state by it
+        # modules draw random weights when they are made; a seeded model must not change the caller's random state
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             self.wte = nn.Embedding(config.vocab_size, config.d_model)  # token embedding
             if config.positions == "learned":
@@ -128,12 +130,12 @@ class GPT(nn.Module):
             if not config.tie_weights:
                 self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights(seed)
-        self._said_dropout = False
+        self._warned_of_dropout = False
 
     def init_weights(self, seed=None):
-        """GPT-2's initialisation: N(0, 0.02), smaller by sqrt(2 n_layer) on what enters the residual stream, biases 0.
+        """GPT-2's initialisation: N(0, 0.02), divided by sqrt(2 n_layer) for the output of a branch; biases 0.
 
-        The stream sums 2 n_layer branches, so the division keeps its variance independent of the depth.
+        The residual stream sums 2 n_layer branches: the division makes its variance independent of the depth.
         """
         generator = None if seed is None else torch.Generator(self.wte.weight.device).manual_seed(seed)
         for name, module in self.named_modules():
@@ -150,7 +152,7 @@ class GPT(nn.Module):
 
         tokens    (B, T) integers. Learned positions take at most context_length of them.
         targets   (B, T) integers, the tokens that follow; -1 is not counted.
-        cache     a `KVCache`: tokens go on where it ends and are added to it. No gradient flows then.
+        cache     a `KVCache`: the tokens continue its sequence and are added to it. There is no gradient then.
         Returns logits (B, T, V) and the mean cross-entropy in nats a token (None without targets).
         """
         if cache is not None and torch.is_grad_enabled():
@@ -163,11 +165,11 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def last_logits(self, tokens):
-        """What forward(tokens) gives for the last of tokens (B, T): (B, V). The others' logits are never made."""
+        """The logits (B, V) after the last of tokens (B, T); those of other positions are not computed."""
         return self._head(self._blocks(tokens)[:, -1])
 
     def _blocks(self, tokens, cache=None):
-        """What the last block puts out, (B, T, C)."""
+        """The output of the last block, (B, T, C)."""
         T = tokens.shape[1]
         if cache is not None:
             cache.advance(T, self.config)
@@ -186,29 +188,29 @@ class GPT(nn.Module):
         return x
 
     def _head(self, x):
-        """The logits (..., V) of what the blocks put out."""
+        """The logits (..., V) of the last block's output."""
         return F.linear(self.ln_f(x), self.wte.weight if self.config.tie_weights else self.lm_head.weight)
 
     def _position_vectors(self, T, cache):
-        """The learned vectors of the call's positions: (T, C), or with a cache, whose rows may differ, (B, T, C)."""
+        """The learned vectors of the call's positions: (T, C), or (B, T, C) with a cache, whose rows may differ."""
         if cache is None:
             return self.wpe.weight[:T]
-        return self.wpe(cache.positions(T).clamp(min=0))  # padding is before position 0; it is never looked at
+        return self.wpe(cache.positions(T).clamp(min=0))  # padding has negative positions; no query sees it
 
     def _warn_of_dropout(self):
-        if self.training and self.config.dropout and self.fused_kernels and not self._said_dropout:
-            self._said_dropout = True
+        if self.training and self.config.dropout and self.fused_kernels and not self._warned_of_dropout:
+            self._warned_of_dropout = True
             warnings.warn(
                 f"dropout={self.config.dropout} while training: attention runs in plain PyTorch, because the fused "
-                "kernels have no dropout (evaluation and sampling use them; dropout=0 trains on them)",
+                "kernels have no dropout (evaluation and sampling use them; so does training with dropout=0)",
                 stacklevel=3,
             )
 
     def set_window(self, window, pattern=None):
         """Change the window of a trained model (None = all earlier keys), and the pattern of layers that have it.
 
-        Any window works without training, better the closer it is to the trained one. A `KVCache` made before fits no
-        longer. Raises ValueError for what `GPTConfig` does not take.
+        Any window works without training; one near the trained window works best. A `KVCache` made before no longer
+        fits. Raises ValueError for what `GPTConfig` does not take.
         """
         pattern = self.config.window_pattern if pattern is None else pattern
         self.config = dataclasses.replace(self.config, window=window, window_pattern=pattern)
@@ -216,5 +218,20 @@ class GPT(nn.Module):
             block.attn.window = self.config.layer_window(layer)
 
     def num_parameters(self) -> int:
-        """Numbers that training changes; tied weights count once."""
+        """Trainable parameters; tied weights count once."""
         return sum(p.numel() for p in self.parameters())
+
+
+def flops_per_token(config) -> float:
+    """Floating-point operations of training on one token, forward and backward; the basis of MFU (arXiv:2204.02311).
+
+    6 for each weight of a matrix product, and the products of visible query-key pairs. Recomputed and masked products
+    do not count.
+    """
+    C, D, T = config.d_model, config.head_dim, config.context_length
+    weights = config.vocab_size * C
+    pairs = 0
+    for layer in range(config.n_layer):
+        weights += C * (config.n_head + 2 * config.n_kv_head) * D + C * C + 2 * C * config.mlp_width
+        pairs += config.n_head * visible_pairs(T, T, config.layer_window(layer))
+    return 6 * weights + 3 * 4 * D * pairs / T

@@ -1,7 +1,7 @@
-"""What the model remembers while it writes: the keys and values of each layer.
+"""The keys and values of each layer during generation.
 
-A sliding layer needs the last `window` positions and no more, so it has a ring: position p lies in slot p % slots, and
-a new token overwrites the one that has left the window. A layer that sees everything has a slot for every position.
+A sliding layer needs the last `window` positions only. It has a ring: position p is in slot p % slots, and a new token
+overwrites the one that has left the window. A layer that sees all earlier keys has a slot for every position.
 
     window=4, after 6 tokens        slot       0  1  2  3
                                     position   4  5  2  3
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 class KVCache:
     """Empty caches for `batch_size` rows of a model with this config; `GPT.forward(tokens, cache=...)` fills them.
 
-    max_new_tokens_per_call   the most tokens that one forward may bring. Rings have window + this - 1 slots: the first
-                              new query still needs the window before it when the last new key has been written.
-    max_length                slots of layers that see everything: no more tokens than this. Default: context_length.
-    padding                   (B,) how many of the first columns of each row are padding, for prompts of different
-                              lengths: they count from -padding, so that the first real token is at position 0.
+    max_new_tokens_per_call   the most tokens of one forward. Rings have window + this - 1 slots, because the first new
+                              query still needs its whole window after the last new key has been written.
+    max_length                slots of layers that see all earlier keys, so the most tokens. Default: context_length.
+    padding                   (B,) padding columns at the start of each row, for prompts of different lengths. Positions
+                              count from -padding, so that the first token of the prompt has position 0.
 
     lengths    (B,) int32 on the device: tokens of each row so far, without its padding
-    columns    the same on the host, padding included: an upper limit that no step has to wait for
-    k, v       a tensor (B, Hkv, slots, D) a layer
-    bounded    whether some layer, or learned positions, end the sequence at max_length; a ring alone never does
+    columns    tokens so far on the host, padding included: an upper bound that needs no wait for the device
+    k, v       a tensor (B, Hkv, slots, D) for each layer
+    bounded    whether the sequence ends at max_length: with learned positions, or a layer without a window
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class KVCache:
         return sum(x.nbytes for x in (*self.k, *self.v))
 
     def advance(self, new_tokens, config):
-        """Count `new_tokens` columns more, before the layers write them. Whoever runs the layers calls it.
+        """Count `new_tokens` more columns. The model calls it before its layers write them.
 
-        Raises ValueError, and counts nothing, if the cache is of another config or has no room.
+        Raises ValueError, and changes nothing, if the cache is of another config or has no room.
         """
         self.check_room(new_tokens, config)
         self.columns += new_tokens
         self.lengths += new_tokens
 
     def check_room(self, new_tokens, config):
-        """Raise ValueError unless the cache is one for this config and has room for `new_tokens` columns more."""
+        """Raise ValueError unless the cache is of this config and has room for `new_tokens` more columns."""
         if config is not self.config and config != self.config:
             raise ValueError(
                 f"the cache was made for another config ({self.config.differences(config)}): make a new one"
@@ -95,21 +95,21 @@ class KVCache:
             )
 
     def extend(self, max_length):
-        """Give the layers that see everything room for `max_length` positions; what they hold stays where it is."""
+        """Give the layers that see all earlier keys room for `max_length` positions; written slots stay in place."""
         for layer in range(self.config.n_layer):
             more = max_length - self.max_length
-            if self.config.layer_window(layer) is None:  # a position is its slot there, so new slots go to the end
+            if self.config.layer_window(layer) is None:  # a position is its slot, so new slots go to the end
                 self.k[layer], self.v[layer] = (F.pad(x[layer], (0, 0, 0, more)) for x in (self.k, self.v))
         self.max_length = max_length
 
     def positions(self, new_tokens):
-        """(B, new_tokens) position of each of the newest tokens; negative for padding."""
+        """The positions (B, new_tokens) of the newest tokens; negative for padding."""
         return self.lengths[:, None] + torch.arange(-new_tokens, 0, device=self.lengths.device)
 
     def fit_single_tokens(self):
-        """Shrink the rings to `window` slots, for one token a call from now on.
+        """Shrink the rings to `window` slots; from now on a call brings one token.
 
-        A prompt is read many tokens at a time and needs the longer ring; afterwards every step would pay for it.
+        Reading a prompt in chunks needs longer rings, which would make every later step slower.
         """
         for layer in range(self.config.n_layer):
             window = self.config.layer_window(layer)

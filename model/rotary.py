@@ -1,4 +1,4 @@
-"""The model's tables of rotary angles: made once for a device, grown when a sequence gets longer than they are."""
+"""The model's tables of rotary angles: made once a device, and grown for longer sequences."""
 
 import torch
 
@@ -7,10 +7,10 @@ from kernels.rope import inverse_frequencies
 
 
 class RopeTables:
-    """cos and sin of every position so far, one pair a device, shared by the layers of a model.
+    """cos and sin of every position, one pair of tables a device, shared by the layers of a model.
 
-    They are no buffers on purpose: `model.half()` would round the angles with the weights, and a checkpoint does not
-    need them. They take 4 * rotary_dim bytes a position, and grow by doubling, so that sampling seldom makes new ones.
+    The tables are not buffers: `model.half()` would round the angles, and a checkpoint does not need them. They take
+    4 * rotary_dim bytes a position, and double when they grow, so that sampling rarely makes new ones.
     """
 
     def __init__(self, config):
@@ -20,7 +20,7 @@ class RopeTables:
         rope_tables(1, config.rotated, theta=config.rope_theta, scaling=config.rope_scaling, device="cpu")  # checks
 
     def __call__(self, length, device):
-        """(cos, sin), each (at least `length`, rotary_dim / 2) fp32. `length` is a number that the host knows."""
+        """(cos, sin), each (at least `length`, rotary_dim / 2) fp32. `length` is an int."""
         tables = self.tables.get(device)
         if tables is None or len(tables[0]) < length:
             have = 0 if tables is None else len(tables[0])
@@ -28,9 +28,9 @@ class RopeTables:
         return tables
 
     def at(self, position, device):
-        """(cos, sin) of one position, (rotary_dim / 2,), or of a tensor (B,) of them, (B, rotary_dim / 2).
+        """(cos, sin) of one position, each (rotary_dim / 2,), or of a tensor (B,) of positions, (B, rotary_dim / 2).
 
-        The rows that the tables have there, without tables: a text of any length takes no memory.
+        The same numbers as the tables' rows, computed without tables: no memory grows with the text.
         """
         if device not in self.frequencies:
             config = self.config
@@ -44,7 +44,7 @@ class RopeTables:
 
     def _make(self, length, device):
         config = self.config
-        # a table made under inference mode could not be used by a later training step
+        # training could not use a table made under inference mode
         with torch.inference_mode(False):
             return rope_tables(
                 length, config.rotated, theta=config.rope_theta, scaling=config.rope_scaling, device=device

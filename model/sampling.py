@@ -1,21 +1,22 @@
-"""Writing text with a model: `generate` yields tokens as they are made, `sample` returns them all.
+"""Generating text: `generate` yields tokens as they are made, `sample` returns them all.
 
     for token in generate(model, prompt, 500, temperature=0.8, top_k=10, seed=1):     # prompt (B, T), token (B,)
         print(tokenizer.decode(token.tolist()), end="", flush=True)
 
-A model with rotary positions goes on for as long as one likes: with a window, a token costs the same at any position.
-Learned positions end at context_length; past it the model reads the last context_length tokens anew for every token,
-without a cache.
+A model with rotary positions generates any number of tokens; with a window, a token costs the same at any position.
+Learned positions end at context_length: after that every token reads the last context_length tokens again.
 """
+
+from collections import deque
 
 import torch
 import torch.nn.functional as F
 
-from .choosing import Choice, Dice
-from .steps import NextLogits
-from .stopping import StopStrings
+from .decoding import Decoder
+from .sampling_params import RowGenerators, SamplingParams
+from .tokenizer import overlap
 
-NOTHING = -1  # what a finished row yields
+FINISHED = -1  # the token that a finished row yields
 
 
 def generate(
@@ -39,31 +40,31 @@ def generate(
 ):
     """An iterator over the next tokens of each row: at most max_new_tokens tensors (B,) on the model's device.
 
-    tokens         the prompts: (B, T) integers, or a list of B sequences that may differ in length; T is at least 1.
+    tokens         the prompts: (B, T) integers, or a list of B sequences of any lengths; T is at least 1.
     temperature, top_k, top_p, min_p, repetition_penalty, greedy
-                   how a token is chosen: the fields of `Choice`.
-    seed           row i is drawn with seed + i, or a sequence of B seeds: a row makes the same choices every time (on
-                   one kind of device), whatever the other rows of its batch are. None is different every time.
-    stop_tokens    a row that has drawn one of them is finished and yields -1 from then on; when all are, the iterator
-                   ends.
-    stop_strings   texts that finish a row likewise: at the token that completes one. They need the `tokenizer`, and
-                   that the host looks at every token, for which a GPU has to wait.
+                   how a token is chosen: the fields of `SamplingParams`.
+    seed           row i is drawn with seed + i, or a sequence of B seeds. A seed gives a row the same text every time
+                   (on one kind of device), whatever the other rows of the batch are. None: different every time.
+    stop_tokens    a row that has drawn one of them is finished and yields -1 from then on. The iterator ends when all
+                   rows are finished.
+    stop_strings   texts that finish a row in the same way, at the token that completes one. They need the `tokenizer`,
+                   and the host must read every token, which a GPU has to wait for.
     log_probabilities
-                   True yields pairs (tokens, log-probabilities), both (B,): the natural logarithm of the probability
-                   that the model itself gave the token, before penalty, temperature and cuts; 0 for finished rows.
-    prefill_chunk  prompt tokens that are read at once: memory grows with it, not with the prompt. Where learned
-                   positions have ended, the last context_length tokens are read at once, whatever it is.
-    compile        run the steps under torch.compile; on CUDA, where they are a CUDA graph, it changes nothing.
+                   True yields pairs (tokens, log-probabilities), both (B,): the natural logarithm of the model's
+                   probability for the token, before penalty, temperature and filters; 0 for finished rows.
+    prefill_chunk  prompt tokens that are read at once: memory grows with it, not with the prompt. Past the end of
+                   learned positions, the last context_length tokens are read at once in any case.
+    compile        compile the steps with torch.compile; no effect on CUDA, where they are a CUDA graph.
 
-    Nothing is shared with other iterators or with torch's random state, and a model in training mode is evaluated and
-    found in training mode again between any two tokens. Raises ValueError for arguments that it cannot take.
+    The iterator shares nothing with other iterators or with torch's random state. A model in training mode is
+    evaluated, and is in training mode again between any two tokens. Raises ValueError for wrong arguments.
     """
     device = model.wte.weight.device
     tokens, padding = _left_padded(tokens, device)
     _check_prompt(tokens, model.config.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative")
-    choice = Choice(
+    params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -73,17 +74,17 @@ def generate(
     )
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk={prefill_chunk} is below 1")
-    stops = _Stops(stop_tokens, stop_strings, tokenizer, tokens, padding)
-    dice = Dice(_seeds(seed, len(tokens)), device) if choice.draws else None
-    seen = None if repetition_penalty == 1 else _seen(tokens, padding, model.config.vocab_size)
-    steps = NextLogits(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
-    return _stream(steps, choice, dice, seen, stops, max_new_tokens, log_probabilities)
+    finished = FinishedRows(stop_tokens, stop_strings, tokenizer, tokens, padding)
+    generators = RowGenerators(_row_seeds(seed, len(tokens)), device) if params.is_random else None
+    seen = None if repetition_penalty == 1 else _seen_tokens(tokens, padding, model.config.vocab_size)
+    decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
+    return _stream(decoder, params, generators, seen, finished, max_new_tokens, log_probabilities)
 
 
 def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_p=None, seed=None):
     """The prompts tokens (B, T) with `steps` more tokens each, (B, T + steps), as minGPT's function of this name.
 
-    sample=False takes the likeliest token each time, sample=True draws one. The other arguments are `generate`'s.
+    sample=False takes the most likely token each time, sample=True draws one. The other arguments are `generate`'s.
     """
     new = generate(
         model, tokens, steps, temperature=temperature, greedy=not sample, top_k=top_k, top_p=top_p, seed=seed
@@ -91,56 +92,125 @@ def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_
     return torch.cat([tokens, *(token[:, None].to(tokens) for token in new)], dim=1)
 
 
-def _stream(steps, choice, dice, seen, stops, max_new_tokens, log_probabilities):
+def _stream(decoder, params, generators, seen, finished, max_new_tokens, log_probabilities):
     new = None
     for _ in range(max_new_tokens):
-        logits = steps.first() if new is None else steps.after(new)
-        new = choice(logits, dice, seen)
+        logits = decoder.prefill() if new is None else decoder.decode(new)
+        new = params.choose(logits, generators, seen)
         if seen is not None:
             seen.scatter_(1, new[:, None], True)
-        shown = stops.hide(new, NOTHING)
+        shown = finished.mask(new, FINISHED)
         if log_probabilities:
-            found = F.log_softmax(logits.float(), dim=-1).gather(1, new[:, None]).squeeze(1)
-            yield shown, stops.hide(found, 0.0)
+            chosen = F.log_softmax(logits.float(), dim=-1).gather(1, new[:, None]).squeeze(1)
+            yield shown, finished.mask(chosen, 0.0)
         else:
             yield shown
-        if stops.all_after(new):
+        if finished.update(new):
             return
 
 
-class _Stops:
+class FinishedRows:
     """Which rows of a batch are finished, by a stop token or a stop string."""
 
-    def __init__(self, tokens, strings, tokenizer, prompts, padding):
+    def __init__(self, stop_tokens, stop_strings, tokenizer, prompts, padding):
         device = prompts.device
-        self.tokens = torch.as_tensor(list(tokens), dtype=torch.long, device=device)
-        self.strings = None
-        if strings:
+        self.stop_tokens = torch.as_tensor(list(stop_tokens), dtype=torch.long, device=device)
+        self.stop_strings = None
+        if stop_strings:
             if tokenizer is None:
-                raise ValueError(f"stop_strings={strings!r} need the tokenizer that writes the text: tokenizer=...")
+                raise ValueError(f"stop_strings={stop_strings!r} need the tokenizer of the text: tokenizer=...")
             rows = [row[pad:] for row, pad in zip(prompts.tolist(), padding.tolist(), strict=True)]
-            self.strings = StopStrings(strings, tokenizer, rows)
-        self.some = len(self.tokens) > 0 or self.strings is not None
+            self.stop_strings = StopStrings(stop_strings, tokenizer, rows)
+        self.can_finish = len(self.stop_tokens) > 0 or self.stop_strings is not None
         self.finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
-    def hide(self, x, instead):
-        """x (B,) with `instead` for the rows that are finished; always a tensor of its own."""
-        return x.masked_fill(self.finished, instead) if self.some else x.clone()
+    def mask(self, x, value):
+        """A copy of x (B,) with `value` in finished rows."""
+        return x.masked_fill(self.finished, value) if self.can_finish else x.clone()
 
-    def all_after(self, new):
-        """Take note of the newest tokens (B,); whether every row is finished."""
-        if not self.some:
+    def update(self, new):
+        """Count the new tokens (B,); True when every row is finished."""
+        if not self.can_finish:
             return False
-        if len(self.tokens):
-            self.finished = self.finished | torch.isin(new, self.tokens)
-        if self.strings is not None:
-            ended = self.strings.ended(new.tolist())
-            self.finished = self.finished | torch.tensor(ended, device=new.device)
+        if len(self.stop_tokens):
+            self.finished = self.finished | torch.isin(new, self.stop_tokens)
+        if self.stop_strings is not None:
+            found = self.stop_strings.update(new.tolist())
+            self.finished = self.finished | torch.tensor(found, device=new.device)
         return bool(self.finished.all())
 
 
-def _seeds(seed, rows):
-    """A seed for each row, None where there is none."""
+class StopStrings:
+    """For each row of a batch, whether the text after its prompt contains one of the strings.
+
+    A string may span several tokens, and may be part of one. prompts: the tokens of each row's prompt.
+    """
+
+    def __init__(self, strings, tokenizer, prompts):
+        self.strings = _checked_strings(strings)
+        self.kept = max(map(len, self.strings), default=1) - 1  # characters that may begin a string
+        self.tokens = [deque() for _ in prompts]
+        self.pieces = [
+            tokenizer.stream(iter(tokens.popleft, None), prompt)
+            for tokens, prompt in zip(self.tokens, prompts, strict=True)
+        ]
+        self.texts = [""] * len(self.pieces)
+
+    def update(self, new):
+        """Add one token a row, a list; returns a bool a row, True if the token completes a string."""
+        found = []
+        for row, token in enumerate(new):
+            self.tokens[row].append(token)
+            text = self.texts[row] + next(self.pieces[row])
+            found.append(any(string in text for string in self.strings))
+            self.texts[row] = text[len(text) - self.kept :] if self.kept else ""
+        return found
+
+
+class TextUntil:
+    """An iterator over the pieces of a text, up to the first stop string, which is left out.
+
+    held   text not yet returned, because it may begin a stop string. It comes with a later piece or at the end; a
+           reader that stops early finds it here.
+    """
+
+    def __init__(self, pieces, strings):
+        self.pieces, self.strings, self.held = iter(pieces), _checked_strings(strings), ""
+        self.ended = False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.ended:
+            raise StopIteration
+        try:
+            text = self.held + next(self.pieces)
+        except StopIteration:
+            self.ended = True
+            text, self.held = self.held, ""
+            if text:
+                return text
+            raise
+        ends = [text.find(string) for string in self.strings if string in text]
+        if ends:
+            self.ended, self.held = True, ""
+            return text[: min(ends)]
+        shown = len(text) - max((overlap(text, string) for string in self.strings), default=0)
+        self.held = text[shown:]
+        return text[:shown]
+
+
+def _checked_strings(strings):
+    """The stop strings as a tuple. Raises ValueError for an empty one and for anything but text."""
+    strings = (strings,) if isinstance(strings, str) else tuple(strings)
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop_strings={list(strings)!r} has an empty string, or something that is not text")
+    return strings
+
+
+def _row_seeds(seed, rows):
+    """A seed, or None, for each row."""
     if seed is None:
         return [None] * rows
     if isinstance(seed, int):
@@ -151,15 +221,15 @@ def _seeds(seed, rows):
     return seeds
 
 
-def _seen(tokens, padding, vocab_size):
-    """(B, V) bool: which tokens the prompt of each row has, its padding left out."""
-    own = torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
+def _seen_tokens(tokens, padding, vocab_size):
+    """(B, V) bool: the tokens in the prompt of each row, without its padding."""
+    in_prompt = torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
     seen = torch.zeros(len(tokens), vocab_size, dtype=torch.int32, device=tokens.device)
-    return seen.scatter_add_(1, tokens.long(), own.int()) > 0
+    return seen.scatter_add_(1, tokens.long(), in_prompt.int()) > 0
 
 
 def _left_padded(tokens, device):
-    """Prompts as one (B, T) tensor, shorter ones moved to its right end, and how many columns of padding each has."""
+    """Prompts as one tensor (B, T), shorter ones padded on the left, and the padding columns of each row (B,)."""
     if isinstance(tokens, torch.Tensor):
         if tokens.dim() != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (B, T), or a list of B sequences")

@@ -1,31 +1,38 @@
-"""Text to numbers and back: characters, bytes, or subwords, stored so that Hugging Face's AutoTokenizer reads them too.
+"""Text to token numbers and back: characters, bytes or subwords, in files that Hugging Face's AutoTokenizer reads too.
 
-tokenizer = CharTokenizer.from_text(text)            # or ByteTokenizer(), which knows every text
+tokenizer = CharTokenizer.from_text(text)            # or ByteTokenizer(), which encodes every text
 tokenizer.decode(tokenizer.encode("When are you going"))
-tokenizer = load_tokenizer("imported/gpt2")          # any tokenizer.json; one of subwords needs `tokenizers`
+tokenizer = load_tokenizer("imported/gpt2")          # any tokenizer.json; subwords need the package `tokenizers`
 
-All have vocab_size, encode, decode, stream, to_json, and for texts that are read piece by piece `cut`.
+All have vocab_size, encode, decode, stream and to_json; `cut` says where a long text may be split.
 """
 
 import codecs
 import json
+import re
+from array import array
+from itertools import chain, islice
 from pathlib import Path
-
-from .files import replacing
-from .subwords import END_OF_TEXT, SubwordTokenizer
 
 FILE = "tokenizer.json"
 EVERY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between documents
+
+_AROUND = 128  # characters on either side of a cut that are encoded to test it
+_PART, _PARTS_AT_ONCE = 2**16, 8  # characters of a part; parts in one call of the library
+_KNOWN = 2**21  # characters of the words whose encoding is kept
+# White space and the word after it. Python counts U+001C to U+001F as white space, Unicode and the library do not.
+_WORDS = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+")
 
 
 class CharTokenizer:
-    """A token a character (Unicode code point). `vocab` is the characters in the order of their numbers.
+    """One token for each character (Unicode code point). `vocab` is the characters in the order of their numbers.
 
     stoi, itos    the number of each character, and the character of each number
     """
 
     kind = "characters"
-    end_of_text = None  # documents follow each other with nothing in between
+    end_of_text = None  # there is no token between documents
 
     def __init__(self, vocab):
         self.stoi = {character: i for i, character in enumerate(vocab)}
@@ -43,7 +50,7 @@ class CharTokenizer:
         return len(self.stoi)
 
     def encode(self, text) -> list[int]:
-        """The number of each character. Raises ValueError that names the characters which are not in the vocabulary."""
+        """The number of each character. Raises ValueError, with their names, for characters outside the vocabulary."""
         try:
             return [self.stoi[character] for character in text]
         except KeyError:
@@ -55,7 +62,7 @@ class CharTokenizer:
             ) from None
 
     def cut(self, text) -> int:
-        """The last place where the text can be cut so that its parts encode as the whole does: here its end."""
+        """The last position where the text can be cut without changing its encoding: its end."""
         return len(text)
 
     def decode(self, tokens) -> str:
@@ -66,34 +73,26 @@ class CharTokenizer:
             raise ValueError(f"token {error} is outside the vocabulary of {self.vocab_size} characters") from None
 
     def stream(self, tokens, prompt=()):
-        """The text of each token as it comes, after those of `prompt`."""
+        """An iterator: the text of each token, after the tokens of `prompt`."""
         return (self.decode([token]) for token in tokens)
 
     def save(self, directory):
-        """Write tokenizer.json, atomically: a word-level vocabulary over a split into single characters."""
+        """Write tokenizer.json into a directory, atomically."""
+        from .checkpoint import replacing  # here, because checkpoint.py imports this module
+
         Path(directory).mkdir(parents=True, exist_ok=True)
         with replacing(Path(directory) / FILE) as (temporary,):
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
-        """The file's text, in the format of Hugging Face's tokenizers library."""
-        description = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [],
-            "normalizer": None,
-            "pre_tokenizer": EVERY_CHARACTER,
-            "post_processor": None,
-            "decoder": {"type": "Fuse"},
-            # the unknown token is not in the vocabulary, so an unknown character is an error there as it is here
-            "model": {"type": "WordLevel", "vocab": self.stoi, "unk_token": "[UNK]"},
-        }
-        return json.dumps(description, indent=1, ensure_ascii=False)
+        """The content of tokenizer.json: a word-level vocabulary, and a split into single characters."""
+        # the unknown token is not in the vocabulary: an unknown character is an error in Hugging Face's library too
+        model = {"type": "WordLevel", "vocab": self.stoi, "unk_token": "[UNK]"}
+        return _description(model, EVERY_CHARACTER, {"type": "Fuse"})
 
     @classmethod
     def from_json(cls, text):
-        """The tokenizer of a file's text. Raises ValueError if it is not one of characters."""
+        """The tokenizer of a file's content. Raises ValueError if its tokens are not characters."""
         vocab = _characters(text)
         if vocab is None:
             raise ValueError("it holds words or pieces of words, not characters: load_tokenizer reads it")
@@ -102,10 +101,31 @@ class CharTokenizer:
         return cls(sorted(vocab, key=vocab.get))
 
 
-class ByteTokenizer:
-    """A token a byte of UTF-8: every text, in 256 numbers. <|endoftext|> takes 255, a byte that no UTF-8 text has.
+def overlap(text, string):
+    """How many characters at the end of text begin the string without completing it."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
 
-    It needs no package; its file is that of a BPE without merges, which `tokenizers` runs to the same numbers.
+
+def _description(model, pre_tokenizer, decoder, added_tokens=()):
+    """The content of a tokenizer.json, in the format of Hugging Face's library `tokenizers`."""
+    description = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens,
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+    return json.dumps(description, indent=1, ensure_ascii=False)
+
+
+class ByteTokenizer:
+    """One token for each byte of UTF-8, so that every text can be encoded. <|endoftext|> is 255, never a byte of UTF-8.
+
+    It needs no package. Its file is a BPE without merges, which gives the same numbers in the library `tokenizers`.
     """
 
     kind = "bytes"
@@ -113,46 +133,35 @@ class ByteTokenizer:
     end_of_text = 255
 
     def encode(self, text) -> list[int]:
-        """The text's bytes. <|endoftext|> written out in it is one token, as subword vocabularies have it."""
+        """The text's bytes. <|endoftext|> in the text becomes one token, as in subword vocabularies."""
         return list(self.encode_to_bytes(text))
 
     def encode_to_bytes(self, text) -> bytes:
-        """`encode`, packed: each byte is a token."""
+        """`encode` as bytes, one a token."""
         return text.encode().replace(END_OF_TEXT.encode(), b"\xff")
 
     def cut(self, text) -> int:
-        """The last place where the text can be cut so that its parts encode as the whole does: in no <|endoftext|>."""
-        begun = next((n for n in range(len(END_OF_TEXT) - 1, 0, -1) if text.endswith(END_OF_TEXT[:n])), 0)
-        return len(text) - begun
+        """The last position where the text can be cut without changing its encoding: not inside <|endoftext|>."""
+        return len(text) - overlap(text, END_OF_TEXT)
 
     def decode(self, tokens) -> str:
-        """The text of a sequence (or 1-D tensor) of numbers; bytes that are no UTF-8 become U+FFFD."""
+        """The text of a sequence (or 1-D tensor) of numbers; invalid UTF-8 becomes U+FFFD."""
         documents = bytes(int(token) for token in tokens).split(b"\xff")
         return END_OF_TEXT.join(document.decode(errors="replace") for document in documents)
 
     def stream(self, tokens, prompt=()):
-        """The text of each token as it comes, after those of `prompt`: "" while a character is not yet whole."""
+        """An iterator: the text of each token, after the tokens of `prompt`; "" while a character is incomplete."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in prompt:
             _step(decoder, token)
         return (_step(decoder, token) for token in tokens)
 
     def to_json(self) -> str:
-        """The file's text, in the format of Hugging Face's tokenizers library."""
+        """The content of tokenizer.json: a byte-level BPE without merges."""
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        description = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": self.end_of_text, "content": END_OF_TEXT, **flags}],
-            "normalizer": None,
-            "pre_tokenizer": level,
-            "post_processor": None,
-            "decoder": level,
-            "model": {"type": "BPE", "vocab": BYTES, "merges": []},
-        }
-        return json.dumps(description, indent=1, ensure_ascii=False)
+        added = {"id": self.end_of_text, "content": END_OF_TEXT, **flags}
+        return _description({"type": "BPE", "vocab": BYTES, "merges": []}, level, level, [added])
 
 
 def _step(decoder, token):
@@ -162,19 +171,150 @@ def _step(decoder, token):
 
 
 def _byte_names():
-    """{name: byte}. ByteLevel writes a byte as the Latin-1 character of its number where that can be seen, and the
-    others, in order, as the characters from U+0100 on."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    """{name: byte}. ByteLevel names a byte by its Latin-1 character if that is printable; the other bytes take, in
+    order, the characters from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
-    names = {chr(byte if byte in seen else next(others)): byte for byte in range(255)}
+    names = {chr(byte if byte in printable else next(others)): byte for byte in range(255)}
     return names | {END_OF_TEXT: ByteTokenizer.end_of_text}
 
 
 BYTES = _byte_names()
 
 
+class SubwordTokenizer:
+    """Any other tokenizer.json (BPE, Unigram, WordPiece), run by Hugging Face's library `tokenizers`.
+
+    Special tokens in a text are encoded as tokens, and none is added. Long texts are encoded in parts (see `cut`),
+    because the library takes 190 bytes of memory a character. If the file encodes each word separately, as GPT-2's
+    does, the library encodes each different word once and a text is a look-up of its words: four times as fast.
+    """
+
+    kind = "subwords"
+
+    def __init__(self, text):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError("its tokens are not characters, which needs a package: pip install tokenizers") from None
+        self.text = text
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"it is damaged, or newer than the installed tokenizers ({error})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._known, self._known_characters = {} if _takes_words_one_by_one(json.loads(text)) else None, 0
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest number: a file may leave gaps."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The number of <|endoftext|>, which GPT-2 and StarCoder2 put between documents; None without it."""
+        return self._tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(self, text) -> list[int]:
+        """The numbers of the text's tokens. Raises ValueError for text that the vocabulary cannot encode."""
+        return array("i", self.encode_to_bytes(text)).tolist()
+
+    def encode_to_bytes(self, text) -> bytes:
+        """`encode` as bytes, an int32 a token."""
+        encode = self._encode if self._known is None else self._encode_words
+        return b"".join(encode(parts) for parts in self._parts(text))
+
+    def cut(self, text) -> int:
+        """The last position where the text can be cut without changing its encoding; its end if there is none.
+
+        A position is tested by encoding the 128 characters on either side together and apart, first before the spaces
+        after words. There is none for vocabularies that add a space before every text (Llama 2's) or join the whole
+        text into one token: there the tokens at a cut may change.
+        """
+        last = len(text) - _AROUND
+        behind = range(last - 1, 0, -1)
+        word_ends = (at for at in behind[:4096] if text[at].isspace() and not text[at - 1].isspace())
+        for at in chain(islice(word_ends, 64), behind[:64]):
+            left, right = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
+            if self._encode([left, right]) == self._encode([left + right]):
+                return at
+        return len(text)
+
+    def _parts(self, text):
+        """Lists of a few parts of the text, so that one call of the library needs little memory."""
+        parts, start = [], 0
+        while len(text) - start > _PART:
+            stop = start + self.cut(text[start : start + _PART])
+            parts.append(text[start:stop])
+            start = stop
+            if len(parts) == _PARTS_AT_ONCE:
+                yield parts
+                parts = []
+        yield [*parts, text[start:]]
+
+    def _encode(self, texts):
+        """The packed numbers of the texts, one after the other."""
+        return b"".join(self._encode_each(texts))
+
+    def _encode_each(self, texts):
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:
+            raise ValueError(f"the text cannot be encoded: {error}") from None
+        return [array("i", encoding.ids).tobytes() for encoding in encodings]
+
+    def _encode_words(self, texts):
+        """`_encode`, by a look-up of the words; new words are encoded and kept."""
+        words = [word for text in texts for word in _WORDS.findall(text)]
+        if self._known_characters > _KNOWN:
+            self._known, self._known_characters = {}, 0
+        if new := list(set(words) - self._known.keys()):
+            self._known.update(zip(new, self._encode_each(new), strict=True))
+            self._known_characters += sum(map(len, new))
+        return b"".join([self._known[word] for word in words])
+
+    def decode(self, tokens) -> str:
+        """The text of a sequence (or 1-D tensor) of numbers."""
+        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def stream(self, tokens, prompt=()):
+        """An iterator: the text of each token, after the tokens of `prompt`; "" while a character is incomplete."""
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=False)
+        for token in prompt:  # the text of a token can depend on the token before, such as its first space
+            decoder.step(self._tokenizer, token)
+        return (decoder.step(self._tokenizer, token) or "" for token in tokens)
+
+    def to_json(self) -> str:
+        """The content of tokenizer.json, as it was read."""
+        return self.text
+
+
+def _takes_words_one_by_one(description) -> bool:
+    """Whether a text is certainly encoded word by word, each word with the white space before it.
+
+    It is with GPT-2's split, whose pieces never extend past the end of a word, unless other parts do: a normalizer,
+    dropout, or added tokens that contain or absorb spaces, or match single words only.
+    """
+    split = description.get("pre_tokenizer") or {}
+    as_gpt2 = (
+        split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space", True)
+    )
+    return (
+        as_gpt2
+        and not description.get("normalizer")
+        and not description["model"].get("dropout")
+        and not any(
+            token.get("lstrip") or token.get("rstrip") or token.get("single_word") or re.search(r"\s", token["content"])
+            for token in description.get("added_tokens") or []
+        )
+    )
+
+
 def load_tokenizer(place) -> CharTokenizer | ByteTokenizer | SubwordTokenizer:
-    """The tokenizer of a directory, or of a .json file. Raises ValueError that names the file if it cannot be read."""
+    """The tokenizer of a directory or a .json file. Raises ValueError, with the file's name, if it cannot be read."""
     path = Path(place) if Path(place).suffix == ".json" else Path(place) / FILE
     try:
         text = path.read_text(encoding="utf-8")
@@ -188,7 +328,7 @@ def load_tokenizer(place) -> CharTokenizer | ByteTokenizer | SubwordTokenizer:
 
 
 def _characters(text):
-    """{character: number} of a file such as `CharTokenizer.to_json` writes; None for one of another kind."""
+    """{character: number} of a file that `CharTokenizer.to_json` wrote; None for another kind of tokenizer."""
     try:
         description = json.loads(text)
         if description["model"].get("type") != "WordLevel":  # GPT-2's own file does not say what it is

@@ -35,7 +35,7 @@ import torch
 from safetensors import SafetensorError
 
 from model import save_pretrained
-from model.files import replacing, sync
+from model.checkpoint import replacing, sync
 
 from .lock import take_lock
 

@@ -1,6 +1,6 @@
 """loss.png: the losses, the learning rate and the gradient norm over the steps, drawn anew after every evaluation."""
 
-from model.files import replacing
+from model.checkpoint import replacing
 
 
 def draw(history, path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model.files import replacing
+from model.checkpoint import replacing
 
 from .checkpoint import writing
 from .curves import draw

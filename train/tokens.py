@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model.files import replacing
+from model.checkpoint import replacing
 from model.tokenizer import ByteTokenizer, CharTokenizer
 
 from .corpus import DOCUMENT_END, Corpus, code_points

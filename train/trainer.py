@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, flops_a_token
+from model import GPT, flops_per_token
 from model.command import resolve_device
 
 from .checkpoint import (
@@ -215,7 +215,7 @@ class Trainer:
         shown = {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"}
         measured = {"skipped_steps": self.steps.skipped} if self.steps.skipped else {}
         if self.peak_flops is not None:
-            measured["mfu"] = speed * flops_a_token(self.model.config) / (self.peak_flops * self.processes.count)
+            measured["mfu"] = speed * flops_per_token(self.model.config) / (self.peak_flops * self.processes.count)
             shown["MFU"] = f"{measured['mfu']:.1%}"
         self.history.add(
             step=self.step,

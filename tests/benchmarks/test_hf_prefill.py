@@ -6,7 +6,7 @@ pytest.importorskip("transformers")
 
 import hf_prefill
 
-from model import huggingface_attention
+from model.huggingface import attention
 
 
 def run(capsys, *arguments):
@@ -27,9 +27,9 @@ def test_every_attention_is_checked_and_timed(capsys):
 
 
 def test_an_attention_that_is_wrong_is_not_timed(capsys, monkeypatch):
-    right = huggingface_attention.sliding_gqa_attention
+    right = attention.sliding_gqa_attention
     monkeypatch.setattr(
-        huggingface_attention, "sliding_gqa_attention", lambda q, k, v, window, **o: right(q, k, v, window - 1, **o)
+        attention, "sliding_gqa_attention", lambda q, k, v, window, **o: right(q, k, v, window - 1, **o)
     )
     status, document, shown = run(capsys, "--lengths", "40", "--window", "9")
     assert status == 1 and "FAILED: ours (sliding_gqa) at 1 x 40: failed the check: logits differ by" in shown

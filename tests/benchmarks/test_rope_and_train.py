@@ -50,7 +50,7 @@ def test_flops_of_a_token():
     # a layer multiplies with qkv (8 x 16), proj (8 x 8) and the MLP (2 x 8 x 32); the head with 20 x 8
     weights = 2 * (8 * 16 + 8 * 8 + 2 * 8 * 32) + 20 * 8
     pairs = 2 * 2 * (1 + 2 + 3 * 6)  # layers, heads, and what 8 queries see
-    assert train_speed.flops_a_token(TINY) == 6 * weights + 3 * 4 * 4 * pairs / 8
+    assert train_speed.flops_per_token(TINY) == 6 * weights + 3 * 4 * 4 * pairs / 8
 
 
 def test_models_that_disagree_are_refused():

@@ -12,6 +12,7 @@ MIXES = {
     "partial rotation": GPTConfig(**{**FIELDS, "rotary_dim": 4}),
     "multi-query": GPTConfig(**{**FIELDS, "n_kv_head": 1}),
     "learned window": GPTConfig(**{**FIELDS, "positions": "learned"}),
+    "wide MLP": GPTConfig(**{**FIELDS, "mlp_width": 200}),
     "untied": GPTConfig(**{**FIELDS, "tie_weights": False}),
 }
 every_mix = pytest.mark.parametrize("config", MIXES.values(), ids=MIXES)

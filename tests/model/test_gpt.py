@@ -68,7 +68,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(config):
     assert model(tokens)[1] is None
 
 
-def test_an_untrained_model_expects_every_token_alike():
+def test_an_untrained_model_gives_every_token_the_same_probability():
     model = GPT(MIXES["rope-window-gqa"], seed=0)
     tokens, targets = torch.randint(41, (2, 8, 40))
     assert model(tokens, targets)[1].item() == pytest.approx(math.log(41), abs=0.1)
@@ -125,14 +125,14 @@ def test_set_window_makes_the_model_of_that_window():
     assert [block.attn.window for block in narrow.blocks] == [None] * 3
 
 
-def test_rotary_positions_go_on_past_the_context_and_learned_ones_end_there():
+def test_rotary_positions_continue_past_the_context_and_learned_positions_end_there():
     tokens = torch.randint(41, (1, 49))
     assert GPT(MIXES["rope-window"])(tokens)[0].shape == (1, 49, 41)
     with pytest.raises(ValueError, match=r"tokens has 49 positions, but the model learned 48 \(context_length\)"):
         GPT(MIXES["original"])(tokens)
 
 
-def test_training_with_dropout_runs_plain_attention_and_says_so_once():
+def test_training_with_dropout_runs_plain_attention_and_warns_once():
     config = GPTConfig(**FIELDS, dropout=0.2)
     fused, plain = GPT(config, seed=0), GPT(config, fused_kernels=False, seed=0)
     tokens = torch.randint(41, (2, 48))
@@ -185,7 +185,7 @@ def test_a_wrong_scaling_is_refused_when_the_model_is_made():
 
 
 @both_paths
-def test_an_unknown_backend_is_refused_when_the_model_is_made_in_the_words_of_the_kernels(fused_kernels):
+def test_an_unknown_backend_is_refused_when_the_model_is_made(fused_kernels):
     with pytest.raises(ValueError) as expected:
         resolve_backend("cutlass", "cpu")
     with pytest.raises(ValueError, match=r"^backend is 'cutlass', expected one of ") as refused:
@@ -193,7 +193,7 @@ def test_an_unknown_backend_is_refused_when_the_model_is_made_in_the_words_of_th
     assert str(refused.value) == str(expected.value)
 
 
-def test_a_backend_that_cannot_run_here_is_refused_at_the_forward_for_the_model_may_move(monkeypatch):
+def test_a_backend_that_cannot_run_here_is_refused_in_the_forward(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = GPT(MIXES["rope"], backend="triton")
     with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* use backend='auto' or 'banded'"):

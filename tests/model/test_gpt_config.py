@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from model import ARCHITECTURES, GPTConfig
+from model import ARCHITECTURES, GPT, GPTConfig, flops_per_token
 
 FIELDS = dict(vocab_size=65, context_length=25, window=10, n_layer=4, n_head=4, n_kv_head=2, d_model=128)
 
@@ -10,6 +10,16 @@ FIELDS = dict(vocab_size=65, context_length=25, window=10, n_layer=4, n_head=4, 
 def test_the_defaults_make_the_modified_architecture_with_as_many_kv_heads_as_heads():
     config = GPTConfig(vocab_size=65, context_length=25, n_layer=1, n_head=4, d_model=32)
     assert (config.architecture, config.n_kv_head, config.window, config.tie_weights) == ("rope", 4, None, True)
+
+
+def test_the_mlp_is_four_times_as_wide_as_the_residual_stream_unless_stated():
+    assert GPTConfig(**FIELDS).mlp_width == 512
+    assert GPTConfig(**FIELDS, mlp_width=512) == GPTConfig(**FIELDS)
+    model = GPT(GPTConfig(**FIELDS, mlp_width=96))
+    assert model.blocks[0].mlp.fc.weight.shape == (96, 128)
+    narrower = sum(parameter.numel() for parameter in GPT(GPTConfig(**FIELDS)).parameters()) - model.num_parameters()
+    assert narrower == 4 * (512 - 96) * (2 * 128 + 1)
+    assert flops_per_token(GPTConfig(**FIELDS)) - flops_per_token(model.config) == 6 * 4 * 2 * 128 * (512 - 96)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -21,7 +31,7 @@ def test_one_set_of_fields_makes_every_step_and_the_config_knows_its_name(name):
     assert config.n_kv_head == (2 if "gqa" in name else 4)
 
 
-def test_a_mix_that_is_no_step_is_named_by_its_parts():
+def test_another_combination_is_named_by_its_parts():
     assert GPTConfig(**{**FIELDS, "window": None}).architecture == "rope-gqa"
     assert GPTConfig(**{**FIELDS, "positions": "learned", "n_kv_head": 4}).architecture == "original-window"
     assert GPTConfig(**{**FIELDS, "window_pattern": "L"}).architecture == "rope-gqa"
@@ -47,6 +57,8 @@ def test_a_config_cannot_be_changed_and_equal_fields_are_equal_configs():
     [
         ({"n_kv_head": 3}, r"n_kv_head=3 does not divide n_head=4 .* take one of 1, 2, 4"),
         ({"n_head": 3, "n_kv_head": 1}, "n_head=3 does not divide d_model=128"),
+        ({"mlp_width": 0}, "mlp_width=0 is not a whole number of at least 1"),
+        ({"mlp_width": 1.5}, "mlp_width=1.5 is not a whole number"),
         ({"window": 0}, "window=0 is not a whole number of at least 1"),
         ({"window": 2.5}, "window=2.5 is not a whole number"),
         ({"window": True}, "window=True is not a whole number"),

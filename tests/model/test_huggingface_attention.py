@@ -4,7 +4,7 @@ import pytest
 import torch
 from hugging import FAMILIES, WINDOW, family
 
-import model.huggingface_attention as ours
+from model.huggingface import attention as ours
 from model.huggingface import register_attention
 
 transformers = pytest.importorskip("transformers")
@@ -76,7 +76,7 @@ def test_a_plain_prompt_runs_on_the_kernels_and_gives_eagers_logits_and_gradient
 
 
 @every_family
-def test_padding_on_either_side_is_not_looked_at(name, calls):
+def test_padding_on_either_side_is_never_seen(name, calls):
     model = family(name)
     for mask in (padding(left=6), padding(right=6), padding(left=WINDOW + 9)):
         same(model, tokens(), counts=mask.bool(), attention_mask=mask)
@@ -108,7 +108,7 @@ def test_packed_documents_that_transformers_would_mix_are_refused():
     refused(message, family("mistral"), cu_seq_lens_q=torch.tensor([0, 10, LENGTH], dtype=torch.int32))
 
 
-def test_gpt_oss_keeps_documents_apart_that_a_mask_does(calls):
+def test_gpt_oss_separates_documents_by_a_mask(calls):
     model, packed = family("gpt_oss"), tokens(rows=1)
     document = torch.repeat_interleave(torch.arange(3), torch.tensor(DOCUMENTS))
     position = torch.arange(LENGTH)
@@ -122,7 +122,7 @@ def test_gpt_oss_keeps_documents_apart_that_a_mask_does(calls):
 
 
 @every_family
-def test_a_mask_of_the_users_own_is_taken_as_it_is(name):
+def test_the_users_own_mask_is_applied_unchanged(name):
     model = family(name)
     seen = torch.rand(2, 1, LENGTH, LENGTH) < 0.5
     seen |= torch.eye(LENGTH, dtype=torch.bool)
@@ -142,7 +142,7 @@ def generated(model, implementation, inputs, **options):
 
 @every_family
 @pytest.mark.parametrize("left", [0, 6])
-def test_generating_writes_what_eager_writes(name, left, calls):
+def test_generation_gives_the_tokens_of_eager(name, left, calls):
     model, inputs, mask = family(name), tokens(), padding(left=left)
     caches = {
         "sliding": lambda: {},
@@ -158,7 +158,7 @@ def test_generating_writes_what_eager_writes(name, left, calls):
             assert set(calls) == {"sliding_gqa_attention"}
 
 
-def test_padding_that_has_left_the_window_costs_nothing_more(calls):
+def test_after_padding_has_left_the_window_the_kernels_run(calls):
     model = family("mistral")
     generated(model, "sliding_gqa", tokens(), attention_mask=padding(left=LENGTH - WINDOW - 2))
     layers = model.config.num_hidden_layers
@@ -178,7 +178,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(name, calls):
 
 
 @every_family
-def test_these_comparisons_would_notice_a_window_that_is_off_by_one(name):
+def test_these_comparisons_detect_a_window_that_is_off_by_one(name):
     inputs, model = tokens(), family(name)
     logits = model(inputs).logits
     for window in (WINDOW - 1, WINDOW + 1):
@@ -187,7 +187,7 @@ def test_these_comparisons_would_notice_a_window_that_is_off_by_one(name):
         assert (other(inputs).logits - logits).abs().max() > 2e-3
 
 
-def test_a_model_that_tells_only_its_mask_how_far_it_sees_gets_that_mask(calls):
+def test_a_model_with_its_window_only_in_the_mask_gets_that_mask(calls):
     """Qwen2-MoE's attention is not told the window of its layers."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -200,7 +200,7 @@ def test_a_model_that_tells_only_its_mask_how_far_it_sees_gets_that_mask(calls):
     assert set(calls) == {"_masked_attention"}
 
 
-def test_a_model_that_does_not_slide_runs_on_the_kernels_too(calls):
+def test_a_model_without_a_window_runs_on_the_kernels(calls):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     same(family((LlamaForCausalLM, LlamaConfig), {}, sliding_window=None), tokens())
@@ -208,7 +208,7 @@ def test_a_model_that_does_not_slide_runs_on_the_kernels_too(calls):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
-def test_a_compiled_model_does_the_same(name):
+def test_a_compiled_model_gives_the_same_logits(name):
     """While a graph is captured the padding cannot be looked at: then there is always a mask."""
     model, inputs, mask = family(name), tokens(), padding(left=6)
     model.set_attn_implementation("sliding_gqa")
@@ -221,7 +221,7 @@ def test_a_compiled_model_does_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
-def test_attention_dropout_runs_in_plain_pytorch_and_says_so(name, calls):
+def test_attention_dropout_runs_in_plain_pytorch_and_warns(name, calls):
     model = family(name, attention_dropout=0.9)
     model.set_attn_implementation("sliding_gqa")
     inputs = tokens()
@@ -246,7 +246,7 @@ def refused(message, model, inputs=None, **options):
     assert "\n" not in str(error.value)
 
 
-def test_what_it_cannot_do_it_refuses():
+def test_unsupported_arguments_are_refused():
     refused("output_attentions: the weights are never computed; load with", family("mistral"), output_attentions=True)
     refused("Gemma3Attention looks at later tokens too", family("gemma3", use_bidirectional_attention=True))
     with pytest.raises(ValueError, match="continuous batching is not supported"):
@@ -255,7 +255,7 @@ def test_what_it_cannot_do_it_refuses():
         ours._attend(torch.nn.Identity(), *[torch.zeros(1, 1, 2, 8)] * 3, None, position_bias=torch.zeros(1))
 
 
-def test_documents_that_positions_keep_apart_may_also_be_told_as_lengths():
+def test_documents_separated_by_positions_may_also_be_given_as_lengths():
     lengths = torch.tensor([0, 10, 14, LENGTH], dtype=torch.int32)
     same(family("mistral"), tokens(rows=1), position_ids=POSITIONS, cu_seq_lens_q=lengths)
 
@@ -266,7 +266,7 @@ def test_a_name_that_transformers_takes_for_another_is_refused(name):
         register_attention(name)
 
 
-def test_a_name_and_a_backend_of_ones_own(calls):
+def test_name_and_backend_can_be_chosen(calls):
     assert register_attention("by_reference", backend="reference") == "by_reference"
     model, inputs = family("mistral"), tokens()
     expected, _ = results(model, "eager", inputs)
@@ -275,7 +275,7 @@ def test_a_name_and_a_backend_of_ones_own(calls):
         register_attention("mistyped", backend="bandit")
 
 
-def test_an_older_transformers_is_asked_to_be_renewed(monkeypatch):
+def test_an_older_transformers_is_an_import_error(monkeypatch):
     monkeypatch.setattr(transformers.masking_utils, "sdpa_mask", lambda cache_position: None)
     with pytest.raises(ImportError, match=r"pip install 'transformers>=5.4'"):
         register_attention()

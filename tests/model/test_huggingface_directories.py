@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import model.huggingface
 from model import GPT, CharTokenizer, from_pretrained, load_tokenizer, save_pretrained
-from model.huggingface import export_pretrained, from_huggingface, import_pretrained, main
-from model.sample import main as sample
+from model.huggingface import export_pretrained, from_huggingface, import_pretrained
+from model.huggingface.__main__ import main
+from model.sample import main as sample_command
+from model.sampling import sample
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -105,13 +107,13 @@ def test_autotokenizer_reads_every_character_of_an_exported_vocabulary(name, tmp
     assert config.bos_token_id is None and config.eos_token_id is None  # else `generate` would stop at some character
 
 
-def test_transformers_generates_from_an_exported_directory_what_we_do(tmp_path):
+def test_transformers_generates_our_tokens_from_an_exported_directory(tmp_path):
     gpt = lively(GPT(MIXES["rope-window-gqa"])).eval()
     export_pretrained(gpt, tmp_path)
     prompt = torch.randint(41, (1, 4))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     written = theirs.generate(prompt, max_new_tokens=80, do_sample=False)  # past the window, and the context
-    assert torch.equal(written, model.sample(gpt, prompt, 80))
+    assert torch.equal(written, sample(gpt, prompt, 80))
 
 
 def test_shards_are_one_model(starcoder2, tmp_path):
@@ -187,7 +189,15 @@ def test_the_commands_there_and_back_need_no_transformers(starcoder2, tmp_path, 
     assert (tmp_path / "back" / "tokenizer.json").read_text() == (starcoder2 / "tokenizer.json").read_text()
 
 
-def test_what_needs_a_package_that_is_missing_says_which(gpt2, neither_is_installed):
+def test_a_run_directory_exports_its_best_checkpoint(tmp_path, capsys):
+    gpt = GPT(MIXES["rope"])
+    save_pretrained(gpt, tmp_path / "run" / "best")
+    save_pretrained(GPT(MIXES["original"]), tmp_path / "run" / "last")
+    assert command(capsys, "export", tmp_path / "run", tmp_path / "theirs")[0] == 0
+    assert from_huggingface(tmp_path / "theirs").config == gpt.config
+
+
+def test_a_missing_package_is_named(gpt2, neither_is_installed):
     with pytest.raises(ValueError, match=r"tokenizer.json cannot be read: .* pip install tokenizers"):
         import_pretrained(gpt2)
     with pytest.raises(ImportError, match=r"to_huggingface needs transformers: pip install 'transformers"):
@@ -196,13 +206,13 @@ def test_what_needs_a_package_that_is_missing_says_which(gpt2, neither_is_instal
         model.huggingface.register_attention()
 
 
-def test_an_imported_model_writes_with_subwords(gpt2, tmp_path, capsys):
+def test_an_imported_model_generates_with_subwords(gpt2, tmp_path, capsys):
     assert command(capsys, "import", gpt2, tmp_path / "ours")[0] == 0
     prompt = "the king \u2014 "
     flags = ["--checkpoint", str(tmp_path / "ours"), "--prompt", prompt, "--max-new-tokens", "60", "--greedy"]
-    assert sample(flags) == 0
+    assert sample_command(flags) == 0
     gpt, tokenizer = from_pretrained(tmp_path / "ours")
-    written = model.sample(gpt, torch.tensor([tokenizer.encode(prompt)]), 60)[0].tolist()
+    written = sample(gpt, torch.tensor([tokenizer.encode(prompt)]), 60)[0].tolist()
     whole = tokenizer.decode(written)
     assert "\ufffd" in whole  # a random model does not write whole characters
     shown = capsys.readouterr().out.removesuffix("\n")
@@ -210,7 +220,7 @@ def test_an_imported_model_writes_with_subwords(gpt2, tmp_path, capsys):
     assert len(whole) - len(shown) <= 4  # what is missing is a character that is not yet whole
 
 
-def test_subwords_come_as_they_are_written_and_whole(subwords):
+def test_streamed_subwords_become_characters_as_soon_as_they_are_complete(subwords):
     tokenizer = load_tokenizer(subwords.parent)
     text = "the \U0001f600 of the k\u00e9\n\u2014<|endoftext|>the"
     tokens = tokenizer.encode(text)
@@ -222,7 +232,7 @@ def test_subwords_come_as_they_are_written_and_whole(subwords):
     assert tokenizer.vocab_size == 300
 
 
-def test_a_space_before_a_word_is_not_lost_between_prompt_and_continuation(tmp_path):
+def test_the_space_between_prompt_and_continuation_is_kept(tmp_path):
     """Unigram vocabularies mark spaces, and drop the first one of a text."""
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.Unigram([("<unk>", 0.0), ("\u2581to", -1.0), ("\u2581be", -1.0)], 0)
@@ -235,7 +245,7 @@ def test_a_space_before_a_word_is_not_lost_between_prompt_and_continuation(tmp_p
     assert "".join(read.stream(iter(prompt), prompt)) == " to be"
 
 
-def test_a_tokenizer_goes_through_unchanged_and_keeps_its_end_of_text(gpt2, subwords, tmp_path):
+def test_import_and_export_keep_the_tokenizer_and_its_end_of_text(gpt2, subwords, tmp_path):
     gpt, tokenizer = import_pretrained(gpt2)
     save_pretrained(gpt, tmp_path / "ours", tokenizer)
     export_pretrained(*from_pretrained(tmp_path / "ours")[:1], tmp_path / "back", load_tokenizer(tmp_path / "ours"))
@@ -248,7 +258,7 @@ def test_a_tokenizer_goes_through_unchanged_and_keeps_its_end_of_text(gpt2, subw
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config.eos_token_id == 0
 
 
-def test_a_model_without_tokenizer_is_converted_and_that_is_said(starcoder2, tmp_path, capsys):
+def test_a_model_without_tokenizer_is_converted_with_a_warning(starcoder2, tmp_path, capsys):
     (starcoder2 / "tokenizer.json").unlink()
     status, out, err = command(capsys, "import", starcoder2, tmp_path / "ours")
     assert status == 0 and "no tokenizer" in out and "theirs has no tokenizer.json" in err
@@ -286,7 +296,7 @@ def test_missing_and_extra_weights_are_listed(starcoder2, tmp_path, capsys):
     refused(capsys, message, starcoder2, tmp_path)
 
 
-def test_a_head_that_is_not_what_it_is_tied_to_is_refused(starcoder2, tmp_path, capsys):
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(starcoder2, tmp_path, capsys):
     weights = load_file(starcoder2 / "model.safetensors")
     head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
     save_file({**weights, **head}, starcoder2 / "model.safetensors")
@@ -327,7 +337,7 @@ def test_damaged_files_are_named(starcoder2, tmp_path, capsys):
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "scaling 'llama3' lacks"),
     ],
 )
-def test_a_config_that_is_none_of_ours_is_refused(starcoder2, tmp_path, capsys, change, message):
+def test_an_unsupported_config_is_refused(starcoder2, tmp_path, capsys, change, message):
     config = json.loads((starcoder2 / "config.json").read_text())
     (starcoder2 / "config.json").write_text(json.dumps({**config, **change}))
     refused(capsys, message, starcoder2, tmp_path)
@@ -339,7 +349,7 @@ def test_a_config_that_lacks_sizes_is_refused(starcoder2, tmp_path, capsys):
     refused(capsys, message, starcoder2, tmp_path)
 
 
-def test_directories_that_are_none_or_not_theirs_are_refused(starcoder2, tmp_path, capsys):
+def test_missing_and_wrong_directories_are_refused(starcoder2, tmp_path, capsys):
     refused(capsys, "nowhere is not a directory", tmp_path / "nowhere", tmp_path)
     (tmp_path / "empty").mkdir()
     refused(capsys, "empty has no config.json, so it is not a model directory", tmp_path / "empty", tmp_path)
@@ -351,7 +361,7 @@ def test_directories_that_are_none_or_not_theirs_are_refused(starcoder2, tmp_pat
     assert status == 2 and err.count("\n") == 1 and "invalid choice: 'impart'" in err
 
 
-def test_nothing_is_written_over(starcoder2, tmp_path, capsys):
+def test_an_existing_directory_is_not_overwritten(starcoder2, tmp_path, capsys):
     before = sorted(path.name for path in starcoder2.iterdir())
     status, _, err = command(capsys, "import", starcoder2, starcoder2)
     assert status == 2 and "theirs is not empty: choose another directory, or remove it" in err

@@ -29,7 +29,7 @@ def run_command(line):
     """Run `python -m MODULE ...` in this process: it must end with status 0."""
     python, flag, module, *arguments = shlex.split(line)
     assert (python, flag) == ("python", "-m")
-    name = "train.__main__" if module == "train" else module
+    name = f"{module}.__main__" if module in ("train", "model.huggingface") else module
     assert importlib.import_module(name).main(arguments) == 0
 
 
@@ -46,11 +46,11 @@ def test_every_example_of_the_page_runs_in_the_order_of_the_page(tmp_path, monke
     assert (tmp_path / "models" / "exported" / "tokenizer_config.json").exists()
 
 
-def test_every_architecture_that_tells_its_window_has_an_example():
-    from model.huggingface_attention import TELL_THEIR_WINDOW
+def test_every_architecture_that_passes_its_window_has_an_example():
+    from model.huggingface.attention import PASS_THEIR_WINDOW
 
     classes = {"mistral": "Mistral", "gemma2": "Gemma2", "gemma3_text": "Gemma3", "gpt_oss": "GptOss",
                "starcoder2": "Starcoder2", "phi3": "Phi3", "qwen2": "Qwen2"}  # fmt: skip
-    assert set(classes) == TELL_THEIR_WINDOW
+    assert set(classes) == PASS_THEIR_WINDOW
     for name in classes.values():
         assert f"model = {name}ForCausalLM(config)" in PAGE

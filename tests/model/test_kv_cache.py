@@ -81,7 +81,7 @@ def test_rows_of_different_lengths_are_each_what_they_are_alone(name, fused_kern
 
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", [3, 9, 20, 41])
-def test_a_shrunk_ring_goes_on_where_the_longer_one_was(prompt):
+def test_a_shrunk_ring_continues_the_longer_one(prompt):
     model = lively(GPT(MIXES["pattern"])).eval()
     tokens = torch.randint(41, (3, 60))
     padding = [0, 2, 1]
@@ -98,7 +98,7 @@ def test_a_shrunk_ring_goes_on_where_the_longer_one_was(prompt):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["rope", "pattern"])
-def test_an_extended_cache_goes_on_with_what_it_holds(name):
+def test_an_extended_cache_keeps_its_content(name):
     model = lively(GPT(MIXES[name])).eval()
     tokens = torch.randint(41, (2, 90))
     cache = KVCache(model.config, 2, max_new_tokens_per_call=30, max_length=30)
@@ -152,7 +152,7 @@ def test_a_token_at_position_4000_takes_the_memory_of_one_at_position_100():
     assert cache.num_bytes == 2 * 2 * 2 * 8 * 4 * (9 + 50 - 1)
 
 
-def test_grouped_heads_and_the_window_are_what_the_cache_holds():
+def test_the_cache_has_grouped_heads_and_window_slots():
     config = MIXES["rope-window-gqa"]
     cache = KVCache(config, 5, dtype=torch.bfloat16)
     assert [k.shape for k in cache.k] == [(5, 2, 9, 8)] * 3
@@ -160,7 +160,7 @@ def test_grouped_heads_and_the_window_are_what_the_cache_holds():
     assert full.num_bytes == cache.num_bytes * 2 * 1000 // 9
 
 
-def test_a_cache_that_does_not_fit_is_refused_and_left_as_it_was():
+def test_a_cache_that_does_not_fit_is_refused_and_unchanged():
     model = GPT(MIXES["pattern"])
     cache = KVCache(model.config, 1, max_new_tokens_per_call=30)
     token = torch.zeros(1, 30, dtype=torch.long)

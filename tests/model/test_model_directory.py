@@ -6,8 +6,9 @@ import torch
 from mixes import FIELDS, MIXES, every_mix, lively
 from safetensors.torch import load_file, save_file
 
-import model.files
+import model.checkpoint
 from model import GPT, CharTokenizer, CheckpointError, GPTConfig, from_pretrained, save_pretrained
+from model.checkpoint import resolve_checkpoint
 
 TOKENIZER = CharTokenizer("".join(map(chr, range(40, 81))))
 
@@ -34,12 +35,23 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(config, tmp_path):
 def test_every_field_of_the_config_survives(tmp_path):
     config = GPTConfig(**{**FIELDS, "rope_scaling": ("llama3", {"factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}), "rotary_dim": 4, "rope_theta": 5e5,
-        "dropout": 0.1, "tie_weights": False, "norm_epsilon": 1e-6, "window_pattern": "SL"})  # fmt: skip
+        "dropout": 0.1, "tie_weights": False, "norm_epsilon": 1e-6, "window_pattern": "SL",
+        "mlp_width": 50})  # fmt: skip
     save_pretrained(GPT(config), tmp_path)
     loaded, tokenizer = from_pretrained(tmp_path, fused_kernels=False)
     assert loaded.config == config
     assert tokenizer is None
     assert not loaded.fused_kernels
+
+
+def test_a_config_file_without_a_field_gets_its_default(directory):
+    """As directories that older versions wrote."""
+    config = json.loads((directory / "config.json").read_text())
+    del config["mlp_width"]
+    (directory / "config.json").write_text(json.dumps(config))
+    weights = load_file(directory / "model.safetensors")
+    save_file(weights, directory / "model.safetensors", metadata={"config": json.dumps(config)})
+    assert from_pretrained(directory)[0].config == MIXES["rope-window-gqa"]
 
 
 def test_the_directory_holds_three_plain_files_and_the_tied_weights_once(directory):
@@ -82,7 +94,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(directory, monk
     if failing == "write":
         monkeypatch.setattr(model.checkpoint, "save_file", no_space)
     else:
-        monkeypatch.setattr(model.files.os, "fsync", no_space)
+        monkeypatch.setattr(model.checkpoint.os, "fsync", no_space)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(GPT(MIXES["original"]), directory, TOKENIZER)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
@@ -104,7 +116,7 @@ def test_a_missing_file_is_named(directory, name):
         from_pretrained(directory)
 
 
-def test_a_directory_that_is_none_is_named(directory):
+def test_a_missing_directory_is_named(directory):
     with pytest.raises(CheckpointError, match="nowhere is not a directory"):
         from_pretrained(directory / "nowhere")
     with pytest.raises(CheckpointError, match=r"config.json is not a directory"):
@@ -116,13 +128,13 @@ def edit(directory, **change):
     (directory / "config.json").write_text(json.dumps({**config, **change}))
 
 
-def test_files_of_two_models_in_one_directory_are_told_apart_by_the_fields_that_differ(directory):
+def test_files_of_two_models_in_one_directory_are_refused_with_the_fields_that_differ(directory):
     edit(directory, n_layer=6, window=5)
     with pytest.raises(CheckpointError, match=r"of different models: n_layer 6 and 3, window 5 and 9 \(to change"):
         from_pretrained(directory)
 
 
-def test_weights_that_do_not_say_whose_they_are_are_told_by_their_shapes(directory):
+def test_weights_without_a_config_are_checked_by_their_shapes(directory):
     path = directory / "model.safetensors"
     weights = load_file(path)
     save_file(weights, path)  # without the config
@@ -145,7 +157,7 @@ def test_weights_that_do_not_say_whose_they_are_are_told_by_their_shapes(directo
     ("content", "message"),
     [
         ("", "config.json cannot be used: Expecting value"),
-        ("[1]", "config.json cannot be used: it does not hold the fields of a config"),
+        ("[1]", "config.json cannot be used: it has no fields"),
         ("\udcff", "config.json cannot be used: 'utf-8'"),
         ('{"model_type": "gpt2"}', "describes a 'gpt2' model of Hugging Face"),
         ('{"n_layers": 3}', "it has unknown fields: n_layers"),
@@ -171,3 +183,17 @@ def test_a_tokenizer_of_another_model_is_refused(directory):
     (directory / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read: it is damaged"):
         from_pretrained(directory)
+
+
+def test_a_run_directory_means_its_best_checkpoint_else_its_last(directory, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"run has no config.json, .* and no best/config.json or last/config"):
+        resolve_checkpoint(run)
+    directory.rename(run / "checkpoints" / "step-000005")
+    (run / "last").symlink_to("checkpoints/step-000005")
+    assert resolve_checkpoint(run) == run / "last"
+    save_pretrained(GPT(MIXES["rope"]), run / "best")
+    assert resolve_checkpoint(str(run)) == resolve_checkpoint(run / "best") == run / "best"
+    with pytest.raises(CheckpointError, match="nowhere is not a directory"):
+        resolve_checkpoint(tmp_path / "nowhere")

@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from mixes import FIELDS, lively
 
-import model
-from model import GPT, CharTokenizer, GPTConfig, generate, sample, save_pretrained
+from model import GPT, CharTokenizer, GPTConfig, from_pretrained, generate, save_pretrained
+from model import sample as command
+from model.sampling import sample
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = CharTokenizer("\n" + "".join(map(chr, range(40, 80))))
@@ -28,16 +30,16 @@ def checkpoint(tmp_path_factory):
 def run(capsys, *arguments):
     """(exit status, standard output, standard error) of the command with these arguments."""
     try:
-        status = importlib.import_module("model.sample").main(list(arguments))
+        status = command.main(list(arguments))
     except SystemExit as exit:
         status = exit.code
     return status, *capsys.readouterr()
 
 
-def test_the_command_writes_what_the_library_samples(capsys, checkpoint):
+def test_the_command_prints_what_the_library_samples(capsys, checkpoint):
     arguments = ("--prompt", "ABC", "--max-new-tokens", "70", "--temperature", "0.8", "--top-k", "9", "--seed", "4")
     status, out, err = run(capsys, "--checkpoint", checkpoint, *arguments)
-    loaded, _ = model.from_pretrained(checkpoint)
+    loaded, _ = from_pretrained(checkpoint)
     prompt = torch.tensor([TOKENIZER.encode("ABC")])
     expected = sample(loaded, prompt, 70, temperature=0.8, sample=True, top_k=9, seed=4)
     assert (status, out) == (0, TOKENIZER.decode(expected[0]) + "\n")
@@ -45,10 +47,18 @@ def test_the_command_writes_what_the_library_samples(capsys, checkpoint):
     assert "70 tokens in" in err
 
 
-def test_every_way_to_choose_has_its_flag(capsys, checkpoint):
+def test_a_run_directory_writes_with_its_best_checkpoint(capsys, checkpoint, tmp_path):
+    (tmp_path / "best").symlink_to(checkpoint)
+    arguments = ("--max-new-tokens", "20", "--seed", "4")
+    status, out, err = run(capsys, "--checkpoint", str(tmp_path), *arguments)
+    assert (status, out) == run(capsys, "--checkpoint", checkpoint, *arguments)[:2]
+    assert f"{tmp_path}/best: rope-window-gqa" in err
+
+
+def test_every_sampling_parameter_has_its_flag(capsys, checkpoint):
     flags = ("--min-p", "0.05", "--repetition-penalty", "1.4", "--top-p", "0.9", "--temperature", "2", "--seed", "4")
     status, out, _ = run(capsys, "--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "60", *flags)
-    loaded, _ = model.from_pretrained(checkpoint)
+    loaded, _ = from_pretrained(checkpoint)
     options = dict(min_p=0.05, repetition_penalty=1.4, top_p=0.9, temperature=2.0, seed=4)
     expected = generate(loaded, [TOKENIZER.encode("ABC")], 60, **options)
     assert (status, out) == (0, "ABC" + TOKENIZER.decode(int(token) for token in expected) + "\n")
@@ -66,11 +76,11 @@ def test_the_text_ends_before_the_first_stop_string(capsys, checkpoint):
     assert run(capsys, *arguments, "--seed", "2", "--stop-string", "\\n")[1] == "A" + whole[:found] + "\n"
 
 
-def test_log_probabilities_come_as_a_line_a_token(capsys, checkpoint):
+def test_log_probabilities_are_one_line_a_token(capsys, checkpoint):
     arguments = ("--checkpoint", checkpoint, "--prompt", "A", "--max-new-tokens", "20", "--seed", "2")
     text = run(capsys, *arguments)[1][1:-1]
     lines = run(capsys, *arguments, "--log-probabilities")[1].splitlines()
-    loaded, _ = model.from_pretrained(checkpoint)
+    loaded, _ = from_pretrained(checkpoint)
     pairs = generate(loaded, [TOKENIZER.encode("A")], 20, seed=2, log_probabilities=True)
     expected = [f"{found.item():.4f}\t{character!r}" for (_, found), character in zip(pairs, text, strict=True)]
     assert lines == expected
@@ -88,7 +98,7 @@ def test_the_value_of_a_flag_keeps_its_underscores(capsys, checkpoint):
     assert status == 2 and "'_' not in the vocabulary" in err
 
 
-def test_plain_pytorch_and_every_named_backend_write_the_same(capsys, checkpoint):
+def test_plain_pytorch_and_every_named_backend_give_the_same_text(capsys, checkpoint):
     arguments = ("--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "40", "--greedy", "--device", "cpu")
     texts = [
         run(capsys, *arguments, *choice)[1]
@@ -97,7 +107,7 @@ def test_plain_pytorch_and_every_named_backend_write_the_same(capsys, checkpoint
     assert len(texts[0]) == 44 and texts == [texts[0]] * 4
 
 
-def test_several_samples_follow_each_other_with_seeds_of_their_own(capsys, checkpoint):
+def test_several_samples_follow_each_other_with_consecutive_seeds(capsys, checkpoint):
     arguments = ("--checkpoint", checkpoint, "--prompt", "A", "--max-new-tokens", "10")
     together = run(capsys, *arguments, "--num-samples", "3", "--seed", "7")
     alone = [run(capsys, *arguments, "--seed", str(seed))[1] for seed in (7, 8, 9)]
@@ -115,7 +125,7 @@ def test_several_samples_follow_each_other_with_seeds_of_their_own(capsys, check
         (["--top-k", "0"], "top_k=0 is below 1"),
         (["--min-p", "-0.1"], "min_p=-0.1 is not in [0, 1]"),
         (["--repetition-penalty", "0"], "repetition_penalty=0.0 is not a number above 0"),
-        (["--stop-string", ""], "stop_strings=[''] holds an empty one"),
+        (["--stop-string", ""], "stop_strings=[''] has an empty string"),
         (["--max-new-tokens", "ten"], "argument --max-new-tokens: invalid int value: 'ten'"),
         (["--num-samples", "0"], "--num-samples is 0, expected at least 1"),
         (["--device", "toaster"], "toaster"),
@@ -132,7 +142,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, checkpoint, arguments, messa
     assert err.count("\n") == 1
 
 
-def test_a_checkpoint_is_asked_for_and_one_without_tokenizer_refused(capsys, tmp_path):
+def test_a_checkpoint_is_required_and_needs_a_tokenizer(capsys, tmp_path):
     status, _, err = run(capsys)
     assert status == 2 and "the following arguments are required: --checkpoint" in err
     save_pretrained(GPT(GPTConfig(**FIELDS)), tmp_path)
@@ -141,12 +151,12 @@ def test_a_checkpoint_is_asked_for_and_one_without_tokenizer_refused(capsys, tmp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_a_gpu_that_is_not_there_is_one_line(capsys, checkpoint):
+def test_a_missing_gpu_is_one_line(capsys, checkpoint):
     status, _, err = run(capsys, "--checkpoint", checkpoint, "--device", "cuda")
     assert status == 2 and "no CUDA device is available: use --device cpu" in err
 
 
-def test_the_text_comes_as_it_is_made(checkpoint, monkeypatch):
+def test_the_text_is_printed_as_it_is_made(checkpoint, monkeypatch):
     received = []
 
     class Terminal(io.RawIOBase):
@@ -158,12 +168,11 @@ def test_the_text_comes_as_it_is_made(checkpoint, monkeypatch):
             return len(data)
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Terminal())))
-    command = importlib.import_module("model.sample")
     assert command.main(["--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "9"]) == 0
     assert [len(piece) for piece in received] == [3, *[1] * 9, 1]
 
 
-def test_ctrl_c_keeps_what_there_is(checkpoint):
+def test_ctrl_c_keeps_the_text_so_far(checkpoint):
     process = subprocess.Popen(
         [*COMMAND, "--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "100000000", "--seed", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
@@ -179,18 +188,18 @@ def test_ctrl_c_keeps_what_there_is(checkpoint):
     assert b"Traceback" not in err and b"interrupted after" in err
 
 
-def test_ctrl_c_shows_what_was_held_back_for_a_stop_string(capsys, checkpoint, monkeypatch):
+def test_ctrl_c_prints_text_that_was_held_for_a_stop_string(capsys, checkpoint, monkeypatch):
     def interrupted(*arguments, **options):
         yield from torch.tensor([[TOKENIZER.stoi["B"]], [TOKENIZER.stoi["C"]]])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("model.sample"), "generate", interrupted)
+    monkeypatch.setattr(command, "generate", interrupted)
     status, out, err = run(capsys, "--checkpoint", checkpoint, "--prompt", "A", "--stop-string", "CD")
     assert (status, out) == (130, "ABC\n")
     assert "interrupted after 2 tokens" in err
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(checkpoint):
+def test_a_closed_pipe_prints_no_error(checkpoint):
     arguments = [*COMMAND, "--checkpoint", checkpoint, "--max-new-tokens", "100000000", "--seed", "1"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     try:
@@ -204,8 +213,6 @@ def test_a_reader_that_has_seen_enough_is_no_error(checkpoint):
     assert b"Traceback" not in err and b"Exception" not in err
 
 
-def test_importing_the_command_does_not_hide_the_function_of_its_name(checkpoint):
-    importlib.import_module("model.sample")
-    loaded, _ = model.from_pretrained(checkpoint)
-    assert model.sample(loaded, torch.tensor([[1, 2]]), 3).shape == (1, 5)
-    assert model.sample.make_parser().prog == "python -m model.sample"
+def test_model_sample_is_a_plain_module_and_the_function_is_in_model_sampling():
+    assert type(command) is types.ModuleType and command.make_parser().prog == "python -m model.sample"
+    assert callable(sample) and sample is importlib.import_module("model.sampling").sample

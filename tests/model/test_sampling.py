@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from mixes import FIELDS, MIXES, lively
 
-from model import GPT, CharTokenizer, GPTConfig, generate, penalized_logits, sample, top_k_logits, top_p_logits
-from model.steps import NextLogits
+from model import GPT, CharTokenizer, GPTConfig, generate, penalized_logits, top_k_logits, top_p_logits
+from model.decoding import Decoder
+from model.sampling import StopStrings, TextUntil, sample
 
 
 def make(name="rope-window-gqa", **kwargs):
@@ -19,7 +20,7 @@ def tokens_of(iterator):
 
 @torch.no_grad()
 def greedy_without_cache(model, tokens, steps, context=None):
-    """The likeliest tokens by a whole forward each, over the last `context` tokens as minGPT does."""
+    """The most likely tokens, by a whole forward for each, over the last `context` tokens as minGPT does."""
     for _ in range(steps):
         logits = model(tokens if context is None else tokens[:, -context:])[0][:, -1]
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
@@ -28,7 +29,7 @@ def greedy_without_cache(model, tokens, steps, context=None):
 
 @pytest.mark.parametrize("fused_kernels", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("name", ["rope", "rope-window", "rope-window-gqa", "pattern"])
-def test_a_rotary_model_writes_on_past_its_context_as_without_a_cache(name, fused_kernels):
+def test_a_rotary_model_continues_past_its_context_as_without_a_cache(name, fused_kernels):
     model = make(name, fused_kernels=fused_kernels)
     prompt = torch.randint(41, (2, 5))
     assert torch.equal(sample(model, prompt, 120), greedy_without_cache(model, prompt, 120))
@@ -36,7 +37,7 @@ def test_a_rotary_model_writes_on_past_its_context_as_without_a_cache(name, fuse
 
 @pytest.mark.parametrize("prompt_length", [1, 40, 48, 60])
 @pytest.mark.parametrize("name", ["original", "learned window"])
-def test_learned_positions_read_the_last_context_anew_as_mingpt_does(name, prompt_length):
+def test_past_learned_positions_every_token_reads_the_last_context_as_mingpt_does(name, prompt_length):
     model = make(name)
     prompt = torch.randint(41, (2, prompt_length))
     assert torch.equal(sample(model, prompt, 60), greedy_without_cache(model, prompt, 60, context=48))
@@ -44,24 +45,24 @@ def test_learned_positions_read_the_last_context_anew_as_mingpt_does(name, promp
 
 def test_past_learned_positions_there_is_no_cache_once_no_padding_is_left():
     model = make("original")
-    steps = NextLogits(model, torch.randint(41, (2, 46)), torch.tensor([0, 4], dtype=torch.int32), 20, 128)
-    steps.first()
+    decoder = Decoder(model, torch.randint(41, (2, 46)), torch.tensor([0, 4], dtype=torch.int32), 20, 128)
+    decoder.prefill()
     cached = []
     for _ in range(10):  # to column 56, of which 48 are read; the second row's padding lasts until column 52
-        steps.after(torch.tensor([1, 2]))
-        cached.append(steps.cache is not None)
+        decoder.decode(torch.tensor([1, 2]))
+        cached.append(decoder.cache is not None)
     assert cached == [True] * 5 + [False] * 5
 
 
-def test_a_hook_of_the_model_hears_every_context_that_is_read_anew():
-    model, heard = make("original"), []
+def test_a_hook_of_the_model_runs_for_every_context_that_is_read_again():
+    model, calls = make("original"), []
     prompt = torch.randint(41, (2, 48))
     expected = sample(model, prompt, 5)
-    model.register_forward_hook(lambda *_: heard.append(1))
-    assert torch.equal(sample(model, prompt, 5), expected) and len(heard) == 5
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(sample(model, prompt, 5), expected) and len(calls) == 5
 
 
-def test_the_last_logits_are_those_of_the_whole_forward():
+def test_last_logits_are_those_of_the_whole_forward():
     for name in ("original", "rope-window-gqa"):
         model, tokens = make(name).eval(), torch.randint(41, (2, 20))
         torch.testing.assert_close(model.last_logits(tokens), model(tokens)[0][:, -1])
@@ -108,7 +109,7 @@ def test_a_row_is_finished_by_its_own_stop_token():
         assert row[end + 1 :].eq(-1).all()
 
 
-def test_a_seed_repeats_itself_whatever_else_draws():
+def test_a_seed_gives_the_same_text_whatever_else_draws():
     model = make()
     prompt = torch.randint(41, (2, 4))
     alone = [tokens_of(generate(model, prompt, 20, seed=seed)) for seed in (1, 2)]
@@ -122,7 +123,7 @@ def test_a_seed_repeats_itself_whatever_else_draws():
         assert torch.equal(torch.stack(drawn, dim=1), expected)
 
 
-def test_a_row_is_drawn_as_if_it_were_alone():
+def test_a_row_of_a_batch_is_drawn_as_if_it_were_alone():
     model = make()
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [1, 2, 3]]
     options = {"top_p": 0.95, "repetition_penalty": 1.2}
@@ -140,7 +141,7 @@ def test_a_row_is_finished_by_a_stop_string_across_tokens():
     prompts = [[1, 2], [3, 4, 5], [6]]
     free = tokens_of(generate(model, prompts, 40, temperature=20.0, seed=3))
     texts = [tokenizer.decode(row) for row in free]
-    strings = [texts[0][4:7], texts[1][20:22]]  # nothing tells that they come twice, so the end is looked for
+    strings = [texts[0][4:7], texts[1][20:22]]  # they may occur earlier too, so the end is searched
     ends = [min((text.find(s) + len(s) for s in strings if s in text), default=40) for text in texts]
     options = {"temperature": 20.0, "seed": 3, "stop_strings": strings, "tokenizer": tokenizer}
     stopped = tokens_of(generate(model, prompts, 40, **options))
@@ -148,7 +149,7 @@ def test_a_row_is_finished_by_a_stop_string_across_tokens():
     for row, expected, end in zip(stopped, free, ends, strict=True):
         assert torch.equal(row[:end], expected[:end]) and row[end:].eq(-1).all()
     two = tokens_of(generate(model, prompts[:2], 40, **options))
-    assert two.shape[1] == max(ends[:2])  # it ends with its last row
+    assert two.shape[1] == max(ends[:2])  # the iterator ends with its last row
 
 
 def test_a_stop_string_that_the_prompt_ends_with_stops_nothing():
@@ -159,7 +160,7 @@ def test_a_stop_string_that_the_prompt_ends_with_stops_nothing():
     assert tokenizer.decode(tokens_of(stopped)[0]) == text
 
 
-def test_log_probabilities_are_the_models_own_whatever_the_cuts():
+def test_log_probabilities_are_those_of_the_model_before_filters():
     model, options = make(), {"temperature": 3.0, "top_k": 5, "repetition_penalty": 1.5, "seed": 0}
     prompt = torch.randint(41, (2, 12))
     pairs = list(generate(model, prompt, 30, **options, log_probabilities=True))
@@ -189,7 +190,7 @@ def test_a_repetition_penalty_counts_prompt_and_text_of_the_row_but_not_its_padd
         assert row.tolist() == text[length:]
 
 
-def test_a_token_that_is_changed_by_its_reader_changes_nothing():
+def test_changing_a_yielded_token_in_place_changes_nothing():
     model = make()
     prompt = torch.randint(41, (2, 4))
     drawn = []
@@ -224,7 +225,7 @@ def test_tokens_are_drawn_as_often_as_the_model_says():
 @pytest.mark.parametrize(
     "options", [{"greedy": True}, {"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-40}]
 )
-def test_what_leaves_one_token_to_choose_takes_the_likeliest(options):
+def test_settings_that_leave_one_token_take_the_most_likely(options):
     model = make()
     prompt = torch.randint(41, (2, 4))
     assert torch.equal(tokens_of(generate(model, prompt, 20, **options)), sample(model, prompt, 20)[:, 4:])
@@ -287,7 +288,7 @@ def test_sampling_between_two_training_steps_changes_neither():
 
 
 @pytest.mark.parametrize("name", ["rope-window-gqa", "pattern", "original"])
-def test_tokens_are_made_and_memory_taken_when_they_are_asked_for(name):
+def test_tokens_and_memory_are_made_on_demand(name):
     iterator = generate(make(name), torch.tensor([[1, 2]]), 10**12, seed=0)
     assert len(list(itertools.islice(iterator, 3))) == 3
     assert list(generate(make(), torch.tensor([[1, 2]]), 0)) == []
@@ -328,13 +329,75 @@ def test_generation_under_autocast_and_in_bfloat16():
         ([[1]], {"min_p": 1.5}, r"min_p=1.5 is not in \[0, 1\]"),
         ([[1]], {"repetition_penalty": 0}, "repetition_penalty=0 is not a number above 0"),
         ([[1], [2]], {"seed": [1, 2, 3]}, "seed has 3 numbers, expected one for each of 2 rows"),
-        ([[1]], {"stop_strings": ["A"]}, "need the tokenizer that writes the text: tokenizer=..."),
-        ([[1]], {"stop_strings": [""], "tokenizer": CharTokenizer("AB")}, r"stop_strings=\[''\] holds an empty one"),
+        ([[1]], {"stop_strings": ["A"]}, "need the tokenizer of the text: tokenizer=..."),
+        ([[1]], {"stop_strings": [""], "tokenizer": CharTokenizer("AB")}, r"stop_strings=\[''\] has an empty string"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0 is below 1"),
     ],
 )
-def test_wrong_arguments_are_refused_at_the_call_and_not_at_the_first_token(tokens, options, message):
+def test_wrong_arguments_are_refused_at_the_call_not_at_the_first_token(tokens, options, message):
     with pytest.raises(ValueError, match=message) as error:
         generate(make(), tokens, **{"max_new_tokens": 1, **options})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "strings", "text"),
+    [
+        (["one", "\n", "\n", "two"], ["\n\n"], "one"),
+        (["one\n\ntwo"], ["\n\n"], "one"),
+        (list("aaab!"), ["aab"], "a"),
+        (list("abcabd"), ["abd"], "abc"),
+        (["x", "END", "y"], ["y", "D"], "xEN"),
+        (list("over"), ["r?", "over it"], "over"),
+        (["", "a", ""], ["b"], "a"),
+        (list("abc"), [], "abc"),
+        (["stop"], ["stop"], ""),
+    ],
+)
+def test_a_text_ends_before_its_first_stop_string(pieces, strings, text):
+    assert "".join(TextUntil(pieces, strings)) == text
+
+
+def test_only_text_that_may_begin_a_stop_string_is_held():
+    text = TextUntil(["a", "b", "c", "a", "d"], ["bcd"])
+    shown = []
+    for piece in text:
+        shown.append((piece, text.held))
+    assert shown == [("a", ""), ("", "b"), ("", "bc"), ("bca", ""), ("d", "")]
+
+
+def test_held_text_is_available_after_an_interrupt():
+    def interrupted():
+        yield from "ab"
+        raise KeyboardInterrupt
+
+    text = TextUntil(interrupted(), ["bcd"])
+    with pytest.raises(KeyboardInterrupt):
+        for _ in text:
+            pass
+    assert text.held == "b"
+
+
+def test_nothing_is_read_past_a_stop_string():
+    pieces = iter("abcdef")
+    assert "".join(TextUntil(pieces, ["cd"])) == "ab"
+    assert "".join(pieces) == "ef"
+
+
+def test_rows_are_searched_for_stop_strings_separately():
+    tokenizer = CharTokenizer("abcd")
+    rows = StopStrings(["ab", "dd"], tokenizer, [[0], [], [3]])
+    found = [rows.update(tokenizer.encode(column)) for column in ("bad", "abd", "cca")]
+    # prompts do not count: a, then b, is not ab in the first row; d, then d, is not dd in the third
+    assert found == [[False, False, False], [False, True, True], [False, False, False]]
+
+
+def test_one_stop_string_may_be_given_without_a_list():
+    assert "".join(TextUntil("abc", "b")) == "a"
+
+
+@pytest.mark.parametrize("strings", [[""], ["a", 3]])
+def test_wrong_stop_strings_are_refused(strings):
+    with pytest.raises(ValueError, match="has an empty string, or something that is not text"):
+        TextUntil([], strings)

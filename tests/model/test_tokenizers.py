@@ -1,4 +1,4 @@
-"""Bytes and subwords: every text comes back, Hugging Face reads the files alike, and long texts may be cut."""
+"""Characters, bytes and subwords: decoding undoes encoding, Hugging Face reads the files, long texts may be cut."""
 
 import json
 import random
@@ -6,9 +6,10 @@ import random
 import pytest
 
 from model import ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
-from model import subwords as module
+from model import tokenizer as module
 
 TEXT = "naïve — 日本語 🎭\n\ttabs  and   spaces\r\n<|endoftext|>It's 42 o'clock! \x00\x7f\xa0\xad"
+CHARACTERS = "To be, or not to be: that is the question.\n\t\u2014 caf\u00e9 \U0001f600\\\"' \u00a0"
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +21,14 @@ def bpe():
     return train_bpe([TEXT, "the winter of our discontent, the summer of the sun, thereof the theme " * 5], 400)
 
 
-def test_a_byte_is_a_token_and_a_separator_is_one_too():
+def test_each_byte_is_a_token_and_so_is_the_separator():
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("aé<|endoftext|>b") == [97, 0xC3, 0xA9, 255, 98]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.decode([0xC3]) == "\ufffd"
 
 
-def test_streamed_bytes_are_characters_as_soon_as_they_are_whole():
+def test_streamed_bytes_become_characters_as_soon_as_they_are_complete():
     tokenizer = ByteTokenizer()
     assert list(tokenizer.stream([0xA9, 98, 0xC3, 255, 99], prompt=[0xC3])) == [
         "é",
@@ -49,7 +50,7 @@ def test_hugging_face_reads_the_file_of_bytes_to_the_same_numbers():
 
 
 @pytest.mark.parametrize("kind", ["characters", "bytes", "subwords"])
-def test_a_file_is_read_as_the_kind_it_is(tmp_path, kind, request):
+def test_load_tokenizer_recognises_the_kind_of_a_file(tmp_path, kind, request):
     tokenizer = {"characters": lambda: CharTokenizer.from_text(TEXT), "bytes": ByteTokenizer}.get(
         kind, lambda: request.getfixturevalue("bpe")
     )()
@@ -61,7 +62,7 @@ def test_a_file_is_read_as_the_kind_it_is(tmp_path, kind, request):
         assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
 
 
-def test_every_text_can_be_written_in_pieces_of_words(bpe):
+def test_subwords_encode_every_text(bpe):
     for text in (TEXT, "".join(map(chr, range(1, 2000)))):
         assert bpe.decode(bpe.encode(text)) == text
     assert bpe.end_of_text == 0 and bpe.encode("a<|endoftext|>").count(0) == 1
@@ -82,7 +83,7 @@ def test_long_texts_are_encoded_in_parts_to_the_same_numbers(bpe, monkeypatch):
         assert bpe.encode_to_bytes(text) == bpe._encode([text])
 
 
-def test_a_cut_that_shows_is_not_taken(bpe):
+def test_a_cut_never_changes_the_encoding(bpe):
     """In GPT-2's words a run of spaces leaves its last one to the next word: between the spaces there is no cut."""
     text = "the" + " " * 60 + "winter of our " * 30
     at = bpe.cut(text)
@@ -122,7 +123,7 @@ def test_words_end_where_the_library_ends_them_whatever_the_character():
     ],
     ids=str,
 )
-def test_vocabularies_that_look_past_a_word_are_not_taken_word_by_word(bpe, change):
+def test_vocabularies_that_look_past_a_word_are_not_encoded_word_by_word(bpe, change):
     description = json.loads(bpe.to_json())
     if "added_tokens" in change:
         ((content, flags),) = change["added_tokens"]
@@ -134,7 +135,7 @@ def test_vocabularies_that_look_past_a_word_are_not_taken_word_by_word(bpe, chan
     assert tokenizer.encode_to_bytes(text) == tokenizer._encode([text])
 
 
-def test_words_are_remembered_up_to_a_limit(bpe, monkeypatch):
+def test_the_cache_of_words_has_a_limit(bpe, monkeypatch):
     monkeypatch.setattr(module, "_KNOWN", 100)
     for seed in range(20):
         text = "".join(f"{seed}-{i} " for i in range(20))
@@ -142,8 +143,8 @@ def test_words_are_remembered_up_to_a_limit(bpe, monkeypatch):
         assert bpe._known_characters == sum(map(len, bpe._known)) < 250
 
 
-def test_a_vocabulary_that_shows_every_cut_still_gives_the_text_back(monkeypatch):
-    """Metaspace puts a space before every text it encodes, so that no cut goes unseen."""
+def test_a_vocabulary_without_a_good_cut_still_gives_the_text_back(monkeypatch):
+    """Metaspace puts a space before every text it encodes, so that every cut changes the encoding."""
     tokenizers = pytest.importorskip("tokenizers")
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.normalizer = tokenizers.normalizers.Sequence(
@@ -164,3 +165,65 @@ def test_a_vocabulary_that_shows_every_cut_still_gives_the_text_back(monkeypatch
 def test_a_missing_tokenizer_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"other\.json does not exist"):
         load_tokenizer(tmp_path / "other.json")
+
+
+def test_decoding_characters_undoes_encoding():
+    tokenizer = CharTokenizer.from_text(CHARACTERS)
+    assert tokenizer.decode(tokenizer.encode(CHARACTERS)) == CHARACTERS
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+
+
+def test_characters_are_numbered_in_the_order_of_their_code_points():
+    tokenizer = CharTokenizer.from_text("hello world")
+    assert "".join(tokenizer.itos[i] for i in range(tokenizer.vocab_size)) == " dehlorw"
+    assert all(tokenizer.stoi[character] == i for i, character in tokenizer.itos.items())
+
+
+def test_characters_outside_the_vocabulary_are_named():
+    tokenizer = CharTokenizer.from_text("abc")
+    with pytest.raises(ValueError, match="'x', '\u00e9' not in the vocabulary of 3 characters: leave them out, or use"):
+        tokenizer.encode("a\u00e9xbx")
+    with pytest.raises(ValueError, match="'r' and 1 more not in the vocabulary"):
+        tokenizer.encode("hijklmnoprs")
+    with pytest.raises(ValueError, match="token 3 is outside the vocabulary of 3"):
+        tokenizer.decode([0, 3])
+
+
+def test_a_vocabulary_must_be_different_single_characters():
+    for vocab in ("aa", ["ab", "c"], "", ["a", ""]):
+        with pytest.raises(ValueError, match="vocab is not a sequence of different single characters"):
+            CharTokenizer(vocab)
+
+
+def test_a_saved_tokenizer_is_the_same_one(tmp_path):
+    tokenizer = CharTokenizer(list(dict.fromkeys(CHARACTERS)))  # in the order of the text, not sorted
+    tokenizer.save(tmp_path / "new" / "place")
+    assert load_tokenizer(tmp_path / "new" / "place").itos == tokenizer.itos
+    assert [path.name for path in (tmp_path / "new" / "place").iterdir()] == ["tokenizer.json"]
+
+
+def test_hugging_face_reads_the_file_of_characters_to_the_same_numbers(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = CharTokenizer.from_text(CHARACTERS)
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(CHARACTERS).ids == ours.encode(CHARACTERS)
+    assert theirs.decode(ours.encode(CHARACTERS)) == CHARACTERS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "tokenizer.json does not exist"),
+        ("{", "tokenizer.json cannot be read: it is damaged"),
+        ("[]", "tokenizer.json cannot be read: it is damaged"),
+        ('{"model": []}', "tokenizer.json cannot be read: it is damaged"),
+        (json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}}}), "damaged, or newer than the installed tokenizers"),
+        (CharTokenizer("ab").to_json().replace('"b": 1', '"b": 2'), "does not number the characters from 0"),
+    ],
+)
+def test_a_damaged_tokenizer_file_is_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)

@@ -12,7 +12,7 @@ from test_resume import contents, refused
 
 import train.lock
 from model import GPT, GPTConfig
-from model.huggingface import main as hugging_face
+from model.huggingface.__main__ import main as hugging_face
 from model.sample import main as sample
 from train import CharDataset, Trainer, TrainerConfig
 from train.__main__ import main

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from model import GPT, GPTConfig, flops_a_token
+from model import GPT, GPTConfig, flops_per_token
 from train import CharDataset, Trainer, TrainerConfig
 from train.flops import peak_flops
 from train.metrics import History
@@ -86,7 +86,7 @@ def test_a_share_of_the_peak_is_shown_where_the_peak_is_known():
     lines = [line for line in made.history.lines if "loss" in line]
     assert len(lines) == 6
     for line in lines:
-        share = line["tokens_per_second"] * flops_a_token(made.model.config) / 1e12
+        share = line["tokens_per_second"] * flops_per_token(made.model.config) / 1e12
         assert line["mfu"] == pytest.approx(share, rel=1e-2)
 
 

@@ -9,7 +9,8 @@ import threading
 import pytest
 import torch
 
-from model import GPT, GPTConfig, from_pretrained, sample
+from model import GPT, GPTConfig, from_pretrained
+from model.sampling import sample
 from train import CharDataset, Trainer, TrainerConfig, TrainingFailed
 from train.data import training_batches
 from train.memory import estimate

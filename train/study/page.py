@@ -4,7 +4,7 @@ import csv
 import json
 from pathlib import Path
 
-from model.files import replacing
+from model.checkpoint import replacing
 
 from .claims import judge
 from .page_details import (

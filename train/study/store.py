@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from model.files import replacing
+from model.checkpoint import replacing
 
 
 class Store:

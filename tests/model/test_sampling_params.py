@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Choice, min_p_logits, penalized_logits
-from model.choosing import BLOCK, Dice
+from model import SamplingParams, min_p_logits, penalized_logits
+from model.sampling_params import BLOCK, RowGenerators
 
 INF = float("inf")
 
@@ -19,7 +19,7 @@ def test_min_p_keeps_the_tokens_with_a_share_of_the_largest_probability():
         min_p_logits(logits, 1.1)
 
 
-def test_a_penalty_makes_what_was_seen_less_likely_on_both_sides_of_zero():
+def test_a_penalty_makes_seen_tokens_less_likely_on_both_sides_of_zero():
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
     seen = torch.tensor([[True, True, False, False]])
     assert penalized_logits(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
@@ -52,44 +52,44 @@ def test_the_distribution_is_that_of_hugging_faces_generate(options):
         if name in options:
             theirs = kind(options[name])(tokens, theirs)
     seen = torch.zeros(4, 30, dtype=torch.bool).scatter_(1, tokens, True)
-    choice = Choice(**options)
-    ours = choice.narrowed(penalized_logits(logits, seen, choice.repetition_penalty))
+    params = SamplingParams(**options)
+    ours = params.filter_logits(penalized_logits(logits, seen, params.repetition_penalty))
     torch.testing.assert_close(F.softmax(ours, dim=-1), F.softmax(theirs, dim=-1))
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}], ids=str)
 def test_tokens_are_drawn_as_often_as_their_probability_says(options):
-    choice, rows = Choice(**options), 200
+    params, rows = SamplingParams(**options), 200
     logits = torch.tensor([1.0, -INF, 2.0, 0.5, -INF, -1.0, 1.5, -INF]).expand(rows, 8)
-    dice = Dice(range(rows), "cpu")
-    drawn = torch.cat([choice(logits, dice) for _ in range(BLOCK)])
+    generators = RowGenerators(range(rows), "cpu")
+    drawn = torch.cat([params.choose(logits, generators) for _ in range(BLOCK)])
     found = torch.bincount(drawn, minlength=8) / len(drawn)
-    expected = F.softmax(choice.narrowed(logits[0:1])[0], dim=-1)
+    expected = F.softmax(params.filter_logits(logits[0:1])[0], dim=-1)
     assert found[expected == 0].eq(0).all() and (expected == 0).sum() >= 3
     torch.testing.assert_close(found, expected, atol=0.01, rtol=0)  # 4 standard errors
 
 
-class Loaded:
-    """Dice that always show one number."""
+class ConstantGenerators:
+    """In place of `RowGenerators`: always the same number."""
 
     def __init__(self, number):
         self.number = number
 
-    def throw(self):
+    def uniform(self):
         return torch.full((1, 1), self.number)
 
 
-def test_the_ends_of_the_random_numbers_draw_tokens_that_can_be_drawn():
+def test_the_smallest_and_largest_random_numbers_draw_possible_tokens():
     logits = torch.tensor([[-INF, 0.0, -INF, 0.0, -INF]])
-    assert Choice()(logits, Loaded(2.0**-24)).tolist() == [1]
-    assert Choice()(logits, Loaded(1.0)).tolist() == [3]
+    assert SamplingParams().choose(logits, ConstantGenerators(2.0**-24)).tolist() == [1]
+    assert SamplingParams().choose(logits, ConstantGenerators(1.0)).tolist() == [3]
 
 
-def test_random_numbers_of_a_row_are_its_own_and_above_0():
-    dice, alone = Dice([3, 1, 3], "cpu"), Dice([1], "cpu")
-    numbers = torch.cat([dice.throw() for _ in range(BLOCK + 3)], dim=1)
+def test_random_numbers_of_a_row_depend_on_its_seed_alone_and_are_above_0():
+    generators, alone = RowGenerators([3, 1, 3], "cpu"), RowGenerators([1], "cpu")
+    numbers = torch.cat([generators.uniform() for _ in range(BLOCK + 3)], dim=1)
     assert torch.equal(numbers[0], numbers[2]) and not torch.equal(numbers[0], numbers[1])
-    assert torch.equal(numbers[1], torch.cat([alone.throw() for _ in range(BLOCK + 3)], dim=1)[0])
+    assert torch.equal(numbers[1], torch.cat([alone.uniform() for _ in range(BLOCK + 3)], dim=1)[0])
     assert 0 < numbers.min() < 0.01 and 0.99 < numbers.max() <= 1
     assert len(set(numbers[0].tolist())) > BLOCK  # the second block is another one
-    assert not torch.equal(Dice([None], "cpu").throw(), Dice([None], "cpu").throw())
+    assert not torch.equal(*(RowGenerators([None], "cpu").uniform() for _ in range(2)))

@@ -1,48 +1,32 @@
-"""Hugging Face's GPT-2 and StarCoder2 models as ours, and ours as theirs; their models on our attention.
-
-    python -m model.huggingface import DOWNLOADED OURS         # then: model.sample, train.evaluate, train --init-from
-    python -m model.huggingface export runs/mine/best THEIRS   # AutoModelForCausalLM and AutoTokenizer load it
+"""Hugging Face's GPT-2 and StarCoder2 models as ours, and ours as theirs; other models of theirs on our attention.
 
     gpt = from_huggingface(model_or_directory)
     model = to_huggingface(gpt)
-    register_attention()                                       # huggingface_attention.py
+    register_attention()
 
-Directories are local and hold safetensors; the commands do not need transformers. Which of their fields and weights are
-which of ours stands in huggingface_architectures.py.
+Directories are local and hold safetensors. Only to_huggingface and register_attention need transformers. `python -m
+model.huggingface` converts directories.
 """
 
 import json
-import shlex
-import sys
-import warnings
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .checkpoint import (
-    CONFIG,
-    WEIGHTS,
-    CheckpointError,
-    check_weights,
-    from_pretrained,
-    read_tokenizer,
-    save_pretrained,
-)
-from .command import Parser
-from .files import replacing
-from .gpt import GPT
-from .huggingface_architectures import (
+from ..checkpoint import CONFIG, WEIGHTS, CheckpointError, check_weights, read_json, read_tokenizer, replacing
+from ..gpt import GPT
+from ..tokenizer import FILE as TOKENIZER
+from .attention import register_attention
+from .key_maps import (
     architecture_of,
     config_from_theirs,
     config_to_theirs,
-    tidied,
+    normalized,
     weights_from_theirs,
     weights_to_theirs,
 )
-from .huggingface_attention import register_attention
-from .tokenizer import FILE as TOKENIZER
 
 __all__ = ["export_pretrained", "from_huggingface", "import_pretrained", "register_attention", "to_huggingface"]
 
@@ -52,10 +36,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def from_huggingface(source, *, fused_kernels=True, backend="auto") -> GPT:
-    """The GPT that computes what a GPT-2 or StarCoder2 of transformers does: a model, or a directory with one.
+    """The GPT that computes what a GPT-2 or StarCoder2 of transformers does; source is a model or a directory.
 
-    The weights are copied, in their dtype; a model's stay on its device. The result is in evaluation mode. Raises
-    CheckpointError for a model of another architecture, and for weights that are missing, too many, or not safetensors.
+    The weights are copied, with their dtype and device. The GPT is in evaluation mode. Raises CheckpointError for
+    another architecture, for missing or extra weights, and for files that are not safetensors.
     """
     if isinstance(source, str | Path):
         values, weights = _read_directory(Path(source))
@@ -66,8 +50,8 @@ def from_huggingface(source, *, fused_kernels=True, backend="auto") -> GPT:
         values, weights, source = source.config.to_dict(), source.state_dict(), type(source).__name__
     try:
         config = config_from_theirs(values)
-        weights = tidied(config, weights)
-        with torch.device("meta"):  # shapes only: no weights are drawn that would be thrown away
+        weights = normalized(config, weights)
+        with torch.device("meta"):  # shapes only: random weights would be replaced at once
             model = GPT(config, fused_kernels=fused_kernels, backend=backend)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{source} cannot become a GPT: {error}") from None
@@ -84,9 +68,9 @@ def from_huggingface(source, *, fused_kernels=True, backend="auto") -> GPT:
 
 
 def to_huggingface(gpt):
-    """The same model as a transformers.GPT2LMHeadModel or Starcoder2ForCausalLM: dtype, device and mode too.
+    """The same model as a transformers.GPT2LMHeadModel or Starcoder2ForCausalLM, with its dtype, device and mode.
 
-    The weights are copied. Raises ValueError for a GPT that neither of them is (see `config_to_theirs`).
+    The weights are copied. Raises ValueError for a GPT that neither class can be (`config_to_theirs` says why).
     """
     gpt = getattr(gpt, "_orig_mod", gpt)
     try:
@@ -96,7 +80,7 @@ def to_huggingface(gpt):
     architecture = architecture_of(gpt.config)[1]
     model_class = getattr(transformers, architecture.model_class)
     config = model_class.config_class(**_their_config(gpt.config, gpt.wte.weight.dtype))
-    with torch.random.fork_rng(devices=[]):  # it draws weights that are replaced at once
+    with torch.random.fork_rng(devices=[]):  # it draws random weights, which are replaced at once
         model = model_class(config).to(gpt.wte.weight)
     weights = weights_to_theirs(gpt.config, gpt.state_dict())
     if gpt.config.tie_weights:
@@ -106,19 +90,19 @@ def to_huggingface(gpt):
 
 
 def import_pretrained(directory):
-    """(GPT, tokenizer) of a directory of transformers, as `from_pretrained` gives them for one of ours."""
+    """(GPT, tokenizer) of a directory of transformers, as `from_pretrained` reads one of ours."""
     model = from_huggingface(directory)
     return model, read_tokenizer(Path(directory), model.config)
 
 
 def export_pretrained(gpt, directory, tokenizer=None):
-    """Write a directory that AutoModelForCausalLM and, given the tokenizer, AutoTokenizer load. Does not need them."""
+    """Write a directory that AutoModelForCausalLM loads, and AutoTokenizer if the tokenizer is given."""
     gpt, directory = getattr(gpt, "_orig_mod", gpt), Path(directory)
     values = _their_config(gpt.config, gpt.wte.weight.dtype, tokenizer)
     weights = {name: x.detach().contiguous() for name, x in weights_to_theirs(gpt.config, gpt.state_dict()).items()}
     texts = {CONFIG: json.dumps(values, indent=2) + "\n"}
     if tokenizer is not None:
-        # without this file, AutoTokenizer takes the class of the architecture's usual tokenizer, which drops spaces
+        # without this file AutoTokenizer takes the architecture's usual tokenizer class, which drops spaces
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if values["eos_token_id"] is not None:
             settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -131,7 +115,7 @@ def export_pretrained(gpt, directory, tokenizer=None):
 
 
 def _their_config(config, dtype, tokenizer=None):
-    """The whole of a config.json: the architecture, and what `generate` and the loader ask for."""
+    """Their whole config.json: the architecture, and the fields that `generate` and the loader read."""
     end, dtype = getattr(tokenizer, "end_of_text", None), str(dtype).removeprefix("torch.")
     tokens = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     return config_to_theirs(config) | tokens | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5 and 4
@@ -139,9 +123,7 @@ def _their_config(config, dtype, tokenizer=None):
 
 def _read_directory(directory):
     """(parsed config.json, {name: tensor}) of a directory of transformers, its weights in one file or several."""
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory: give the one that holds {CONFIG} and {WEIGHTS}")
-    values = _read_json(directory / CONFIG)
+    values = read_json(directory / CONFIG)
     if "model_type" not in values and "n_kv_head" in values:
         raise CheckpointError(f"{directory} is a model directory of this package already: from_pretrained reads it")
     weights = {}
@@ -159,13 +141,13 @@ def _read_directory(directory):
 
 
 def _weight_files(directory):
-    """The names of the safetensors files. Raises CheckpointError if there are none, or files that could run code."""
+    """The names of the safetensors files. Raises CheckpointError if there are none, or only pickles."""
     if (directory / WEIGHTS).exists():
         return [WEIGHTS]
     if (directory / INDEX).exists():
-        files = _read_json(directory / INDEX).get("weight_map")
+        files = read_json(directory / INDEX).get("weight_map")
         if not isinstance(files, dict) or any(Path(str(name)).name != name for name in files.values()):
-            raise CheckpointError(f"{directory / INDEX} does not map weights to files beside it")
+            raise CheckpointError(f"{directory / INDEX} does not map weights to files of its directory")
         return sorted(set(files.values()))
     pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
     if pickles:
@@ -174,63 +156,3 @@ def _weight_files(directory):
             "trust it, AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) of transformers makes safetensors"
         )
     raise CheckpointError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
-
-
-def _read_json(path):
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}, so it is not a model directory") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} cannot be used: it holds no fields")
-    return values
-
-
-def main(arguments=None) -> int:
-    """The command; returns its exit status: 0, or 2 for input it cannot use."""
-    parser = Parser(
-        prog="python -m model.huggingface",
-        description="Convert GPT-2 and StarCoder2 models between transformers and this package; local directories.",
-    )
-    parser.add_argument(
-        "direction", choices=("import", "export"), help="import: theirs to ours; export: ours to theirs"
-    )
-    parser.add_argument("source", metavar="SRC", help="directory to read")
-    parser.add_argument("destination", metavar="DST", help="directory to write; it must not exist, or be empty")
-    options = parser.parse_args(arguments)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            lines = _convert(options.direction, Path(options.source), Path(options.destination))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    for warning in caught:
-        print(f"{parser.prog}: {warning.message}", file=sys.stderr)
-    print("\n".join(lines))
-    return 0
-
-
-def _convert(direction, source, destination):
-    """Do it; returns the lines that say what there is now, and what can be done with it."""
-    if destination.is_dir() and any(destination.iterdir()):
-        raise FileExistsError(f"{destination} is not empty: choose another directory, or remove it")
-    if direction == "import":
-        model, tokenizer = import_pretrained(source)
-        save_pretrained(model, destination, tokenizer)
-        place = shlex.quote(str(destination))
-        uses = [f"python -m model.sample --checkpoint {place}", f"python -m train --fused-kernels --init-from {place}"]
-    else:
-        model, tokenizer = from_pretrained(source)
-        export_pretrained(model, destination, tokenizer)
-        uses = [f"AutoModelForCausalLM.from_pretrained({str(destination)!r})"]
-        uses += [] if tokenizer is None else [f"AutoTokenizer.from_pretrained({str(destination)!r})"]
-    if tokenizer is None:
-        warnings.warn(f"{source} has no {TOKENIZER}: {destination} has none either", stacklevel=2)
-    about = "no tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens"
-    return [f"{destination}: {model.config.architecture}, {model.num_parameters():,} parameters, {about}", *uses]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

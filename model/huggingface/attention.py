@@ -1,13 +1,13 @@
-"""Hugging Face's models on our attention: `register_attention` adds it to those that transformers knows by name.
+"""Hugging Face's models on our attention: `register_attention` registers it with transformers under a name.
 
     from model.huggingface import register_attention
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sliding_gqa")
 
-transformers asks for two functions. One makes the mask of a forward pass, once for each kind of layer; the other
-attends, in every layer, with that mask. Ours make none where each query sees the `window` newest keys, or all earlier
-ones, and nothing else: there the kernels run. Left padding, packed documents, static caches, masks of the user's own:
-each of these makes a mask and gets exact attention in plain PyTorch, with T x S scores. No mask is left out.
+transformers takes two functions. One makes the mask of a forward pass, once for each kind of layer; the other attends,
+in every layer, with that mask. Ours makes no mask if each query sees exactly the `window` newest keys, or all earlier
+keys: then the kernels run. Padding, packed documents, static caches and the user's own masks need a mask, and get exact
+attention in plain PyTorch, with T x S scores. No mask is ignored.
 """
 
 import functools
@@ -16,13 +16,15 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from kernels import sliding_gqa_attention
 from kernels.backend import check_backend
+from kernels.band import visible_mask
 
-# These tell their attention the window of each layer, as the tests see; others only put it into the mask, which must
-# then be made. transformers' model_type of the part of a model that has the layers.
-TELL_THEIR_WINDOW = {"mistral", "gemma2", "gemma3_text", "gpt_oss", "starcoder2", "phi3", "qwen2"}
+# model_type, in transformers, of models that pass each layer's window to its attention; tests check it. Others only put
+# the window into the mask, which must then be made.
+PASS_THEIR_WINDOW = {"mistral", "gemma2", "gemma3_text", "gpt_oss", "starcoder2", "phi3", "qwen2"}
 _registered = set()
 
 
@@ -30,25 +32,26 @@ def register_attention(name="sliding_gqa", *, backend="auto"):
     """Make our attention available as attn_implementation=name in transformers; returns the name.
 
     backend    of the kernels, as in `sliding_gqa_attention`.
-    Runs models of any architecture with causal attention, by the kernels where a layer's mask is plain: the sliding
-    ones of TELL_THEIR_WINDOW, and all layers of those that do not slide. Training and generating, with dynamic and
-    static caches. Raises ValueError in the forward pass for what it cannot do: return attention weights, look ahead,
-    continuous batching. Raises ValueError for a name that transformers would take for another implementation and for
-    an unknown backend, and ImportError without transformers 5.4 or newer.
+
+    It runs any architecture with causal attention, in training and generation, with dynamic and static caches. The
+    kernels run in layers without a special mask: sliding layers of PASS_THEIR_WINDOW, and all layers of models without
+    a window. The forward raises ValueError for what it cannot do: return attention weights, attend to later tokens,
+    continuous batching. Raises ValueError for a name that transformers gives another meaning and for an unknown
+    backend; ImportError without transformers 5.4 or newer.
     """
     check_backend(backend)
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
 
-        told_positions = "q_offset" in inspect.signature(sdpa_mask).parameters
+        has_offsets = "q_offset" in inspect.signature(sdpa_mask).parameters
     except ImportError:
-        told_positions = False
-    if not told_positions:
+        has_offsets = False
+    if not has_offsets:
         raise ImportError("register_attention needs transformers: pip install 'transformers>=5.4'")
-    # transformers tells its own kinds by parts of their names, such as "flash" and "org/repository"
+    # transformers recognises its own implementations by parts of a name, such as "flash" and "org/repository"
     if not name.isidentifier() or "flash" in name or (name in ALL_MASK_ATTENTION_FUNCTIONS and name not in _registered):
-        raise ValueError(f"name is {name!r}, which transformers takes for one of its own: choose a plain word")
+        raise ValueError(f"name is {name!r}, which transformers takes for one of its own: choose another word")
 
     AttentionInterface.register(name, functools.partial(_attend, backend=backend))
     AttentionMaskInterface.register(name, _mask_or_none)
@@ -69,23 +72,23 @@ def _mask_or_none(
     config=None,
     **others,
 ):
-    """None for the plain mask that the kernels make themselves, else (B, 1, T, S) bools, True where a query sees a key.
+    """None if the kernels need no mask, else (B, 1, T, S) bools, True where a query sees a key.
 
     attention_mask   (B, tokens so far) of bools, False on padding; None: no padding.
     local_size       the window of a sliding layer; None on a layer that sees all earlier keys.
-    Queries are at positions q_offset .. and keys at kv_offset .. (a sliding cache has dropped those before).
+    Queries are at positions q_offset .. and keys at kv_offset .. (a sliding cache has dropped earlier ones).
     """
     from transformers.masking_utils import sdpa_mask
 
     windowed = local_size is not None or getattr(config, "sliding_window", None) is not None
     if (
-        allow_is_causal_skip  # False for packed documents, images, and whatever else is laid over the causal mask
-        and (not windowed or config.model_type in TELL_THEIR_WINDOW)
-        and _ends_together(q_offset + q_length, kv_offset + kv_length)
-        and _nothing_padded(attention_mask, kv_offset, kv_length)
+        allow_is_causal_skip  # False for packed documents, images and other changes of the causal mask
+        and (not windowed or config.model_type in PASS_THEIR_WINDOW)
+        and _last_positions_match(q_offset + q_length, kv_offset + kv_length)
+        and _no_padding(attention_mask, kv_offset, kv_length)
     ):
         return None
-    # a mask that is skipped because everything sees everything would be taken for a causal one
+    # sdpa_mask must not return None for a mask where every query sees every key: here None means causal
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(
         batch_size,
@@ -100,19 +103,19 @@ def _mask_or_none(
     )
 
 
-def _ends_together(queries, keys):
-    """Whether the last query stands at the last key. A static cache has keys to come, and a tensor for its offset."""
+def _last_positions_match(queries, keys):
+    """Whether the last query is at the last key. A static cache has unwritten keys, and its offset is a tensor."""
     return not isinstance(queries, torch.Tensor) and queries == keys
 
 
-def _nothing_padded(attention_mask, kv_offset, kv_length):
+def _no_padding(attention_mask, kv_offset, kv_length):
     if attention_mask is None:
         return True
     return not _captured(attention_mask) and bool(attention_mask[:, kv_offset : kv_offset + kv_length].all())
 
 
 def _captured(tensor):
-    """Whether a graph is being captured, during which values of tensors cannot be asked for."""
+    """Whether a graph is being captured, during which the values of tensors cannot be read."""
     from transformers.utils.import_utils import is_tracing
 
     return is_tracing(tensor)
@@ -133,10 +136,10 @@ def _attend(
     backend="auto",
     **others,
 ):
-    """One layer: query (B, Hq, T, D), key and value (B, Hkv, S, D), already rotated, to ((B, T, Hq, D), None).
+    """One layer: ((B, T, Hq, D), None) of query (B, Hq, T, D), key and value (B, Hkv, S, D), already rotated.
 
-    attention_mask   what `_mask_or_none` made, or the user's own (B, 1 or Hq, T, S): bools, or numbers to be added.
-    s_aux            gpt-oss's sinks (Hq,).
+    attention_mask   of `_mask_or_none`, or the user's own (B, 1 or Hq, T, S): bools, or numbers to add to the scores.
+    s_aux            the sinks (Hq,) of gpt-oss.
     """
     _refuse(module, attention_mask, is_causal, others)
     if attention_mask is None and not dropout:
@@ -147,17 +150,17 @@ def _attend(
         if dropout:
             warnings.warn(
                 f"attention_dropout is {dropout} while training: attention runs in plain PyTorch, because the fused "
-                "kernels have no dropout (0 trains on them)",
+                "kernels have no dropout (with 0, training uses them)",
                 stacklevel=2,
             )
         if attention_mask is None:
-            attention_mask = _band(query.shape[2], key.shape[2], sliding_window, query.device)
+            attention_mask = visible_mask(query.shape[2], key.shape[2], sliding_window, query.device)
         out = _masked_attention(query, key, value, attention_mask, scaling, softcap, s_aux, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _refuse(module, attention_mask, is_causal, others):
-    """Raise ValueError for what would otherwise be ignored."""
+    """Raise ValueError for arguments that would otherwise be ignored."""
     if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
         raise ValueError(
             f"{type(module).__name__} looks at later tokens too, and this attention is causal: load the model with "
@@ -177,23 +180,16 @@ def _refuse(module, attention_mask, is_causal, others):
 
 
 def _packs_documents(module, position_ids=None, cu_seq_lens_q=None, **_):
-    """Whether the rows of a forward pass hold several documents, by positions that begin anew or by their lengths.
+    """Whether a row of the forward pass holds several documents: positions start again at 0, or lengths are given.
 
-    transformers makes a mask of positions in most models, if there is no cache. In gpt-oss it never does.
+    Without a cache, transformers makes a mask from the positions in most models, in gpt-oss never.
     """
     if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
         return True
-    # once a forward pass: looking at values makes the host wait for the device
+    # once a forward pass, in layer 0: reading values makes the host wait for the device
     if position_ids is None or getattr(module, "layer_idx", None) != 0 or _captured(position_ids):
         return False
     return bool((position_ids[..., 1:] == 0).any())
-
-
-def _band(T, S, window, device):
-    """(T, S) bools: which keys the last T of S positions see."""
-    ones = torch.ones(T, S, dtype=torch.bool, device=device)
-    seen = ones.tril(S - T)
-    return seen if window is None else seen & ones.triu(S - T - window + 1)
 
 
 def _masked_attention(query, key, value, mask, scale, softcap, sinks, dropout):
@@ -202,16 +198,18 @@ def _masked_attention(query, key, value, mask, scale, softcap, sinks, dropout):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
         )
-    Hq, Hkv = query.shape[1], key.shape[1]
-    grouped = query.unflatten(1, (Hkv, Hq // Hkv))  # (B, Hkv, G, T, D)
-    scores = (grouped @ key.unsqueeze(2).mT).flatten(1, 2).float()  # (B, Hq, T, S)
+    Hkv = key.shape[1]
+    grouped = rearrange(query, "b (hkv g) t d -> b hkv g t d", hkv=Hkv)
+    scores = grouped @ rearrange(key, "b hkv s d -> b hkv 1 d s")
+    scores = rearrange(scores, "b hkv g t s -> b (hkv g) t s").float()
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    # finite, so that a row of padding, which sees no key at all, gives numbers and gradients that harm nobody
+    # finite, so that a row of padding, which sees no key, gives finite numbers and gradients
     lowest = torch.finfo(scores.dtype).min
     scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (scores + mask).clamp(min=lowest)
     if sinks is not None:
         scores = torch.cat((scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
     weights = F.dropout(scores.softmax(-1)[..., : key.shape[2]].to(value.dtype), dropout)
-    return (weights.unflatten(1, (Hkv, Hq // Hkv)) @ value.unsqueeze(2)).flatten(1, 2)
+    out = rearrange(weights, "b (hkv g) t s -> b hkv g t s", hkv=Hkv) @ rearrange(value, "b hkv s d -> b hkv 1 s d")
+    return rearrange(out, "b hkv g t d -> b (hkv g) t d")

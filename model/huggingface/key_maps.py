@@ -1,7 +1,7 @@
-"""Which of Hugging Face's architectures are ours, as tables that are read in both directions: fields and weights.
+"""Hugging Face's GPT-2 and StarCoder2 as our GPT: tables of fields and weights, read in both directions.
 
-GPT-2 is a GPT with learned positions; StarCoder2 one with rotary positions, and a window for all layers or none.
-Weights are renamed, stacked and transposed, never computed with: there and back again is the same bits.
+GPT-2 has learned positions; StarCoder2 has rotary positions, and one window for all layers or none. Weights are only
+renamed, concatenated and transposed: a round trip gives the same bits.
 """
 
 import re
@@ -9,32 +9,30 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 
-from .config import GPTConfig
+from ..config import GPTConfig
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of their architectures that is one of ours, as tables that are read in both directions."""
+    """The tables of one of their architectures."""
 
     model_class: str
     fields: dict
-    """GPTConfig's name of a field -> theirs."""
+    """Field of GPTConfig -> their name."""
     fixed: dict
-    """What they can choose and we cannot: their name -> the values that mean what we do. The first is written, and is
-    what a file without the field means."""
-    mlp_width: str
-    """Their field for the width of the MLP, for us always 4 * d_model."""
+    """Their fields that we do not have -> the values we support. The first is written, and is their default."""
     dropouts: dict
-    """Their names of what is one dropout for us -> what a file without the field means."""
+    """Their names for our one dropout -> their default."""
     prefix: str
-    """Begins the names of all weights but the head's, in files of a whole model; others leave it out."""
+    """Begins the names of all weights but the head's, in files of a whole model; other files leave it out."""
     modules: dict
     """Our module -> theirs; {} is the layer. Of several of theirs, ours has the rows one after the other."""
     transposed: tuple = ()
-    """Our modules whose matrix they keep transposed."""
+    """Our modules whose matrix they store transposed."""
     ignored: str = "$^"
-    """Matches names in their files that are no weights."""
+    """A pattern of names in their files that are not weights."""
 
 
 GPT2 = Architecture(
@@ -45,6 +43,7 @@ GPT2 = Architecture(
         "n_layer": "n_layer",
         "n_head": "n_head",
         "d_model": "n_embd",
+        "mlp_width": "n_inner",
         "norm_epsilon": "layer_norm_epsilon",
         "tie_weights": "tie_word_embeddings",
     },
@@ -54,7 +53,6 @@ GPT2 = Architecture(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
-    mlp_width="n_inner",
     dropouts={"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     prefix="transformer.",
     modules={
@@ -81,12 +79,12 @@ STARCODER2 = Architecture(
         "n_head": "num_attention_heads",
         "n_kv_head": "num_key_value_heads",
         "d_model": "hidden_size",
+        "mlp_width": "intermediate_size",
         "window": "sliding_window",
         "norm_epsilon": "norm_epsilon",
         "tie_weights": "tie_word_embeddings",
     },
     fixed={"hidden_act": ("gelu_pytorch_tanh", "gelu_new"), "use_bias": (True,)},
-    mlp_width="intermediate_size",
     dropouts={"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0},
     prefix="model.",
     modules={
@@ -106,12 +104,12 @@ ARCHITECTURES = {"gpt2": GPT2, "starcoder2": STARCODER2}  # by their model_type
 
 
 def config_from_theirs(values) -> GPTConfig:
-    """The GPTConfig of a parsed config.json. Raises ValueError, naming the field, for a model that is none of ours."""
+    """The GPTConfig of a parsed config.json. Raises ValueError, with the field, for a model that we do not have."""
     architecture = ARCHITECTURES.get(values.get("model_type"))
     if architecture is None:
         raise ValueError(
             f"model_type is {values.get('model_type')!r}, and only {' and '.join(ARCHITECTURES)} can be converted "
-            "(register_attention runs others on these kernels as they are)"
+            "(register_attention runs others on these kernels, unconverted)"
         )
     if values.get("quantization_config"):
         raise ValueError("its weights are quantized: convert a version in fp32, fp16 or bf16")
@@ -128,16 +126,16 @@ def config_from_theirs(values) -> GPTConfig:
     ours["dropout"] = _one_dropout({name: values.get(name, usual) for name, usual in architecture.dropouts.items()})
     ours |= {"positions": "learned"} if architecture is GPT2 else _rotary_fields(values)
     config = GPTConfig(**ours)
-    for name, ours in ((architecture.mlp_width, 4 * config.d_model), ("head_dim", config.head_dim)):
-        if values.get(name) not in (None, ours):
-            raise ValueError(
-                f"{name} is {values[name]}, and only {ours} can be converted for a width of {config.d_model}"
-            )
+    if values.get("head_dim") not in (None, config.head_dim):
+        raise ValueError(
+            f"head_dim is {values['head_dim']}, and only {config.head_dim} can be converted for a width of "
+            f"{config.d_model} and {config.n_head} heads"
+        )
     return config
 
 
 def config_to_theirs(config) -> dict:
-    """The content of a config.json. Raises ValueError for a model that transformers has no class for."""
+    """The content of their config.json. Raises ValueError for a model that transformers has no class for."""
     windows = {config.layer_window(layer) for layer in range(config.n_layer)}
     if config.positions == "learned" and (windows != {None} or config.n_kv_head < config.n_head):
         raise ValueError(
@@ -152,48 +150,50 @@ def config_to_theirs(config) -> dict:
     if config.positions == "rope" and config.rotated < config.head_dim:
         raise ValueError(f"rotary_dim is {config.rotated}, but StarCoder2 rotates whole heads of {config.head_dim}")
     model_type, architecture = architecture_of(config)
-    ours = {"window": windows.pop()}  # the layers' own: a pattern of long layers only has no window either
+    ours = {"window": windows.pop()}  # of the layers: a pattern of L layers only has no window
     return {
         "architectures": [architecture.model_class],
         "model_type": model_type,
         **{theirs: ours.get(name, getattr(config, name)) for name, theirs in architecture.fields.items()},
         **{name: meanings[0] for name, meanings in architecture.fixed.items()},
-        architecture.mlp_width: 4 * config.d_model,
         **dict.fromkeys(architecture.dropouts, config.dropout),
         **(_their_rotary_fields(config) if config.positions == "rope" else {}),
     }
 
 
 def architecture_of(config) -> tuple[str, Architecture]:
-    """(model_type, tables) of the architecture that a GPTConfig is."""
+    """(model_type, tables) of a GPTConfig's architecture."""
     model_type = "gpt2" if config.positions == "learned" else "starcoder2"
     return model_type, ARCHITECTURES[model_type]
 
 
 def weights_to_theirs(config, weights) -> dict:
-    """Their {name: tensor} of our state dict. A tied head is in neither."""
+    """Their {name: tensor} of our state dict. Neither has a tied head."""
     theirs = {}
     for name, tensor in weights.items():
         names, transposed = _their_names(config, name)
         for their_name, part in zip(names, tensor.split(_rows(config, names, tensor)), strict=True):
-            theirs[their_name] = part.mT.contiguous() if transposed else part
+            theirs[their_name] = (
+                rearrange(part, "outputs inputs -> inputs outputs").contiguous() if transposed else part
+            )
     return theirs
 
 
 def weights_from_theirs(config, weights, names) -> dict:
-    """Our state dict, with these `names`, of their {name: tensor}, which must hold every weight (`tidied`)."""
+    """Our state dict, with these `names`, of their {name: tensor}, which `normalized` made complete."""
     ours = {}
     for name in names:
         their_names, transposed = _their_names(config, name)
-        parts = [weights[their_name].mT if transposed else weights[their_name] for their_name in their_names]
+        parts = [weights[their_name] for their_name in their_names]
+        parts = [rearrange(part, "inputs outputs -> outputs inputs") for part in parts] if transposed else parts
         ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return ours
 
 
-def tidied(config, weights) -> dict:
-    """Their {name: tensor} without what is no weight, under the full names, and without a head that is tied.
+def normalized(config, weights) -> dict:
+    """Their {name: tensor} with full names, weights only, and without a tied head.
 
-    Raises ValueError for a head that is not the embedding it is said to be tied to.
+    Raises ValueError for a tied head that differs from the embedding.
     """
     _, architecture = architecture_of(config)
     weights = {name: tensor for name, tensor in weights.items() if not re.search(architecture.ignored, name)}
@@ -223,7 +223,7 @@ def _their_names(config, name):
 
 
 def _rows(config, names, tensor):
-    """How many rows of our tensor belong to each of their names: all, or those of q, k and v."""
+    """How many rows of our tensor each of their names has: all, or those of q, k and v."""
     kv_size = config.n_kv_head * config.head_dim
     return [len(tensor)] if len(names) == 1 else [config.d_model, kv_size, kv_size]
 
@@ -259,11 +259,11 @@ def _rotary_fields(values):
 
 
 def _their_rotary_fields(config):
-    """The same back, for transformers 5 and 4."""
+    """Their fields of our rope_theta and rope_scaling, for transformers 5 and 4."""
     theta, kind, options = config.rope_theta, "default", {}
     if config.rope_scaling is not None:
         kind, options = config.rope_scaling
-        if kind == "ntk":  # which is another base and nothing else
+        if kind == "ntk":  # only another base
             theta, kind, options = theta * options ** (config.head_dim / (config.head_dim - 2)), "default", {}
         elif kind == "linear":
             options = {"factor": options}

@@ -1,4 +1,4 @@
-"""The step that the sampler takes on a CPU does what the model does, and is taken where it does."""
+"""The steps of the sampler, on a CPU and as a CUDA graph, compute what the model does, and run only where they do."""
 
 import dataclasses
 import itertools
@@ -10,8 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from model import GPT, KVCache, generate
-from model.steps import NextLogits
-from model.token_step import TokenStep, why_not
+from model.decoding import CPUStep, CUDAGraphStep, Decoder, why_not_cpu_step, why_not_cuda_graph
 
 BATCHES = {"one row": [0], "rows of one length": [0, 0, 0], "ragged rows": [0, 3, 11]}  # padding of each row
 
@@ -34,11 +33,11 @@ def cache_after(model, prompt, padding, max_length=48):
 
 @pytest.mark.parametrize("padding", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("name", MIXES)
-def test_its_logits_are_the_models(name, padding):
+def test_logits_of_the_cpu_step_are_the_models(name, padding):
     model = make(name)
     for prompt_length in (12, 30):  # some rows have not filled the window of 9 yet; all have
         tokens = torch.randint(41, (len(padding), 48))
-        step = TokenStep(model, cache_after(model, tokens[:, :prompt_length], padding))
+        step = CPUStep(model, cache_after(model, tokens[:, :prompt_length], padding))
         cache = cache_after(model, tokens[:, :prompt_length], padding)
         for column in range(prompt_length, 48):
             new = tokens[:, column]
@@ -53,14 +52,14 @@ def test_a_step_at_position_4000_takes_the_memory_of_one_at_position_100():
         for part in torch.randint(41, (1, length)).split(100, dim=1):
             model(part, cache=cache)
         cache.fit_single_tokens()
-        step, new = TokenStep(model, cache), torch.tensor([1])
-        places = [x.data_ptr() for x in (*cache.k, *cache.v)]
+        step, new = CPUStep(model, cache), torch.tensor([1])
+        addresses = [x.data_ptr() for x in (*cache.k, *cache.v)]
         step(new)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             step(new)
         events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
         found.append(sum(event.nbytes() for event in events if event.nbytes() > 0))
-        assert places == [x.data_ptr() for x in (*cache.k, *cache.v)]
+        assert addresses == [x.data_ptr() for x in (*cache.k, *cache.v)]
     assert found[0] == found[1] > 0
     rope = model.blocks[0].attn.rope
     size = len(rope.tables[new.device][0])
@@ -69,13 +68,13 @@ def test_a_step_at_position_4000_takes_the_memory_of_one_at_position_100():
     assert len(rope.tables[new.device][0]) == size < cache.columns  # no table grows with the text
 
 
-def test_the_sampler_takes_it_on_a_cpu_also_past_a_cache_that_had_to_grow():
-    steps = NextLogits(make("pattern"), torch.randint(41, (2, 5)), torch.zeros(2, dtype=torch.int32), 200, 128)
-    new, taken = steps.first().argmax(-1), set()
+def test_the_sampler_takes_the_cpu_step_and_still_does_after_the_cache_has_grown():
+    decoder = Decoder(make("pattern"), torch.randint(41, (2, 5)), torch.zeros(2, dtype=torch.int32), 200, 128)
+    new, taken = decoder.prefill().argmax(-1), set()
     for _ in range(150):  # the layer that sees everything starts with room for 64
-        new = steps.after(new).argmax(-1)
-        taken.add(type(steps.step))
-    assert taken == {TokenStep}
+        new = decoder.decode(new).argmax(-1)
+        taken.add(type(decoder.step))
+    assert taken == {CPUStep}
 
 
 def changed(how):
@@ -102,14 +101,14 @@ def changed(how):
         ("a hook", "blocks.1 has a hook"),
         ("a replaced forward", "blocks.0.mlp has a hook"),
         ("bfloat16", "16 bits"),
-        ("reference", "another backend"),
-        ("plain", "another backend"),
+        ("reference", "the backend has no such step"),
+        ("plain", "the backend has no such step"),
         ("nothing", None),
     ],
 )
-def test_a_model_that_does_more_than_its_weights_say_runs_itself(how, reason):
+def test_a_model_that_does_more_than_its_weights_say_gets_no_cpu_step(how, reason):
     model = changed(how)
-    found = why_not(model, KVCache(model.config, 1))
+    found = why_not_cpu_step(model, KVCache(model.config, 1))
     assert found is reason is None or reason in found
 
 
@@ -124,7 +123,7 @@ def test_angles_of_a_position_are_a_row_of_the_tables(scaling):
         torch.testing.assert_close(found, table[4999], atol=1e-6, rtol=0)
 
 
-def test_weights_that_are_changed_in_place_are_seen_at_the_next_token():
+def test_weights_changed_in_place_count_at_the_next_token():
     model = make()
     prompt = torch.randint(41, (1, 5))
     iterator = generate(model, prompt, 20, greedy=True)
@@ -138,7 +137,7 @@ def test_weights_that_are_changed_in_place_are_seen_at_the_next_token():
     assert next(iterator).tolist() == [7]
 
 
-def test_tokens_may_be_trained_on():
+def test_generated_tokens_can_be_used_in_training():
     """They come out of inference mode: a tensor made within it could not be saved for a backward pass."""
     model = GPT(MIXES["rope-window-gqa"])
     new = torch.stack(list(generate(model, torch.randint(41, (2, 3)), 20, seed=0)), dim=1)
@@ -148,7 +147,7 @@ def test_tokens_may_be_trained_on():
 
 
 @pytest.mark.parametrize("how", ["nothing", "a hook"])
-def test_compiled_steps_write_the_same(how, monkeypatch):
+def test_compiled_steps_give_the_same_tokens(how, monkeypatch):
     compiled = []
 
     def compile_eagerly(function):
@@ -162,3 +161,51 @@ def test_compiled_steps_write_the_same(how, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     assert list(generate(model, prompt, 12, greedy=True, compile=True)) == expected
     assert len(compiled) == 1 and isinstance(compiled[0], GPT) == (how == "a hook")
+
+
+def test_without_a_cuda_device_there_is_no_graph():
+    model = GPT(MIXES["rope"])
+    assert why_not_cuda_graph(model, KVCache(model.config, 1)) == "the model is not on a CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", [[0], [0, 3, 11]], ids=["one row", "ragged rows"])
+@pytest.mark.parametrize("name", ["rope-window-gqa", "pattern", "learned window"])
+@torch.no_grad()
+def test_a_replayed_graph_gives_the_logits_of_the_model(name, padding):
+    """Past the window of 9, and with rotary positions past the table of angles, which starts with 48 and doubles."""
+    config = MIXES[name]
+    model = lively(GPT(config)).eval().cuda()
+    last = 48 if config.positions == "learned" else 120
+    tokens = torch.randint(41, (len(padding), last), device="cuda")
+    caches = [
+        KVCache(config, len(padding), max_new_tokens_per_call=12, max_length=last, padding=padding, device="cuda")
+        for _ in range(2)
+    ]
+    for cache in caches:
+        model(tokens[:, :12], cache=cache)
+        cache.fit_single_tokens()
+    assert why_not_cuda_graph(model, caches[0]) is None
+    step, graphs = CUDAGraphStep(model, caches[0]), []
+    for column in range(12, last):
+        expected = model(tokens[:, column : column + 1], cache=caches[1])[0][:, -1]
+        torch.testing.assert_close(step(tokens[:, column]), expected, atol=1e-4, rtol=1e-4)
+        if step.graph not in graphs:
+            graphs.append(step.graph)
+        assert torch.equal(caches[0].lengths, caches[1].lengths) and caches[0].columns == caches[1].columns
+    for ours, theirs in zip(caches[0].k + caches[0].v, caches[1].k + caches[1].v, strict=True):
+        written = theirs.isfinite()
+        torch.testing.assert_close(ours[written], theirs[written], atol=1e-4, rtol=1e-4)
+    assert len(graphs) == (1 if config.positions == "learned" else 3)  # again only when the tables have grown
+
+
+@pytest.mark.gpu
+def test_the_sampler_takes_the_graph_and_gives_the_tokens_of_a_model_with_a_hook():
+    model = lively(GPT(MIXES["rope-window-gqa"])).eval().cuda()
+    prompt = torch.randint(41, (2, 20), device="cuda")
+    decoder = Decoder(model, prompt, torch.zeros(2, dtype=torch.int32, device="cuda"), 5, 128)
+    decoder.decode(decoder.prefill().argmax(-1))
+    assert isinstance(decoder.step, CUDAGraphStep)
+    captured = torch.stack(list(generate(model, prompt, 100, greedy=True)), dim=1)
+    model.register_forward_hook(lambda module, arguments, out: None)
+    assert torch.equal(torch.stack(list(generate(model, prompt, 100, greedy=True)), dim=1), captured)

@@ -1,0 +1,63 @@
+"""Convert GPT-2 and StarCoder2 models between transformers and this package, without transformers.
+
+python -m model.huggingface import DOWNLOADED OURS     # then: model.sample, train.evaluate, train --init-from
+python -m model.huggingface export runs/mine THEIRS    # AutoModelForCausalLM and AutoTokenizer load it
+"""
+
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from ..checkpoint import from_pretrained, resolve_checkpoint, save_pretrained
+from ..command import Parser
+from ..tokenizer import FILE as TOKENIZER
+from . import export_pretrained, import_pretrained
+
+
+def main(arguments=None) -> int:
+    """Run the command and return its exit status: 0, or 2 for wrong input."""
+    parser = Parser(
+        prog="python -m model.huggingface",
+        description="Convert GPT-2 and StarCoder2 models between transformers and this package; local directories.",
+    )
+    parser.add_argument(
+        "direction", choices=("import", "export"), help="import: theirs to ours; export: ours to theirs"
+    )
+    parser.add_argument("source", metavar="SRC", help="directory to read; export also takes a run: best, else last")
+    parser.add_argument("destination", metavar="DST", help="directory to write; it must not exist, or be empty")
+    options = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lines = _convert(options.direction, Path(options.source), Path(options.destination))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for warning in caught:
+        print(f"{parser.prog}: {warning.message}", file=sys.stderr)
+    print("\n".join(lines))
+    return 0
+
+
+def _convert(direction, source, destination):
+    """Convert; returns lines about the result and how to use it."""
+    if destination.is_dir() and any(destination.iterdir()):
+        raise FileExistsError(f"{destination} is not empty: choose another directory, or remove it")
+    if direction == "import":
+        model, tokenizer = import_pretrained(source)
+        save_pretrained(model, destination, tokenizer)
+        path = shlex.quote(str(destination))
+        uses = [f"python -m model.sample --checkpoint {path}", f"python -m train --fused-kernels --init-from {path}"]
+    else:
+        model, tokenizer = from_pretrained(resolve_checkpoint(source))
+        export_pretrained(model, destination, tokenizer)
+        uses = [f"AutoModelForCausalLM.from_pretrained({str(destination)!r})"]
+        uses += [] if tokenizer is None else [f"AutoTokenizer.from_pretrained({str(destination)!r})"]
+    if tokenizer is None:
+        warnings.warn(f"{source} has no {TOKENIZER}: {destination} has none either", stacklevel=2)
+    about = "no tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens"
+    return [f"{destination}: {model.config.architecture}, {model.num_parameters():,} parameters, {about}", *uses]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
