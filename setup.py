@@ -10,7 +10,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=["kernels", "model", "train", "train.study"],
+    packages=["kernels", "model", "train"],
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -1,20 +1,25 @@
-"""`python -m train.compare`: what is compared, what is measured, what is concluded, and how the command behaves."""
+"""`python benchmarks/architecture_study`: what it compares, measures and concludes, and how the command behaves."""
 
 import csv
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import harness
 import pytest
 import torch
+from architecture_study import __main__ as command
+from architecture_study import plan, plots, results, speed, tables, training
+from architecture_study.__main__ import Study, main
+from architecture_study.plan import Settings
+from architecture_study.results import Store
 
 from model import GPT, GPTConfig, generate
-from train import compare
-from train.compare import CompareConfig, Study, main
 from train.data import TokenDataset, load_data
-from train.study import claims, copying, plan, results, speed, training, uncertainty
-from train.study.store import Store
 
 TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 40
 TINY = {
@@ -45,9 +50,9 @@ def finished(text, tmp_path_factory):
     return out
 
 
-def settings_and_design(**changes):
-    config = CompareConfig(device="cpu", **changes)
-    return config.settings(), config.design()
+def finished_losses(directory, run, seeds=2):
+    files = [directory / "runs" / f"{run._replace(seed=seed).name}.json" for seed in range(seeds)]
+    return [json.loads(file.read_text())["measured"]["loss"] for file in files]
 
 
 def document(directory):
@@ -57,24 +62,22 @@ def document(directory):
 # What is compared
 
 
-def test_a_model_that_both_readings_ask_for_is_one_run():
-    settings, design = settings_and_design()
-    runs = plan.all_runs(settings, design, vocab_size=76)
+def test_a_model_that_has_both_sizes_is_one_run():
+    settings = Settings(device="cpu")
+    runs = plan.all_runs(settings, vocab_size=76)
     assert len(runs) == len(set(runs)) == len({run.name for run in runs})
     for context in (25, 256):
-        compared = plan.compared(settings, design, 76, context)
+        compared = plan.compared(settings, 76, context)
         assert compared["equal width", "original"] == compared["equal parameters", "original"]
         assert all(run._replace(seed=seed) in runs for run in compared.values() for seed in range(3))
 
 
 @pytest.mark.parametrize("context", [25, 256])
 def test_equal_parameters_are_nearly_equal_and_equal_widths_are_not(context):
-    settings, design = settings_and_design()
+    settings = Settings(device="cpu")
     counts = {
-        (reading, name): plan.count_parameters(
-            plan.model_config(name, settings, vocab_size=76, context=context, window=run.window, width=run.width)
-        )
-        for (reading, name), run in plan.compared(settings, design, 76, context).items()
+        place: plan.count_parameters(plan.model_config(run, settings, 76))
+        for place, run in plan.compared(settings, 76, context).items()
     }
     wanted = counts["equal width", "original"]
     for name in plan.NAMES:
@@ -83,16 +86,16 @@ def test_equal_parameters_are_nearly_equal_and_equal_widths_are_not(context):
 
 
 def test_parameters_are_counted_as_a_model_has_them():
-    settings, _ = settings_and_design()
-    config = plan.model_config("multi-query", settings, vocab_size=76, context=25, window=10, width=68)
+    run = plan.Run("multi-query", 25, 10, 68, 4e-3, 0)
+    config = plan.model_config(run, Settings(device="cpu"), vocab_size=76)
     assert plan.count_parameters(config) == GPT(config).num_parameters()
     assert config.n_kv_head == 1 and config.head_dim == 17 and config.rotated == 16
 
 
 def test_windows_are_fractions_of_the_context():
-    settings, design = settings_and_design()
-    assert [run.window for run in plan.windows(settings, design, 25)] == [2, 5, 10, 25]
-    assert [run.window for run in plan.windows(settings, design, 256)] == [26, 51, 102, 256]
+    settings = Settings(device="cpu")
+    assert [run.window for run in plan.windows(settings, 25)] == [2, 5, 10, 25]
+    assert [run.window for run in plan.windows(settings, 256)] == [26, 51, 102, 256]
 
 
 # What is measured
@@ -100,14 +103,12 @@ def test_windows_are_fractions_of_the_context():
 
 def test_a_run_gives_the_same_figures_every_time_and_others_with_another_seed(text):
     sizes = {name.replace("-", "_"): value for name, value in TINY.items()}
-    study = Study(CompareConfig(data=text, device="cpu", quick=True, out="never-written", **sizes), command="")
+    study = Study(Settings(data=text, device="cpu", quick=True, out="never-written", **sizes))
     run = study.runs[3]
     first, second = (training.train_and_measure(run, study.settings, study.data) for _ in range(2))
     assert first == second
     other = training.train_and_measure(run._replace(seed=1), study.settings, study.data)
     assert other["loss"] != first["loss"] and other["curve"] != first["curve"]
-    assert first["perplexity"] == pytest.approx(math.exp(first["loss"]))
-    assert first["bits_per_character"] == pytest.approx(first["loss"] / math.log(2))
     assert len(first["sample"]) == training.SAMPLE_CHARACTERS
 
 
@@ -153,7 +154,7 @@ def test_contestants_take_turns_and_every_round_has_another_order():
     times = speed.take_turns(contestants, 5, "test")
     rounds = [called[i : i + 4] for i in range(0, 20, 4)]
     assert all(sorted(names) == list("abcd") for names in rounds) and len(set(map(tuple, rounds))) > 1
-    assert times["a"] == {"median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "count": 5}
+    assert times["a"] == {"median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "calls": 5}
 
 
 def test_a_cache_grows_with_the_text_only_without_a_window():
@@ -167,109 +168,173 @@ def test_a_cache_grows_with_the_text_only_without_a_window():
 # What a window cannot do
 
 
-@pytest.mark.parametrize("kind", copying.DISTANCES)
-@pytest.mark.parametrize("architecture", copying.ARCHITECTURES)
+@pytest.mark.parametrize("kind", training.DISTANCES)
+@pytest.mark.parametrize("architecture", training.COPY_ARCHITECTURES)
 def test_the_letter_reaches_the_answer_unless_it_is_out_of_the_windows_reach(architecture, kind):
-    distance = copying.DISTANCES[kind]
-    model = GPT(copying.model_config(architecture, distance), seed=0).eval()
-    texts = torch.stack([copying.CopyingTexts(1, distance, seed=0).x[0]] * copying.LETTERS)
-    texts[:, 0] = torch.arange(copying.LETTERS)
+    run = training.CopyRun(architecture, training.DISTANCES[kind], steps=0)
+    model = training.copy_model(run, Settings(device="cpu")).eval()
+    texts = torch.stack([training.CopyingTexts(1, run.distance, seed=0).x[0]] * training.LETTERS)
+    texts[:, 0] = torch.arange(training.LETTERS)
     with torch.no_grad():
         answers = model(texts)[0][:, -1]
     same = bool((answers == answers[0]).all())
     assert same == (architecture == plan.MODIFIED and kind == "out of reach")
 
 
-@pytest.mark.parametrize("architecture", copying.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", training.COPY_ARCHITECTURES)
 def test_within_a_window_every_architecture_learns_to_copy(architecture):
-    settings, _ = settings_and_design()
-    run = copying.CopyRun(architecture, distance=3, seed=0)
-    assert copying.copy_and_measure(run, settings, steps=120)["accuracy"] > 0.95
+    run = training.CopyRun(architecture, distance=3, steps=120)
+    assert training.copy_and_measure(run, Settings(device="cpu"))["accuracy"] > 0.95
 
 
 # What is concluded
 
 
 def test_an_interval_over_three_seeds_is_students():
-    found = uncertainty.difference([2.0, 2.1, 2.3], [1.9, 2.1, 2.1])
+    found = results.difference([2.0, 2.1, 2.3], [1.9, 2.1, 2.1])
     assert found.mean == pytest.approx(0.1) and found.standard_error == pytest.approx(0.1 / math.sqrt(3))
     assert found.margin == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3) and found.sign == 0
-    assert uncertainty.difference([1.0, 1.1, 1.2], [2.0, 2.1, 2.21]).sign == -1
-    assert uncertainty.estimate([2.0]).sign == 0  # one seed proves nothing
-    assert uncertainty.estimate([2.0]).as_dict() == {
-        "mean": 2.0, "standard_error": None, "margin": None, "sign": 0, "seeds": 1
-    }  # fmt: skip
+    assert results.difference([1.0, 1.1, 1.2], [2.0, 2.1, 2.21]).sign == -1
+    assert results.difference([2.0, 2.1, 2.21], [1.0, 1.1, 1.2]).sign == 1
+    one = results.estimate([2.0])
+    assert one == (2.0, None, math.inf) and one.sign == 0  # one seed proves nothing
+    assert json.loads(json.dumps(one.standard_error)) is None
 
 
 @pytest.mark.parametrize(
-    ("signs", "verdict"),
+    ("ours", "cell"),
     [
-        ({"a": 1, "b": 1}, "holds"),
-        ({"a": -1}, "does not hold"),
-        ({"a": 0, "b": 0}, "cannot be told"),
-        ({"a": 1, "b": -1}, "depends: a yes, b no"),
-        ({"a": 1, "b": 0}, "depends: a yes, b not told apart"),
+        ([1.0, 1.1, 1.21], "**-0.997 ± 0.014**"),
+        ([3.0, 3.1, 3.21], "**+1.003 ± 0.014**"),
+        ([2.1, 2.0, 2.3], "+0.033 ± 0.287"),
     ],
 )
-def test_a_verdict_is_as_clear_as_what_was_found(signs, verdict):
-    assert claims.verdict(signs) == verdict
+def test_a_difference_is_bold_only_where_its_interval_leaves_0_out(ours, cell):
+    assert tables.compared(ours, [2.0, 2.1, 2.2]) == cell
+    assert tables.compared(ours[:1], [2.0]).endswith("(one seed)")
 
 
 def test_a_time_is_shorter_only_where_the_spreads_do_not_overlap():
     quick, slow, vague = ({"p20_ms": a, "p80_ms": b} for a, b in ((1.0, 1.2), (1.3, 1.5), (1.1, 1.4)))
-    assert claims.faster(quick, slow) == 1 and claims.faster(slow, quick) == -1 and claims.faster(quick, vague) == 0
+    assert [tables.shorter(*pair) for pair in ((quick, slow), (slow, quick), (quick, vague))] == [1, -1, 0]
+
+
+def test_a_sampling_time_is_bold_only_where_it_is_shorter_than_the_originals(finished):
+    changed = document(finished)
+    times = {
+        "original": (1.3, 1.4, 1.5),
+        "rope": (1.0, 1.1, 1.2),
+        "rope-window": (1.1, 1.2, 1.4),
+        plan.MODIFIED: (2, 3, 4),
+    }
+    for row in changed["models"]:
+        for time in row.get("token_ms", {}).get("cached", {}).values():
+            time["p20_ms"], time["median_ms"], time["p80_ms"] = times.get(row["architecture"], (1, 1, 1))
+    cells = {row[1]: row[2] for row in tables.sampling(changed, [8])["rows"]}
+    assert [cells[name].startswith("**") for name in times] == [False, True, False, False]
 
 
 def test_a_curve_is_read_between_its_points():
-    curve = [{"seconds": s, "loss": {"mean": loss}} for s, loss in ((0, 4.0), (10, 2.0), (20, 1.0))]
-    assert [claims.loss_at(curve, s) for s in (0, 5, 12, 99)] == pytest.approx([4.0, 3.0, 1.8, 1.0])
+    curve = [(0, 4.0), (10, 2.0), (20, 1.0)]
+    assert [tables.loss_at(curve, s) for s in (0, 5, 12, 99)] == pytest.approx([4.0, 3.0, 1.8, 1.0])
 
 
-@pytest.mark.parametrize(("worse", "verdict"), [(-0.1, "holds"), (0.1, "does not hold")])
-def test_the_first_claim_is_judged_by_the_losses(finished, worse, verdict):
+def test_the_loss_after_the_same_time_is_that_of_the_curve_when_the_original_ends(finished):
     changed = document(finished)
     for row in changed["models"]:
-        if row["architecture"] == plan.MODIFIED:
-            losses = [loss + worse for loss in (2.0, 2.1)]
-            row["minus_original"] = uncertainty.difference(losses, [2.0, 2.1]).as_dict()
-    assert claims.better_loss(changed, 8)["verdict"] == verdict
+        slow = 1 if row["architecture"] == "original" else 2
+        row["step_ms"] = {path: {"median_ms": slow, "p20_ms": slow, "p80_ms": slow} for path in row["step_ms"]}
+        row["curve"] = [[0, 4.0, 0.0], [row["tokens"], 3.0 if slow == 1 else 2.0, 0.0]]
+        row["losses"] = [3.0, 3.1] if slow == 1 else [2.0, 2.1]
+    for row in tables.steps(changed)["rows"]:
+        # half of the curve from 4 to 2: equal to the original's
+        assert row[-1] == "3.000"
+    assert tables.steps(changed)["rows"][0][-2] == f"{TINY['tokens-per-step'] * 1000:,}"
 
 
-@pytest.mark.parametrize(("whole", "remarks"), [(2.3, 0), (2.5, 1)])
-def test_a_model_that_does_not_look_back_yet_is_remarked_on(whole, remarks):
-    bins = [{"first": 2, "last": 2, "loss": {"mean": 2.4}}, {"first": 3, "last": 8, "loss": {"mean": whole}}]
-    found = claims.not_looking_back({"architecture": "original", "loss_by_position": bins}, context=8)
-    assert len(found) == remarks and all("has not begun to look back" in remark for remark in found)
+@pytest.mark.parametrize("worse", [-0.1, 0.1])
+def test_the_ranking_is_by_the_losses(finished, worse):
+    changed = document(finished)
+    for row in changed["models"]:
+        better = row["architecture"] == plan.MODIFIED
+        row["losses"] = [2.0 + worse * better, 2.1 + worse * better * 1.001]
+    for size in plan.SIZES:
+        rows = tables.ranking(changed, 8, size)["rows"]
+        place = 0 if worse < 0 else -1
+        assert rows[place][0] == plan.MODIFIED and rows[place][-1].startswith(f"**{worse:+.3f}")
+
+
+def test_the_loss_after_two_characters_stands_beside_that_of_the_whole_context(finished):
+    """A model that predicts no better from its whole context has not learned to look back."""
+    for row in document(finished)["models"]:
+        if plan.EQUAL_WIDTH in row["sizes"]:
+            table = tables.positions(document(finished), 8)
+            cells = dict(
+                zip(table["columns"], next(c for c in table["rows"] if c[0] == row["architecture"]), strict=True)
+            )
+            losses = {last: loss for _, last, loss, _ in row["positions"]}
+            assert cells["2"].startswith(f"{losses[2]:.3f}") and cells["5 to 8"].startswith(f"{losses[8]:.3f}")
 
 
 # The command
 
 
+def test_it_runs_as_a_folder_from_any_directory(tmp_path):
+    folder = harness.ROOT / "benchmarks" / "architecture_study"
+    done = subprocess.run([sys.executable, folder, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--only-tables" in done.stdout, done.stderr
+
+
 def test_a_study_leaves_a_page_with_its_tables_and_plots(finished):
     page = (finished / "architecture-study.md").read_text()
     linked = re.findall(r"\]\((architecture-study/[^)]+)\)", page)
-    assert len([name for name in linked if name.endswith(".png")]) == 5 and len(linked) == 7
-    assert all((finished / name).stat().st_size > 0 for name in linked)
-    for claim in document(finished)["claims"]:
-        assert f"| {claim['claim']} | **{claim['verdict']}** | {claim['found']} |" in page
+    assert len(linked) == len(plots.PLOTS) == 5
+    assert all((finished / name).read_bytes().startswith(b"\x89PNG") for name in linked)
+    for table in (table for some in tables.all_tables(document(finished)).values() for table in some):
+        assert tables.markdown(table) in page and all(len(row) == len(table["columns"]) for row in table["rows"])
     assert "no positions left" in page and "recomputed" in page
     with open(finished / "architecture-study" / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(plan.NAMES) * len(plan.READINGS)
-    assert all(float(row["loss_standard_error"]) >= 0 and row["seeds"] == "2" for row in rows)
+    assert len(rows) == len(plan.NAMES) * len(plan.SIZES)
+    for row in rows:
+        loss = float(row["loss"])
+        assert float(row["loss_standard_error"]) >= 0 and row["seeds"] == "2"
+        assert float(row["perplexity"]) == pytest.approx(math.exp(loss), rel=1e-5)
+        assert float(row["bits_per_character"]) == pytest.approx(loss / math.log(2), rel=1e-5)
 
 
 def test_the_figures_are_those_of_the_runs(finished):
-    for row in document(finished)["models"]:
+    found = document(finished)
+    for row in found["models"]:
         run = plan.Run(row["architecture"], 8, row["window"], row["width"], 4e-3, 0)
-        losses = []
-        for seed in range(2):
-            kept = json.loads((finished / "runs" / f"{run._replace(seed=seed).name}.json").read_text())
-            losses.append(kept["measured"]["loss"])
-        assert row["loss_by_seed"] == losses and row["loss"]["mean"] == pytest.approx(sum(losses) / 2)
-        step = row["step_ms"][row["path"]]["median_ms"]
-        assert row["seconds"] == pytest.approx(TINY["steps"] * step / 1e3)
-        assert row["curve"][-1]["seconds"] == pytest.approx(row["seconds"])
+        assert row["losses"] == finished_losses(finished, run)
+        step = min(time["median_ms"] for time in row["step_ms"].values())
+        assert tables.seconds_at(found, row, row["tokens"]) == pytest.approx(TINY["steps"] * step / 1e3)
+        assert row["curve"][-1][0] == row["tokens"]
+
+
+def test_sentences_on_a_page_stay_and_unknown_parts_are_refused(finished, text, tmp_path, capsys):
+    for name in ("architecture-study", "runs"):
+        shutil.copytree(finished / name, tmp_path / name)
+    page = tmp_path / "architecture-study.md"
+    page.write_text("# Title\n\nA sentence.\n\n<!-- changes -->\nold\n<!-- end -->\n\nAnother.\n")
+    only_tables = [*SMALL, "--only-tables", "--docs", str(tmp_path)]
+    assert main(only_tables) == 0
+    written = page.read_text()
+    assert "A sentence." in written and "Another." in written and "old" not in written and "+ window" in written
+    page.write_text("<!-- charts -->\n<!-- end -->\n")
+    capsys.readouterr()
+    assert main(only_tables) == 1
+    assert "the page has a part 'charts', wanted some of: ranking, changes" in capsys.readouterr().err
+
+
+def test_the_published_page_is_what_the_command_writes_from_its_results(tmp_path):
+    docs = harness.ROOT / "docs"
+    shutil.copytree(docs / "architecture-study", tmp_path / "architecture-study")
+    shutil.copy(docs / "architecture-study.md", tmp_path)
+    assert main(["--device", "cpu", "--only-tables", "--docs", str(tmp_path)]) == 0
+    for name in ("architecture-study.md", "architecture-study/compare.csv"):
+        assert (tmp_path / name).read_text() == (docs / name).read_text()
 
 
 def forbid(monkeypatch, *names):
@@ -277,33 +342,39 @@ def forbid(monkeypatch, *names):
         raise AssertionError("measured what was there")
 
     for name in names:
-        monkeypatch.setattr(compare, name, forbidden)
+        monkeypatch.setattr(command, name, forbidden)
 
 
 def test_a_second_start_measures_nothing_and_writes_the_same_page(finished, text, tmp_path, monkeypatch, capsys):
     forbid(monkeypatch, "train_and_measure", "copy_and_measure", "measure_speed")
-    command = [*SMALL, "--data", text, "--out", str(finished)]
+    arguments = [*SMALL, "--data", text, "--out", str(finished), "--docs", str(tmp_path)]
     pages = []
-    for more in ([], ["--page-only"]):
-        assert main([*command, "--docs", str(tmp_path), *more]) == 0
+    for more in ([], ["--only-tables"]):
+        assert main([*arguments, *more]) == 0
         pages.append((tmp_path / "architecture-study.md").read_text())
     assert pages[0] == pages[1]
-    assert (tmp_path / "architecture-study" / "compare.json").exists()
-    assert "It costs little size: HOLDS" in capsys.readouterr().out
+    assert document(tmp_path) == document(finished)
+    assert "Context 8, equal width" in capsys.readouterr().out
+
+
+def test_only_tables_needs_neither_the_runs_nor_the_text(finished, tmp_path):
+    shutil.copytree(finished / "architecture-study", tmp_path / "architecture-study")
+    assert main([*SMALL, "--data", "no-such-text", "--out", str(tmp_path), "--only-tables"]) == 0
+    assert (tmp_path / "architecture-study.md").read_text() == (finished / "architecture-study.md").read_text()
 
 
 def test_retime_measures_the_times_and_nothing_else(finished, text, tmp_path, monkeypatch):
     forbid(monkeypatch, "train_and_measure", "copy_and_measure")
     before = json.loads((finished / "runs" / "speed.json").read_text())["measured"]
     taken = []
-    monkeypatch.setattr(compare, "measure_speed", lambda *arguments: taken.append(arguments) or before)
+    monkeypatch.setattr(command, "measure_speed", lambda *arguments: taken.append(arguments) or before)
     assert main([*SMALL, "--data", text, "--out", str(finished), "--docs", str(tmp_path), "--retime"]) == 0
     assert len(taken) == 1
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped(finished, text, tmp_path, monkeypatch):
-    command = [*SMALL, "--data", text, "--out", str(tmp_path)]
-    train, trained = compare.train_and_measure, []
+    arguments = [*SMALL, "--data", text, "--out", str(tmp_path)]
+    train, trained = command.train_and_measure, []
 
     def interrupt(run, settings, data):
         if len(trained) == 3:
@@ -311,19 +382,19 @@ def test_an_interrupted_study_goes_on_where_it_stopped(finished, text, tmp_path,
         trained.append(run)
         return train(run, settings, data)
 
-    monkeypatch.setattr(compare, "train_and_measure", interrupt)
+    monkeypatch.setattr(command, "train_and_measure", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        main(command)
+        main(arguments)
     assert {path.stem for path in (tmp_path / "runs").iterdir()} == {run.name for run in trained}
-    study = Study(CompareConfig(**flags_of(command)), "")
+    study = Study(Settings(**flags_of(arguments)))
     assert trained[0] not in study.missing and len(study.missing) == len(study.runs) - 3
     name = trained[1].name
     assert Store(tmp_path, study.store.about).read(name) == Store(finished, study.store.about).read(name)
 
 
-def flags_of(command):
-    """The fields of CompareConfig that a command states."""
-    pairs = zip(command[1::2], command[2::2], strict=True)  # after --quick
+def flags_of(arguments):
+    """The fields of Settings that a command line states."""
+    pairs = zip(arguments[1::2], arguments[2::2], strict=True)  # after --quick
     return {"quick": True} | {
         name[2:].replace("-", "_"): int(value) if value.isdigit() else value for name, value in pairs
     }
@@ -342,8 +413,8 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_these(finished
     [
         (["--steps", "0"], "steps is 0, wanted at least 1"),
         (["--window-fraction", "1.5"], "window_fraction is 1.5, wanted more than 0 and at most 1"),
-        (["--retime", "--page-only"], "retime and page_only are both given"),
-        (["--page-only"], "lacks 21 of 21 runs or the times: leave out --page-only"),
+        (["--retime", "--only-tables"], "retime and only_tables are both given"),
+        (["--only-tables"], "compare.json is missing: leave out --only-tables to measure first"),
         (["--context-size", "1"], "context_size is 1, wanted at least 2"),
         (["--context-size", "500"], "context 500 needs 2,001: give a longer text or a smaller --context-size"),
         (["--n-head", "3"], "n_head=3 does not divide d_model=16"),
