@@ -22,9 +22,9 @@ if not __package__:  # run as a folder, which Python puts first on the path: its
 
 import harness  # it puts the root of the repository on the path
 import torch
-from architecture_study.plan import EQUAL_WIDTH, Settings, all_runs, compared
+from architecture_study.plan import Settings, all_runs, compared
 from architecture_study.plots import PLOTS, draw_all
-from architecture_study.results import Store, as_json, make_document, of_run
+from architecture_study.results import Store, as_json, make_document
 from architecture_study.speed import measure_speed
 from architecture_study.tables import all_tables, csv_rows, empty_page, fill, markdown
 from architecture_study.training import LONGEST, CopyRun, copy_and_measure, copying_runs, train_and_measure
@@ -98,12 +98,10 @@ class Study:
             self.store.write(run.name, measured)
             left = (time.perf_counter() - started) / count * (len(self.missing) - count) / 60
             print(f"[{finished + count}/{total}] {run.name}: {figure}, {left:.0f} min left", flush=True)
-        both_sizes = [compared(settings, self.vocab_size, context) for context in settings.contexts]
-        training = list(dict.fromkeys(run for runs in both_sizes for run in runs.values()))
-        sampling = [run for runs in both_sizes for (size, _), run in runs.items() if size == EQUAL_WIDTH]
-        speed = self.store.read("speed")
-        if settings.retime or speed is None or not all(of_run(speed["training"], run) for run in training):
-            self.store.write("speed", measure_speed(training, sampling, settings, self.data))
+        speed = self.store.read("speed") or {"training": {}}
+        models = [run for c in settings.contexts for run in compared(settings, self.vocab_size, c).values()]
+        if settings.retime or any(run.name not in speed["training"] for run in models):
+            self.store.write("speed", measure_speed(list(dict.fromkeys(models)), settings, self.data))
 
 
 def publish(document: dict, directory: Path) -> None:

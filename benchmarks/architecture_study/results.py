@@ -22,7 +22,6 @@ from model import KVCache
 from model.files import replacing
 
 from .plan import EQUAL_WIDTH, Run, Settings, compared, model_config, rates, windows
-from .speed import model_of
 from .training import copying_runs
 
 CACHE_POSITIONS = (100, 4000)
@@ -142,16 +141,14 @@ def model_row(run: Run, sizes: list[str], seeds: list[dict], speed: dict, settin
         "cache_bytes": {str(position): cache_bytes(config, position) for position in CACHE_POSITIONS},
         "tokens": settings.steps * first["tokens_per_step"],
         "losses": [measured["loss"] for measured in seeds],
-        "step_ms": {step["path"]: milliseconds(step) for step in of_run(speed["training"], run)},
+        "step_ms": speed["training"][run.name],
         "curve": over_seeds(seeds, "curve"),
     }
     for point in row["curve"]:
         point[0] *= first["tokens_per_step"]
     if EQUAL_WIDTH in sizes:
         row["positions"] = over_seeds(seeds, "loss_by_position")
-        row["token_ms"] = {}
-        for token in of_run(speed["sampling"], run):
-            row["token_ms"].setdefault(token["sampler"], {})[str(token["position"])] = milliseconds(token)
+        row["token_ms"] = speed["sampling"][run.name]
         row["sample"] = first["sample"]
     return row
 
@@ -165,21 +162,11 @@ def over_seeds(seeds: list[dict], name: str) -> list[list]:
     return points
 
 
-def milliseconds(time: dict) -> dict:
-    """The median and the 20th and 80th percentile of a time."""
-    return {name: round(time[name], 4) for name in ("median_ms", "p20_ms", "p80_ms")}
-
-
 def cache_bytes(config, position: int) -> int:
     """Bytes of the cache after `position` tokens."""
     if config.positions == "learned":
         position = min(position, config.context_length)
     return KVCache(config, 1, max_length=position, device=torch.device("meta")).num_bytes
-
-
-def of_run(rows: list[dict], run: Run) -> list[dict]:
-    """The rows of times that are of a run's model."""
-    return [row for row in rows if model_of(run).items() <= row.items()]
 
 
 def as_json(document: dict) -> str:

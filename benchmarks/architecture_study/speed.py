@@ -26,18 +26,18 @@ PATHS = {"fused": True, "plain": False}  # our kernels, and plain PyTorch (pytho
 UNTIMED_STEPS = 3
 
 
-def measure_speed(training: list[Run], sampling: list[Run], settings: Settings, data: TextData) -> dict:
-    """Times of a step of the models `training` on both paths and of a token of the models `sampling`; JSON values."""
+def measure_speed(runs: list[Run], settings: Settings, data: TextData) -> dict:
+    """Times of a training step of every model and of a token of those at equal width; JSON values."""
     return {
         "machine": harness.machine(settings.device),
-        "training": time_steps(training, settings, data),
-        "sampling": time_tokens(sampling, settings, data.tokenizer.vocab_size),
+        "training": time_steps(runs, settings, data),
+        "sampling": time_tokens(runs, settings, data.tokenizer.vocab_size),
         "load_after": round(os.getloadavg()[0], 1),
     }
 
 
-def time_steps(runs: list[Run], settings: Settings, data: TextData) -> list[dict]:
-    """One row for each model and path: milliseconds of a step of the trainer."""
+def time_steps(runs: list[Run], settings: Settings, data: TextData) -> dict:
+    """{name of a run: {path: time of a step of the trainer}}."""
 
     def turn(run, path):
         """Seconds of each of a few steps of a new model."""
@@ -49,14 +49,15 @@ def time_steps(runs: list[Run], settings: Settings, data: TextData) -> list[dict
 
     contestants = {(run, path): partial(turn, run, path) for run in runs for path in PATHS}
     times = take_turns(contestants, settings.effort("step_rounds"), "training steps")
-    return [{**model_of(run), "path": path, **time} for (run, path), time in times.items()]
+    return {run.name: {path: times[run, path] for path in PATHS} for run in runs}
 
 
-def time_tokens(runs: list[Run], settings: Settings, vocab_size: int) -> list[dict]:
-    """One row for each model, sampler and position: milliseconds of a token after so many.
+def time_tokens(runs: list[Run], settings: Settings, vocab_size: int) -> dict:
+    """{name of a run: {sampler: {position: time of the next token}}}, at equal width.
 
     The samplers are `generate` with its cache ("cached") and, for the original only, the original's own.
     """
+    runs = [run for run in runs if run.width == settings.d_model]
     positions, count = settings.effort("positions"), settings.effort("timed_tokens") + 1
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab_size, (1, max(positions)), generator=generator).to(settings.device)
@@ -68,11 +69,11 @@ def time_tokens(runs: list[Run], settings: Settings, vocab_size: int) -> list[di
             if sampler == "cached" or run.architecture == ORIGINAL:
                 sample = partial(samplers[sampler], model, tokens[:, :position], count)
                 contestants[run, sampler, position] = lambda sample=sample: seconds_of_tokens(sample())
+    rows = {run.name: {} for run in runs}
     times = take_turns(contestants, settings.effort("token_rounds"), "sampled tokens")
-    return [
-        {**model_of(run), "sampler": sampler, "position": position, **time}
-        for (run, sampler, position), time in times.items()
-    ]
+    for (run, sampler, position), measured in times.items():
+        rows[run.name].setdefault(sampler, {})[str(position)] = measured
+    return rows
 
 
 @torch.no_grad()
@@ -107,9 +108,5 @@ def take_turns(contestants: dict, rounds: int, label: str) -> dict:
             for name in names:
                 seconds[name] += contestants[name]()
                 bar.update(1)
-    return {name: spread(values).as_dict() for name, values in seconds.items()}
-
-
-def model_of(run: Run) -> dict:
-    """The fields of a run that its speed depends on."""
-    return {name: getattr(run, name) for name in ("architecture", "context", "window", "width")}
+    spreads = {name: spread(values).as_dict() for name, values in seconds.items()}
+    return {name: {key: round(value, 4) for key, value in times.items()} for name, times in spreads.items()}

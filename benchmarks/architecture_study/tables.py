@@ -203,7 +203,8 @@ def csv_rows(document):
         row = find(document, context, name, size)
         loss = estimate(row["losses"])
         apart = difference(row["losses"], find(document, context, ORIGINAL)["losses"])
-        path, times = faster_path(row), {position: token_time(row, position) for position in CACHE_POSITIONS}
+        path = faster_path(row)
+        step, times = row["step_ms"][path], {position: token_time(row, position) for position in CACHE_POSITIONS}
         numbers = {
             "loss": loss.mean,
             "loss_standard_error": loss.standard_error,
@@ -224,7 +225,9 @@ def csv_rows(document):
             "seeds": len(row["losses"]),
             **{key: None if value is None else round(value, 6) for key, value in numbers.items()},
             "step_path": path,
-            **{f"step_{key}".replace("median_", ""): value for key, value in row["step_ms"][path].items()},
+            "step_ms": step["median_ms"],
+            "step_p20_ms": step["p20_ms"],
+            "step_p80_ms": step["p80_ms"],
             "training_tokens_per_second": round(row["tokens"] / seconds_at(document, row, row["tokens"])),
             **{f"token_ms_at_{position}": time and time["median_ms"] for position, time in times.items()},
         }

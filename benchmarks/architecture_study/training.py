@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import TensorDataset
 
 from model import GPT, GPTConfig, generate
 from train.config import TrainerConfig
@@ -166,26 +167,15 @@ def copying_runs(settings: Settings) -> list[CopyRun]:
     return [CopyRun(name, distance, settings.copying_steps) for name, distance in places]
 
 
-class CopyingTexts:
-    """`count` texts of distance + 1 characters as (x, y): y is the letter at the end, and -1 (not counted) before."""
-
-    def __init__(self, count: int, distance: int, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        self.x = torch.randint(LETTERS, LETTERS + NOISE, (count, distance + 1), generator=generator)
-        self.x[:, 0] = torch.randint(LETTERS, (count,), generator=generator)
-        self.x[:, -1] = QUESTION
-        self.y = torch.full_like(self.x, -1)
-        self.y[:, -1] = self.x[:, 0]
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index):
-        return self.x[index], self.y[index]
-
-    def batch(self, indices):
-        """Examples `indices` (B,) at once: x and y (B, distance + 1)."""
-        return self[torch.as_tensor(indices)]
+def copying_texts(count: int, distance: int, seed: int) -> TensorDataset:
+    """Texts of distance + 1 characters as (x, y): y is the letter at the end, and -1 (not counted) before it."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(LETTERS, LETTERS + NOISE, (count, distance + 1), generator=generator)
+    x[:, 0] = torch.randint(LETTERS, (count,), generator=generator)
+    x[:, -1] = QUESTION
+    y = torch.full_like(x, -1)
+    y[:, -1] = x[:, 0]
+    return TensorDataset(x, y)
 
 
 def copy_model(run: CopyRun, settings: Settings) -> GPT:
@@ -198,12 +188,12 @@ def copy_and_measure(run: CopyRun, settings: Settings) -> dict:
     """Trains a model on the copying task; returns its accuracy on other texts as a JSON value."""
     model = copy_model(run, settings)
     # seeds 2 n and 2 n + 1: no seed serves both training and test
-    texts = CopyingTexts(run.steps * COPY_BATCH, run.distance, 2 * run.seed)
+    texts = copying_texts(run.steps * COPY_BATCH, run.distance, 2 * run.seed)
     options = dict(max_steps=run.steps, batch_size=COPY_BATCH, learning_rate=COPY_RATE)
     train_quietly(model, texts, None, settings, run.seed, **options)
-    texts = CopyingTexts(COPY_TESTS, run.distance, 2 * run.seed + 1)
+    x, y = copying_texts(COPY_TESTS, run.distance, 2 * run.seed + 1).tensors
     model.eval()
     with torch.no_grad():
-        logits, _ = model(texts.x.to(settings.device))
-    right = logits[:, -1].argmax(dim=-1).cpu() == texts.y[:, -1]
+        logits, _ = model(x.to(settings.device))
+    right = logits[:, -1].argmax(dim=-1).cpu() == y[:, -1]
     return {"accuracy": right.double().mean().item()}
