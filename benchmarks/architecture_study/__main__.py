@@ -1,0 +1,130 @@
+"""Is the modified GPT-2 (rotary positions, sliding window, grouped KV heads) better than the original?
+
+    python benchmarks/architecture_study                    # half an hour on a quiet CPU core; resumes after Ctrl-C
+    python benchmarks/architecture_study --quick            # three minutes: shows how it works, decides nothing
+    python benchmarks/architecture_study --retime           # measure only the times again, on a quiet machine
+    python benchmarks/architecture_study --only-tables --docs docs      # from compare.json: tables, csv and plots
+
+Trains the original GPT-2, every step towards the modified one and multi-query attention, on the same characters in the
+same order with the same optimizer, at equal width and at equal parameter count, with several seeds. Then measures the
+times of training steps and sampled tokens. Writes architecture-study.md into --docs, and architecture-study/ beside it:
+compare.csv, compare.json and the plots. On a page that exists, only the tables between comments are replaced.
+"""
+
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+
+if not __package__:  # run as a folder, which Python puts first on the path: its place is for benchmarks/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import harness  # it puts the root of the repository on the path
+import torch
+from architecture_study.plan import Settings, all_runs, compared
+from architecture_study.plots import PLOTS, draw_all
+from architecture_study.results import Store, as_json, make_document
+from architecture_study.speed import measure_speed
+from architecture_study.tables import all_tables, csv_rows, empty_page, fill, markdown
+from architecture_study.training import LONGEST, CopyRun, copy_and_measure, copying_runs, train_and_measure
+
+from model.command import Parser
+from model.checkpoint import replacing
+from train.data import load_data
+from train.flags import add_flags, from_flags
+from train.trainer import TrainingFailed
+
+FOLDER, NO_PLOT = "architecture-study", "No plot: matplotlib is not installed.\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 1 for a run that failed, 2 for input it cannot use."""
+    parser = Parser(prog="python benchmarks/architecture_study", description=__doc__)
+    add_flags(parser, Settings, "flags")
+    flags = parser.parse_args(arguments)
+    try:
+        settings = from_flags(Settings, flags)
+        file = Path(settings.docs) / FOLDER / "compare.json"
+        study = None if settings.only_tables else Study(settings)
+        if study is None and not file.exists():
+            raise ValueError(f"{file} is missing: leave out --only-tables to measure first")
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        parser.error(str(error).splitlines()[0])
+    try:
+        if study is not None:
+            study.measure()
+            document = make_document(study.store, settings, study.vocab_size)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as (new,):
+                new.write_text(as_json(document), encoding="utf-8")
+        publish(json.loads(file.read_text(encoding="utf-8")), Path(settings.docs))
+    except (TrainingFailed, ValueError, OSError, RuntimeError) as error:
+        print(f"{parser.prog}: study failed: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Study:
+    """What a study will measure, and what it has measured. Raises ValueError for settings that cannot be used."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.data = settings, load_data(settings.data)
+        characters, needed = len(self.data.held_out.tokens), LONGEST * max(settings.contexts) + 1
+        if characters < needed:
+            raise ValueError(
+                f"data has a held-out part of {characters:,} characters, and context {max(settings.contexts)} needs "
+                f"{needed:,}: give a longer text or a smaller --context-size"
+            )
+        self.vocab_size = self.data.tokenizer.vocab_size
+        self.store = Store(settings.out, settings.of_every_run() | {"text": self.data.record["sha256"][:16]})
+        self.runs = [*all_runs(settings, self.vocab_size), *copying_runs(settings)]
+        # a file of another study is reported here, before minutes of training
+        self.missing = [run for run in self.runs if self.store.read(run.name) is None]
+
+    def measure(self) -> None:
+        """Trains what is missing, then measures the times that are missing, or all of them with --retime."""
+        settings, finished, total = self.settings, len(self.runs) - len(self.missing), len(self.runs)
+        torch.set_num_threads(settings.threads)
+        print(f"{total} runs, {finished} of them finished, in {settings.out}", flush=True)
+        started = time.perf_counter()
+        for count, run in enumerate(self.missing, 1):
+            if isinstance(run, CopyRun):
+                measured = copy_and_measure(run, settings)
+                figure = f"{measured['accuracy']:.0%} right"
+            else:
+                measured = train_and_measure(run, settings, self.data)
+                figure = f"loss {measured['loss']:.4f}"
+            self.store.write(run.name, measured)
+            left = (time.perf_counter() - started) / count * (len(self.missing) - count) / 60
+            print(f"[{finished + count}/{total}] {run.name}: {figure}, {left:.0f} min left", flush=True)
+        speed = self.store.read("speed") or {"training": {}}
+        models = [run for c in settings.contexts for run in compared(settings, self.vocab_size, c).values()]
+        if settings.retime or any(run.name not in speed["training"] for run in models):
+            self.store.write("speed", measure_speed(list(dict.fromkeys(models)), settings, self.data))
+
+
+def publish(document: dict, directory: Path) -> None:
+    """Writes compare.csv, the plots and the tables of the page; prints the ranking."""
+    rows = list(csv_rows(document))
+    with replacing(directory / FOLDER / "compare.csv") as (file,), open(file, "w", newline="", encoding="utf-8") as new:
+        writer = csv.DictWriter(new, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    tables = all_tables(document)
+    parts = {name: "\n".join(map(markdown, some)) for name, some in tables.items()}
+    drawn = draw_all(document, directory / FOLDER)
+    parts |= {name: f"![{title}]({FOLDER}/{name})\n" if drawn else NO_PLOT for name, (title, _) in PLOTS.items()}
+    page = directory / "architecture-study.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else empty_page(parts)
+    with replacing(page) as (file,):
+        file.write_text(fill(text, parts), encoding="utf-8")
+    print("\n" + "\n\n".join(map(harness.as_text, tables["ranking"])) + f"\n\npage: {page}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\npython benchmarks/architecture_study: interrupted; the same command resumes it", file=sys.stderr)
+        sys.exit(130)
