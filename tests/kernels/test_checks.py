@@ -211,7 +211,8 @@ def test_auto_attends_and_decodes_in_any_dtype_and_head_size(dtype, head_dim, de
     full = sliding_gqa_attention(q, k, k, 3)
     torch.testing.assert_close(full, sliding_gqa_attention(q, k, k, 3, backend="reference"))
     lengths = torch.tensor([5], dtype=torch.int32, device=device)
-    torch.testing.assert_close(sliding_gqa_decode(q[:, :, -1:], k, k, lengths, 3), full[:, :, -1:])
+    decoded = sliding_gqa_decode(q[:, :, -1:], k, k, lengths, 3)
+    torch.testing.assert_close(decoded, full[:, :, -1:], atol=4 * torch.finfo(dtype).eps, rtol=1e-3)
 
 
 class Unseen(torch.Tensor):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+TRITON = pytest.importorskip("triton").__version__
 
 from kernels import compiled
 from kernels.compiled import machine_code
@@ -91,6 +91,7 @@ def named(made):
     return made["target"], made["kernel"], made["D"], made["variant"]
 
 
+@pytest.mark.skipif(TRITON < "3.7", reason="the tiles were chosen with Triton 3.7, of which 3.6 makes more registers")
 def test_no_shipped_tile_spills(shipped):
     assert not [
         (named(made), made["spilled_bytes"]) for made in shipped if made["spilled_bytes"] or made["stack_bytes"]

@@ -88,7 +88,10 @@ def assert_right(arguments, options, config=TINY, num_splits=2):
         budget = 1e-12
     else:
         same = eager_decode(*arguments, **options)
-        budget = 2 * ((same - exact).abs().max() + torch.finfo(q.dtype).eps * exact.abs().max()).item()
+        eps = torch.finfo(q.dtype).eps
+        if q.dtype == torch.float32 and q.is_cuda:
+            eps *= 4  # a product of three TF32 ones keeps 22 bits
+        budget = 2 * ((same - exact).abs().max() + eps * exact.abs().max()).item()
     torch.testing.assert_close(out.double(), exact, atol=budget, rtol=0)
 
 

@@ -37,7 +37,20 @@ def run(capsys, *arguments):
 
 
 def test_the_command_prints_what_the_library_samples(capsys, checkpoint):
-    arguments = ("--prompt", "ABC", "--max-new-tokens", "70", "--temperature", "0.8", "--top-k", "9", "--seed", "4")
+    arguments = (
+        "--prompt",
+        "ABC",
+        "--max-new-tokens",
+        "70",
+        "--temperature",
+        "0.8",
+        "--top-k",
+        "9",
+        "--seed",
+        "4",
+        "--device",
+        "cpu",
+    )
     status, out, err = run(capsys, "--checkpoint", checkpoint, *arguments)
     loaded, _ = from_pretrained(checkpoint)
     prompt = torch.tensor([TOKENIZER.encode("ABC")])
@@ -49,7 +62,7 @@ def test_the_command_prints_what_the_library_samples(capsys, checkpoint):
 
 def test_a_run_directory_writes_with_its_best_checkpoint(capsys, checkpoint, tmp_path):
     (tmp_path / "best").symlink_to(checkpoint)
-    arguments = ("--max-new-tokens", "20", "--seed", "4")
+    arguments = ("--max-new-tokens", "20", "--seed", "4", "--device", "cpu")
     status, out, err = run(capsys, "--checkpoint", str(tmp_path), *arguments)
     assert (status, out) == run(capsys, "--checkpoint", checkpoint, *arguments)[:2]
     assert f"{tmp_path}/best: rope-window-gqa" in err
@@ -77,7 +90,18 @@ def test_the_text_ends_before_the_first_stop_string(capsys, checkpoint):
 
 
 def test_log_probabilities_are_one_line_a_token(capsys, checkpoint):
-    arguments = ("--checkpoint", checkpoint, "--prompt", "A", "--max-new-tokens", "20", "--seed", "2")
+    arguments = (
+        "--checkpoint",
+        checkpoint,
+        "--prompt",
+        "A",
+        "--max-new-tokens",
+        "20",
+        "--seed",
+        "2",
+        "--device",
+        "cpu",
+    )
     text = run(capsys, *arguments)[1][1:-1]
     lines = run(capsys, *arguments, "--log-probabilities")[1].splitlines()
     loaded, _ = from_pretrained(checkpoint)
