@@ -29,8 +29,8 @@ from architecture_study.speed import measure_speed
 from architecture_study.tables import all_tables, csv_rows, empty_page, fill, markdown
 from architecture_study.training import LONGEST, CopyRun, copy_and_measure, copying_runs, train_and_measure
 
-from model.command import Parser
 from model.checkpoint import replacing
+from model.command import Parser
 from train.data import load_data
 from train.flags import add_flags, from_flags
 from train.trainer import TrainingFailed
