@@ -78,13 +78,14 @@ def test_kernels_has_a_version_that_transformers_accepts():
 
 @pytest.fixture
 def other_kernels(tmp_path):
-    """A package as Hugging Face's: its own `__init__`, a submodule of a name that we lack."""
+    """A package as Hugging Face's: its own `__init__`, a submodule that we lack, and one of a name that we have."""
     package = tmp_path / "site" / "kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
         "from kernels.layer import Device\nfrom .layer import use_kernel\n__version__ = '0.10.3'\n"
     )
     (package / "layer.py").write_text("class Device: pass\ndef use_kernel(): return 'theirs'\n")
+    (package / "backends.py").write_text("from kernels.layer import Device\ndef _backend(): return Device\n")
     return package.parent
 
 
@@ -94,6 +95,8 @@ import kernels
 from kernels import use_kernel, rope_tables
 from kernels.layer import Device
 assert kernels.Device is Device and use_kernel() == 'theirs'
+from kernels.backends import _backend, reference
+assert _backend() is Device and reference.attend
 try:
     kernels.no_such_name
     raise SystemExit('no AttributeError')
