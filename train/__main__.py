@@ -13,6 +13,7 @@ and SIGTERM save a checkpoint and end the run, a second one ends it at once.
 """
 
 import dataclasses
+import random
 import shlex
 import sys
 from datetime import datetime
@@ -20,20 +21,18 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, CharTokenizer, attention_backend, from_pretrained
+from model import ARCHITECTURES, GPT, CharTokenizer, attention_backend, from_pretrained
 from model.command import Parser, resolve_device
 
-from .config import RunConfig, TrainerConfig
+from .checkpoint import checkpoint_to_resume, read_record, recall_flags
+from .config import RunConfig, TrainerConfig, add_flags, from_flags, given
+from .corpus import given_tokenizer
 from .data import TextData, TokenDataset, load_data
 from .distributed import is_first, join_processes, local_device
-from .flags import add_flags, from_flags, given
 from .lock import refuse_if_written
 from .memory import estimate, in_words
-from .passage import TEMPERATURE, passage
-from .random_config import as_flags, random_config
-from .resume import checkpoint_to_resume, read_record, recall_flags
+from .metrics import TEMPERATURE, passage
 from .trainer import Trainer, TrainingFailed
-from .vocabulary import given_tokenizer
 
 SAMPLE_TOKENS = 500
 
@@ -235,3 +234,47 @@ if __name__ == "__main__":
     except KeyboardInterrupt:  # before the first step, or a second one: the first stops the run in good order
         print("\npython -m train: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+#
+
+HEADS = (1, 2, 3, 4, 6, 8)
+HEAD_SIZES = (16, 32, 64)
+WIDTHS = range(48, 129)  # a drawn model trains in minutes on a CPU
+FIELDS = ("architecture", "context_size", "n_layer", "n_head", "n_kv_head", "d_model", "window", "window_pattern")
+
+
+def random_config(run: RunConfig, seed: int, stated: set[str] = frozenset()) -> RunConfig:
+    """`run` with its FIELDS drawn, except those in `stated`. Stated values that fit nothing stay as they are."""
+    values = {name: getattr(run, name) for name in FIELDS if name in stated}
+
+    def draw(name, candidates):
+        candidates = list(candidates)
+        if name not in values:
+            # a string seeds it the same way in every version of Python, and only random() is promised to stay the same
+            chance = random.Random(f"{seed} {name}").random()
+            values[name] = candidates[int(chance * len(candidates))] if candidates else getattr(run, name)
+        return values[name]
+
+    draw("architecture", ARCHITECTURES)
+    context = draw("context_size", (32, 64, 128, 256))
+    draw("n_layer", range(2, 6))
+    width, kv_heads = values.get("d_model"), values.get("n_kv_head", 1)
+    if width is None:
+        heads = draw("n_head", (n for n in HEADS if n % kv_heads == 0))
+        draw("d_model", [heads * size for size in HEAD_SIZES if heads * size in WIDTHS] or [heads * HEAD_SIZES[0]])
+    else:  # heads of equal size, which rotary positions want to be even
+        heads = draw("n_head", (n for n in HEADS if n % kv_heads == 0 and width % (2 * n) == 0))
+    draw("n_kv_head", [n for n in range(1, heads) if heads % n == 0] or [1])  # fewer than heads, where there are any
+    draw("window", sorted({max(1, context // parts) for parts in (8, 4, 2)}))
+    draw("window_pattern", ("S", "SL", "SSL", "SSSL"))
+    return dataclasses.replace(run, **values)
+
+
+def as_flags(run: RunConfig) -> str:
+    """The flags that state what `random_config` draws, without those that the architecture does not have."""
+    unused = set() if "window" in run.architecture else {"window", "window_pattern"}
+    unused |= set() if "gqa" in run.architecture else {"n_kv_head"}
+    values = {name: getattr(run, name) for name in FIELDS if name not in unused}
+    flags = ((f"--{name.replace('_', '-')}", "none" if v is None else str(v)) for name, v in values.items())
+    return shlex.join(word for flag in flags for word in flag)

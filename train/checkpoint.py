@@ -18,7 +18,9 @@ A checkpoint is written beside its place, synced to the disk, and renamed: under
 one. What happens to it there, the checksums tell: a resumed run reads them first (train/resume.py).
 """
 
+import argparse
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -27,16 +29,23 @@ import platform
 import re
 import shutil
 import subprocess
+import time
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
 import numpy
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from model import save_pretrained
+from model.checkpoint import WEIGHTS, check_weights
 from model.files import replacing, sync
 
+from .config import RunConfig, TrainerConfig
+from .distributed import load_whole, whole_optimizer_state
 from .lock import take_lock
 
 SUMS, STATE, FACTS = "SHA256SUMS", "training_state.pt", "training.json"
@@ -254,3 +263,137 @@ def _checksums(directory, names) -> str:
 
 def _step(checkpoint):
     return int(checkpoint.name.removeprefix("step-"))
+
+
+#
+
+
+def seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Random numbers of a step, such as dropout's, follow from seed, step and process: there is no state to keep."""
+    (state,) = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64).tolist()
+    torch.default_generator.manual_seed(state)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(state)
+
+
+def state_of(trainer) -> dict:
+    """Everything but the weights. All processes must call it; the result is the first one's."""
+    return {
+        "step": trainer.step,
+        "optimizer": whole_optimizer_state(trainer.model, trainer.optimizer),
+        "steps": trainer.steps.state_dict(),
+        "average": None if trainer.average is None else trainer.average.state_dict(),
+        "best_held_out_loss": trainer.best_held_out_loss,
+        "loss_sum": trainer.processes.mean(trainer.loss_sum).cpu(),
+        "losses": trainer.losses,
+        "seconds": time.perf_counter() - trainer.started,
+    }
+
+
+def load_state(trainer, checkpoint: Path) -> None:
+    """Weights and all else of a checkpoint, into a trainer that has not begun."""
+    weights, state = read_state(checkpoint, trainer.model)
+    load_whole(trainer.model, weights, trainer.optimizer, state["optimizer"])
+    trainer.steps.load_state_dict(state["steps"])
+    if trainer.average is not None:
+        trainer.average.load_state_dict(state["average"])
+    trainer.step, trainer.best_held_out_loss = state["step"], state["best_held_out_loss"]
+    trainer.loss_sum, trainer.losses = state["loss_sum"].to(trainer.device), state["losses"]
+    trainer.seconds = state["seconds"]
+
+
+#
+
+_MAY_CHANGE = {field.name for kind in (TrainerConfig, RunConfig) for field in dataclasses.fields(kind)
+               if field.metadata["may_change"]}  # fmt: skip
+
+
+def recall_flags(flags: argparse.Namespace, stated: set[str]) -> None:
+    """Gives the flags that are not `stated` the values that the run in flags.out_dir has recorded."""
+    if flags.out_dir is None:
+        return  # TrainerConfig says what is missing
+    recorded = read_record(flags.out_dir)
+    texts = {"data": recorded.get("data", {}), "val_data": recorded.get("data", {}).get("validation", {})}
+    # their full paths: the command may be in another directory now
+    recorded["run"] = {
+        **recorded.get("run", {}),
+        **{name: at["source"] for name, at in texts.items() if "source" in at},
+    }
+    for section in ("run", "trainer"):
+        for name, value in recorded.get(section, {}).items():
+            if name not in stated and hasattr(flags, name):
+                setattr(flags, name, value)
+
+
+def checkpoint_to_resume(out_dir: str | Path, record: dict) -> Path | None:
+    """The newest whole checkpoint of a run, with a warning for each damaged one that is newer; None if it has none yet.
+
+    record: as in run.json, what the run is told now. Raises ValueError, in one line, where that is another run, and
+    where every checkpoint is damaged; FileNotFoundError where there is no run. Nothing is changed on the disk.
+    """
+    if changed := differences(read_record(out_dir), record):
+        raise ValueError(f"resume: {out_dir} was trained with {'; '.join(changed)}: change it back, or start a new run")
+    found = checkpoints(Path(out_dir))
+    for checkpoint in reversed(found):
+        what = damage(checkpoint)
+        if what is None:
+            return checkpoint
+        warnings.warn(f"checkpoint {checkpoint} is damaged ({what}): going back to the one before it", stacklevel=2)
+    if found:
+        raise ValueError(f"resume: no checkpoint in {out_dir} is whole, so there is nothing to go on from")
+    return None
+
+
+def take_up(out_dir: str | Path, record: dict) -> Path | None:
+    """`checkpoint_to_resume`, once no other process writes into the run directory: its lock is taken.
+
+    Raises BlockingIOError, in one line, where one does.
+    """
+    read_record(out_dir)  # where there is no run there shall be no lock
+    take_lock(out_dir)
+    return checkpoint_to_resume(out_dir, record)
+
+
+def read_state(checkpoint: Path, model: torch.nn.Module) -> tuple[dict, dict]:
+    """(weights, training state) of a checkpoint, on the CPU. Raises CheckpointError where they do not fit the model."""
+    weights = load_file(checkpoint / WEIGHTS)
+    check_weights(checkpoint / WEIGHTS, weights, model.state_dict())
+    return weights, torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """`name before, not now` for every setting of a record that may not change but did."""
+    now = json.loads(json.dumps(now))  # as it comes back from a file: tuples are lists
+    found = []
+    for section in ("run", "trainer", "model"):
+        old, new = before.get(section, {}), now.get(section, {})
+        found += [
+            f"{name} {old[name]}, not {new[name]}"
+            for name in new
+            if name in old and old[name] != new[name] and name not in _MAY_CHANGE
+        ]
+    return found
+
+
+def note_resumption(out_dir: Path, record: dict, step: int) -> dict:
+    """Writes into run.json that the run goes on from a step, and with which settings; returns its record from now on.
+
+    What was written at the start stays, but for settings that changed: the next resumption shall find the new ones.
+    """
+    before = read_record(out_dir)
+    again = {"step": step} | {name: record[name] for name in ("command", "versions") if name in record}
+    record = {**before, **record, "resumed": [*before.get("resumed", []), again]}
+    record |= {name: before[name] for name in ("command", "versions") if name in before}
+    with writing(out_dir / "run.json", out_dir):
+        write_json(out_dir / "run.json", record)
+    return record
+
+
+def read_record(out_dir: str | Path) -> dict:
+    """run.json of a run. Raises FileNotFoundError where there is none, ValueError for a damaged one."""
+    path = Path(out_dir) / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"resume: run directory {out_dir} holds no run to go on with: leave --resume out to start one"
+        )
+    return read_json(path)

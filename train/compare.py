@@ -20,8 +20,8 @@ import torch
 
 from model.command import Parser, resolve_device
 
+from .config import add_flags, from_flags, option
 from .data import load_data
-from .flags import add_flags, from_flags, option
 from .study.copying import copy_and_measure, copying_runs
 from .study.page import publish, summary
 from .study.plan import READINGS, Design, Settings, all_runs, compared

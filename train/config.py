@@ -3,15 +3,84 @@
 Both make the flags of `python -m train` (train/flags.py): max_steps is --max-steps.
 """
 
+import argparse
+import dataclasses
 import os
+import types
 import typing
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from model import ARCHITECTURES, GPTConfig
 
-from .flags import option
-from .vocabulary import DEFAULT_VOCAB_SIZE
+from .corpus import DEFAULT_VOCAB_SIZE
+
+#
+
+
+def option(default, meaning: str, may_change: bool = False):
+    """A dataclass field with its default and what it means, units included.
+
+    may_change: a run that is resumed may have another value than it began with (train/resume.py).
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "may_change": may_change})
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class, title: str | None = None) -> None:
+    """Adds one flag for every field of a dataclass made with `option`, under a heading of its own."""
+    group = parser.add_argument_group(title or config_class.__name__)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            help=f"{field.metadata['meaning']} (default: {_shown(field.default)})".replace("%", "%%"),
+            **_argument_for(hints[field.name]),
+        )
+        # not through add_argument: before Python 3.13 BooleanOptionalAction would add the default to the help again
+        parser.set_defaults(**{field.name: field.default})
+
+
+def from_flags(config_class, arguments: argparse.Namespace):
+    """The dataclass filled from parsed flags; its own validation may raise ValueError."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def given(parser: argparse.ArgumentParser, arguments: list[str] | None) -> set[str]:
+    """The names of the flags that a command line states, be it with their default."""
+    absent = object()
+    names = vars(parser.parse_args([]))
+    parsed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name for name, value in vars(parsed).items() if value is not absent}
+
+
+def _argument_for(hint) -> dict:
+    """The keywords of add_argument for a field of this type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": kinds}
+    if typing.get_origin(hint) is tuple:
+        return {"type": kinds[0], "nargs": len(kinds), "metavar": tuple(kind.__name__.upper() for kind in kinds)}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (kind,) = (kind for kind in kinds if kind is not type(None))
+        return {"type": _or_none(kind), "metavar": kind.__name__.upper()}
+    return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def _or_none(kind):
+    def parse(word):
+        return None if word.lower() == "none" else kind(word)
+
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+def _shown(default):
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
+
 
 DEFAULT_STEPS = 2500
 EMBEDDING_TYPES = ("shakespearean", "shakesperean", "byte", "bpe")

@@ -26,8 +26,8 @@ from model import CharTokenizer, from_pretrained
 from model.command import Parser, resolve_device
 
 from .checkpoint import read_facts
+from .config import add_flags, from_flags, option
 from .corpus import Corpus
-from .flags import add_flags, from_flags, option
 from .tokens import Encoded, tokenize
 
 

@@ -13,7 +13,10 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
+import signal
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -25,26 +28,23 @@ from model.command import resolve_device
 from .checkpoint import (
     checkpoint_directory,
     finish_replacing,
+    load_state,
+    note_resumption,
     open_run_directory,
     point_last_at,
     save_checkpoint,
+    seed_step,
+    state_of,
+    take_up,
     versions,
 )
 from .config import TrainerConfig
 from .data import evaluation_batches, training_batches
 from .distributed import join_processes, local_device, whole_weights
-from .ema import AverageWeights
-from .flops import peak_flops
 from .lock import release_lock, released_after, take_lock
 from .memory import checkpoint_blocks
-from .metrics import History, ProgressBar
-from .optim import learning_rate_at, make_optimizer
-from .passage import passage
-from .precision import MOST_SKIPPED, SafeSteps
-from .resume import note_resumption, take_up
-from .state import load_state, seed_step, state_of
-from .stop import StopRequest
-from .tensorboard import TensorBoard, require_tensorboard
+from .metrics import History, ProgressBar, TensorBoard, passage, peak_flops, require_tensorboard
+from .optim import MOST_SKIPPED, AverageWeights, SafeSteps, learning_rate_at, make_optimizer
 
 
 class TrainingFailed(RuntimeError):
@@ -325,3 +325,47 @@ class Trainer:
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
+
+
+#
+
+# torchrun passes on to its processes the Ctrl-C that the terminal has given them already: these two are one
+_SAME = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0  # seconds
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM only sets `requested`; the second acts as it did before.
+
+    The loop looks at `requested` between steps, so it always stops with whole weights. Outside the main thread,
+    where Python takes no signals, nothing is caught and `requested` stays False.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._handlers = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception):
+        self._restore()
+
+    def _request(self, number, frame):
+        if self.requested:
+            if time.monotonic() - self._first > _SAME:
+                self._restore()
+                signal.raise_signal(number)
+            return
+        self.requested, self._first = True, time.monotonic()
+        if not _SAME:
+            self._restore()
+        # not print: the signal may have come in the middle of one, and a buffered stream cannot be entered twice
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step (again: at once)\n".encode())
+
+    def _restore(self):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}

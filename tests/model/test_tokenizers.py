@@ -15,7 +15,7 @@ TEXT = "naïve — 日本語 🎭\n\ttabs  and   spaces\r\n<|endoftext|>It's 42 
 def bpe():
     """A byte-level BPE with GPT-2's words, of 400 tokens."""
     pytest.importorskip("tokenizers")
-    from train.vocabulary import train_bpe
+    from train.corpus import train_bpe
 
     return train_bpe([TEXT, "the winter of our discontent, the summer of the sun, thereof the theme " * 5], 400)
 

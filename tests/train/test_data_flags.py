@@ -8,11 +8,9 @@ import pytest
 
 from model import ARCHITECTURES, from_pretrained
 from model.command import Parser
-from train.__main__ import main
-from train.config import RunConfig
+from train.__main__ import FIELDS, as_flags, main, random_config
+from train.config import RunConfig, add_flags, from_flags
 from train.evaluate import main as evaluate_main
-from train.flags import add_flags, from_flags
-from train.random_config import FIELDS, as_flags, random_config
 
 TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 40
 SMALL = shlex.split("--context-size 16 --window 8 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 32 --batch-size 4")

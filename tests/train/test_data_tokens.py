@@ -14,10 +14,9 @@ import torch
 
 from model import ByteTokenizer, CharTokenizer
 from train import tokens as tokens_module
-from train.corpus import Corpus
+from train.corpus import Corpus, make_tokenizer, train_bpe
 from train.data import TokenDataset, load_data
 from train.tokens import TokenFile, default_cache, encode_stream, encoder, tokenize
-from train.vocabulary import make_tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[2]
 VERSE = (

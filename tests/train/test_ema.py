@@ -5,7 +5,7 @@ import torch
 from test_metrics import trainer, weights
 
 from model import from_pretrained
-from train.ema import AverageWeights
+from train.optim import AverageWeights
 
 
 def test_the_average_moves_towards_the_weights_faster_at_first():

@@ -7,8 +7,7 @@ import pytest
 
 from kernels import resolve_backend
 from model.command import Parser
-from train.config import RunConfig, TrainerConfig
-from train.flags import add_flags, from_flags, option
+from train.config import RunConfig, TrainerConfig, add_flags, from_flags, option
 
 
 @dataclass(frozen=True)

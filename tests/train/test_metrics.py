@@ -8,9 +8,7 @@ import torch
 
 from model import GPT, GPTConfig, flops_a_token
 from train import CharDataset, Trainer, TrainerConfig
-from train.flops import peak_flops
-from train.metrics import History
-from train.passage import passage
+from train.metrics import History, passage, peak_flops
 
 TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 20
 

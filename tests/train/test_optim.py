@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed.fsdp
 
-import train.muon
+import train.optim
 from model import GPT, GPTConfig
-from train.muon import POLYNOMIALS, Muon, orthogonal
-from train.optim import hidden_matrices, learning_rate_at, make_optimizer
+from train.optim import POLYNOMIALS, Muon, hidden_matrices, learning_rate_at, make_optimizer, orthogonal
 
 SCHEDULE = {"peak": 1.0, "warmup_tokens": 100, "final_tokens": 1100}
 
@@ -103,7 +102,7 @@ def test_orthogonal_takes_a_batch_leaves_zero_alone_and_returns_the_dtype_it_got
 
 def test_with_torchs_polynomials_a_step_is_that_of_torchs_muon(monkeypatch):
     """torch's has the same scale under the name of match_rms_adamw, and iterates in bf16."""
-    monkeypatch.setattr(train.muon, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
+    monkeypatch.setattr(train.optim, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((12, 5), (4, 9), (12, 5))]
     theirs_weights = copy.deepcopy(weights)
     ours = Muon([{"params": weights, "weight_decay": 0.3, "muon": True}], lr=0.02)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.order import permuted, stream
+from train.data import permuted, stream
 
 LENGTHS = [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4096, 4097]
 

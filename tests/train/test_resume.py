@@ -350,7 +350,7 @@ def test_sigterm_saves_and_exits_0(text, tmp_path):
 def test_a_second_sigterm_ends_at_once():
     code = """
 import signal
-from train.stop import StopRequest
+from train.trainer import StopRequest
 with StopRequest() as stop:
     signal.raise_signal(signal.SIGTERM)
     print("first", stop.requested, flush=True)

@@ -13,7 +13,7 @@ from model import GPT, GPTConfig, from_pretrained, sample
 from train import CharDataset, Trainer, TrainerConfig, TrainingFailed
 from train.data import training_batches
 from train.memory import estimate
-from train.precision import SafeSteps
+from train.optim import SafeSteps
 
 TEXT = "When are you going? I am going to the play, and you are coming to the play with me. " * 20
 TINY = {"context_length": 16, "window": 8, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32}
@@ -267,7 +267,7 @@ def test_the_loss_scale_changes_no_step_halves_at_an_overflow_and_grows_again(mo
     for trainer in (plain, scaled):
         trainer.train()
     assert losses(plain) == pytest.approx(losses(scaled), rel=1e-5) and scaled.steps.scale == 2.0**16
-    monkeypatch.setattr("train.precision.GROW_AFTER", 3)
+    monkeypatch.setattr("train.optim.GROW_AFTER", 3)
     parameter = torch.nn.Parameter(torch.ones(2))
     steps, scales = SafeSteps(torch.optim.SGD([parameter], lr=1.0), "fp16"), []
     for gradient in (math.inf, 1.0, 1.0, 1.0, 1.0):
