@@ -65,6 +65,23 @@ def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cp
     return model.eval(), tokenizer
 
 
+def resolve_checkpoint(path) -> Path:
+    """The model directory that `path` means: itself, or of a run directory its `best`, else its `last`.
+
+    Raises CheckpointError, in one line, if there is none.
+    """
+    path = Path(path)
+    for directory in (path, path / "best", path / "last"):
+        if (directory / CONFIG).is_file():
+            return directory
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory: give the one that holds {CONFIG} and {WEIGHTS}, or a run's")
+    raise CheckpointError(
+        f"{path} has no {CONFIG}, so it is not a model directory, and no best/{CONFIG} or last/{CONFIG}, so it is not "
+        "a run directory with a checkpoint"
+    )
+
+
 def _read_config(directory):
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: give the one that holds {CONFIG} and {WEIGHTS}")

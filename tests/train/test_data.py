@@ -55,13 +55,13 @@ def test_characters_outside_a_given_vocabulary_are_named():
 
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_a_text_shorter_than_one_example_is_refused(length):
-    with pytest.raises(ValueError, match=rf"text has {length} characters, one example of context size 5 needs 6"):
+    with pytest.raises(ValueError, match=rf"text has {length} characters, one example of context length 5 needs 6"):
         CharDataset("a" * length, block_size=5)
     assert len(CharDataset("a" * 6, block_size=5)) == 1
 
 
 def test_a_block_size_below_one_is_refused():
-    with pytest.raises(ValueError, match="block_size is 0, wanted at least 1"):
+    with pytest.raises(ValueError, match=r"block_size\) is 0, wanted at least 1"):
         CharDataset(TEXT, block_size=0)
 
 

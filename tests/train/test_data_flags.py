@@ -8,8 +8,8 @@ import pytest
 
 from model import ARCHITECTURES, from_pretrained
 from model.command import Parser
-from train.__main__ import FIELDS, as_flags, main, random_config
-from train.config import RunConfig, add_flags, from_flags
+from train.__main__ import main
+from train.config import RANDOM_FIELDS, RunConfig, add_flags, from_flags, random_config, random_config_flags
 from train.evaluate import main as evaluate_main
 
 TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 40
@@ -140,7 +140,7 @@ def test_vocabularies_that_cannot_be_are_refused(texts, tmp_path, capsys):
     for flags in (("--embedding-type", "byte"), ("--tokenizer", model / "tokenizer.json")):
         with pytest.raises(SystemExit):
             main(["--init-from", str(model), *map(str, (*data, *flags))])
-        assert f"{flags[0]}: not with --init-from, whose model has its vocabulary" in capsys.readouterr().err
+        assert f"{flags[0]}: not with --init-from, whose model has its own vocabulary" in capsys.readouterr().err
 
 
 def test_a_wrong_size_is_refused_before_a_text_is_read(texts, capsys):
@@ -151,7 +151,7 @@ def test_a_drawn_model_is_valid_and_the_same_for_the_same_seed():
     drawn = [random_config(RunConfig(), seed) for seed in range(300)]
     assert drawn == [random_config(RunConfig(), seed) for seed in range(300)]
     assert {run.model_config(65).architecture for run in drawn} >= set(ARCHITECTURES)
-    for name in FIELDS:
+    for name in RANDOM_FIELDS:
         assert len({getattr(run, name) for run in drawn}) > 2
     assert max(run.n_layer * 12 * run.d_model**2 for run in drawn) < 10**6  # parameters: minutes on a CPU
 
@@ -176,7 +176,7 @@ def test_stated_flags_stay_and_the_others_fit_them(stated):
 def test_stating_a_flag_changes_no_other_that_need_not_fit():
     drawn = random_config(RunConfig(), 7)
     again = random_config(RunConfig(n_layer=9, window=5), 7, {"n_layer", "window"})
-    assert {name for name in FIELDS if getattr(drawn, name) != getattr(again, name)} == {"n_layer", "window"}
+    assert {name for name in RANDOM_FIELDS if getattr(drawn, name) != getattr(again, name)} == {"n_layer", "window"}
 
 
 def test_stated_sizes_that_fit_nothing_are_refused_as_ever():
@@ -193,7 +193,7 @@ def test_the_originals_own_line_runs_and_says_what_it_drew(texts, tmp_path, caps
     (flags,) = re.findall(r"^drawn +with seed 7: (.*)$", capsys.readouterr().out, re.MULTILINE)
     config = from_pretrained(tmp_path / "run" / "last")[0].config
     assert config.context_length == 25
-    assert flags == as_flags(random_config(RunConfig(context_size=25), 7, {"context_size"}))
+    assert flags == random_config_flags(random_config(RunConfig(context_size=25), 7, {"context_size"}))
     parser = Parser(prog="python -m train")
     add_flags(parser, RunConfig)
     assert from_flags(RunConfig, parser.parse_args(flags.split())).model_config(config.vocab_size) == config

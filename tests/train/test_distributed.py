@@ -95,7 +95,7 @@ def test_the_parts_of_a_batch_make_up_the_batch():
 
 def test_processes_that_cannot_share_a_batch_equally_are_refused():
     with pytest.raises(ValueError, match="batch_size is 16, which 3 processes cannot share equally: take a multiple"):
-        Processes("ddp", 0, 3).part_of(16)
+        Processes("ddp", 0, 3).local_batch_size(16)
 
 
 @pytest.fixture

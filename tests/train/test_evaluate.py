@@ -73,7 +73,7 @@ def test_the_model_keeps_its_mode(model):
 
 @pytest.mark.parametrize("stride", [0, LENGTH + 1])
 def test_a_stride_beyond_the_context_is_refused(model, stride):
-    with pytest.raises(ValueError, match=f"stride is {stride}, wanted 1 to the context size, 8"):
+    with pytest.raises(ValueError, match=f"stride is {stride}, wanted 1 to the context length, 8"):
         evaluate(model, torch.randint(14, (20,)), stride=stride)
 
 

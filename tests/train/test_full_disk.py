@@ -97,14 +97,14 @@ def test_a_line_of_metrics_is_written_whole_or_not_at_all(run, full):
     assert names_what_is_left(str(failed.value), run / "metrics.jsonl", run / "checkpoints" / "step-000004")
 
 
-def test_a_checkpoint_that_is_damaged_is_not_called_whole(run, full):
+def test_a_checkpoint_that_is_damaged_is_not_called_intact(run, full):
     full(run / ".loss.png.tmp")
     (run / "last" / "training_state.pt").write_bytes(b"")
-    with pytest.raises(OSError, match=r"--resume goes on from .*step-000002, which is whole"):
+    with pytest.raises(OSError, match=r"--resume goes on from .*step-000002, which is intact"):
         History(run).plot()
     shutil.rmtree(run / "checkpoints")
     full(run / ".loss.png.tmp")
-    with pytest.raises(OSError, match=r"loss.png .* make room, and --resume begins anew, there being no checkpoint"):
+    with pytest.raises(OSError, match=r"loss.png .* make room.* the beginning, as there is no checkpoint yet"):
         History(run).plot()
 
 
@@ -120,9 +120,7 @@ def test_a_checkpoint_that_is_cut_short_leaves_nothing_and_the_reason_is_the_sys
         weights = {name: tensor.repeat_interleave(9, 0) for name, tensor in weights.items()}
     with (
         files_no_larger_than(100_000),
-        pytest.raises(
-            OSError, match=r"step-000006 cannot be written: File too large; put that right, and --resume goes"
-        ),
+        pytest.raises(OSError, match=r"step-000006 cannot be written: File too large; fix that, and --resume goes"),
     ):
         save_checkpoint(run / "checkpoints" / "step-000006", model, tokenizer, {}, state, weights)
     assert contents(run) == before and damage(checkpoints(run)[-1]) is None

@@ -79,7 +79,7 @@ def refused(capsys, message, *arguments):
 
 def test_flags_that_contradict_the_model_are_refused(imported, text, tmp_path, capsys):
     start = ("--init-from", imported, "--data", text)
-    refused(capsys, "--d-model, --n-layer: not with --init-from, whose model is as large as it is", *start,
+    refused(capsys, "--d-model, --n-layer: not with --init-from, whose model has its own sizes", *start,
             "--n_layer", "4", "--d-model=128")  # fmt: skip
     refused(capsys, "--architecture: not with --init-from", *start, "--architecture", "rope-window-gqa")
     save_pretrained(GPT(GPTConfig(vocab_size=26, positions="learned", **{**SIZES, "window": None, "n_kv_head": 4})),
@@ -94,7 +94,7 @@ def test_models_that_cannot_begin_are_refused(imported, text, tmp_path, capsys):
     message = "'\u00fc' not in the vocabulary of"
     refused(capsys, message, "--init-from", imported, "--data", str(tmp_path / "other.txt"))
     (tmp_path / "model" / "tokenizer.json").unlink()
-    refused(capsys, "has no tokenizer.json, which says how text becomes", "--init-from", imported, "--data", text)
+    refused(capsys, "has no tokenizer.json, which turns text into", "--init-from", imported, "--data", text)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 from model import GPT, GPTConfig, flops_a_token
 from train import CharDataset, Trainer, TrainerConfig
-from train.metrics import History, passage, peak_flops
+from train.metrics import History, peak_flops, sample_text
 
 TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 20
 
@@ -58,7 +58,7 @@ def test_every_evaluation_after_the_first_has_a_sample_which_is_said_and_recorde
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     samples = {line["step"]: line["sample"] for line in lines if "sample" in line}
     assert list(samples) == [3, 6] and {len(text) for text in samples.values()} == {30}
-    assert samples[6] == "".join(passage(made.model, made.tokenizer, 30, seed=0))
+    assert samples[6] == "".join(sample_text(made.model, made.tokenizer, 30, seed=0))
     said = "".join(line[6:] + "\n" for line in capsys.readouterr().out.splitlines() if line.startswith("    | "))
     assert said == "".join(text.removesuffix("\n") + "\n" for text in samples.values())
 

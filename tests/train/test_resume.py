@@ -200,7 +200,7 @@ def test_with_no_whole_checkpoint_resuming_is_refused_and_nothing_is_overwritten
     before = contents(tmp_path / "run")
     with (
         pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(ValueError, match=r"no checkpoint in .* is whole"),
+        pytest.raises(ValueError, match=r"all checkpoints in .* are damaged"),
     ):
         trainer_of(tmp_path / "run", resume=True)
     assert contents(tmp_path / "run") == before
@@ -376,6 +376,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it(text, tmp_p
     process = start("--resume", "--out-dir", str(run), "--max-steps", "3", preexec_fn=little_room)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in errors
-    said = f"run failed: {run}/checkpoints/step-000003 cannot be written: File too large; put that right, and --resume"
-    assert f"{said} goes on from {run}/checkpoints/step-000002, which is whole" in errors.splitlines()[-1]
+    said = f"run failed: {run}/checkpoints/step-000003 cannot be written: File too large; fix that, and --resume"
+    assert f"{said} goes on from {run}/checkpoints/step-000002, which is intact" in errors.splitlines()[-1]
     assert contents(run / "checkpoints") == before and damage(run / "last") is None

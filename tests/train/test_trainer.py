@@ -12,8 +12,7 @@ import torch
 from model import GPT, GPTConfig, from_pretrained, sample
 from train import CharDataset, Trainer, TrainerConfig, TrainingFailed
 from train.data import training_batches
-from train.memory import estimate
-from train.optim import SafeSteps
+from train.optim import GradientScaler
 
 TEXT = "When are you going? I am going to the play, and you are coming to the play with me. " * 20
 TINY = {"context_length": 16, "window": 8, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32}
@@ -233,7 +232,7 @@ def test_gradients_that_are_no_numbers_again_and_again_fail_the_run_and_keep_wha
         take_step(batches)
 
     trainer._take_step = break_weights
-    message = r"gradients of 20 steps in a row are no numbers \(loss nan at step 32\): lower learning_rate"
+    message = r"gradients of 20 steps in a row are not finite \(loss nan at step 32\): lower learning_rate"
     with pytest.raises(TrainingFailed, match=message):
         trainer.train()
     assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["step"] == 10
@@ -263,13 +262,13 @@ def test_one_gradient_that_is_no_number_is_skipped_and_counted(bad):
 
 def test_the_loss_scale_changes_no_step_halves_at_an_overflow_and_grows_again(monkeypatch):
     plain, scaled = tiny_trainer(held_out=False, max_steps=8), tiny_trainer(held_out=False, max_steps=8)
-    scaled.steps = SafeSteps(scaled.optimizer, "fp16")
+    scaled.scaler = GradientScaler(scaled.optimizer, "fp16")
     for trainer in (plain, scaled):
         trainer.train()
-    assert losses(plain) == pytest.approx(losses(scaled), rel=1e-5) and scaled.steps.scale == 2.0**16
+    assert losses(plain) == pytest.approx(losses(scaled), rel=1e-5) and scaled.scaler.scale == 2.0**16
     monkeypatch.setattr("train.optim.GROW_AFTER", 3)
     parameter = torch.nn.Parameter(torch.ones(2))
-    steps, scales = SafeSteps(torch.optim.SGD([parameter], lr=1.0), "fp16"), []
+    steps, scales = GradientScaler(torch.optim.SGD([parameter], lr=1.0), "fp16"), []
     for gradient in (math.inf, 1.0, 1.0, 1.0, 1.0):
         parameter.grad = torch.full((2,), gradient) * steps.scale
         assert steps.step(None)[0] == math.isfinite(gradient)
@@ -279,7 +278,7 @@ def test_the_loss_scale_changes_no_step_halves_at_an_overflow_and_grows_again(mo
 
 def test_activation_checkpointing_changes_nothing_but_what_is_kept():
     kept, again = tiny_trainer(max_steps=5), tiny_trainer(max_steps=5, activation_checkpointing=True)
-    found = [estimate(trainer)["activations"] for trainer in (kept, again)]
+    found = [trainer.estimate()["activations"] for trainer in (kept, again)]
     for trainer in (kept, again):
         trainer.train()
     assert torch.equal(weights(kept.model), weights(again.model)) and losses(kept) == losses(again)
@@ -295,7 +294,7 @@ def test_one_batch_can_be_learnt_by_heart():
 
 def test_the_estimate_counts_bytes_and_leaves_the_run_as_it_is():
     plain, estimated = tiny_trainer(max_steps=5), tiny_trainer(max_steps=5)
-    found = estimate(estimated)
+    found = estimated.estimate()
     size = 4 * estimated.model.num_parameters()
     assert found["weights"] == found["gradients"] == size and 0 < found["optimizer"] <= 2 * size
     # each of the 64 tokens keeps at least the MLP's two widths of 128 in two layers

@@ -50,7 +50,7 @@ def stop_at(trainer, step):
 
     def take_step_and_stop(batches):
         take_step(batches)
-        if trainer.step == step and trainer.processes.rank == trainer.processes.count - 1:
+        if trainer.step == step and trainer.processes.rank == trainer.processes.world_size - 1:
             signal.raise_signal(signal.SIGTERM)
 
     trainer._take_step = take_step_and_stop
