@@ -124,11 +124,6 @@ def _commit() -> str | None:
         return None
 
 
-def checkpoint_directory(run_directory: Path, step: int) -> Path:
-    """The path of the checkpoint of a step."""
-    return run_directory / "checkpoints" / f"step-{step:06d}"
-
-
 def checkpoints(run_directory: Path) -> list[Path]:
     """The checkpoints of a run that it could resume from, oldest first."""
     found = run_directory.glob("checkpoints/step-*")
@@ -292,13 +287,18 @@ def recall_flags(flags: argparse.Namespace, stated: set[str]) -> None:
             setattr(flags, name, value)
 
 
-def checkpoint_to_resume(out_dir: str | Path, record: dict) -> Path | None:
+def checkpoint_to_resume(out_dir: str | Path, record: dict, lock: bool = False) -> Path | None:
     """The newest undamaged checkpoint of a run, with a warning for each newer one; None if it has none yet.
 
-    record: what run.json would hold now. Raises ValueError, in one line, if its settings are not those of the run, or
-    if all checkpoints are damaged; FileNotFoundError if there is no run. Changes nothing on the disk.
+    record: what run.json would hold now. lock: take the directory's lock first; otherwise the disk is only read.
+    Raises, in one line: ValueError if the settings of the record are not those of the run, or all checkpoints are
+    damaged; FileNotFoundError if there is no run; BlockingIOError as `take_lock`.
     """
-    if changed := _differences(read_record(out_dir), record):
+    before = read_record(out_dir)  # if there is no run, this raises before a lock file is made
+    if lock:
+        take_lock(out_dir)
+        before = read_record(out_dir)  # another process may have changed it
+    if changed := _differences(before, record):
         raise ValueError(f"resume: {out_dir} was trained with {'; '.join(changed)}: change it back, or start a new run")
     found = checkpoints(Path(out_dir))
     for checkpoint in reversed(found):
@@ -309,13 +309,6 @@ def checkpoint_to_resume(out_dir: str | Path, record: dict) -> Path | None:
     if found:
         raise ValueError(f"resume: all checkpoints in {out_dir} are damaged, so there is nothing to go on from")
     return None
-
-
-def lock_and_find_checkpoint(out_dir: str | Path, record: dict) -> Path | None:
-    """Takes the lock of a run directory, then does `checkpoint_to_resume`. Raises BlockingIOError as `take_lock`."""
-    read_record(out_dir)  # raises if there is no run: no lock file is made there
-    take_lock(out_dir)
-    return checkpoint_to_resume(out_dir, record)
 
 
 def read_state(checkpoint: Path, model: torch.nn.Module) -> tuple[dict, dict]:

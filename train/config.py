@@ -48,56 +48,37 @@ class TrainerConfig:
     Raises ValueError, naming the field, for a value that makes no sense.
     """
 
-    max_steps: int | None = option(
-        None,
-        f"steps of the run; with --max-epochs too, the shorter one counts; with neither, {DEFAULT_STEPS:,} steps",
-        True,
-    )
-    max_epochs: int | None = option(None, "epochs of the run (an example starts at every character)", True)
+    max_steps: int | None = option(None, f"most steps to take (without this and --max-epochs: {DEFAULT_STEPS:,})", True)
+    max_epochs: int | None = option(None, "most epochs to take (an example starts at every character)", True)
     batch_size: int = option(4, "examples in a batch, all processes together")
     grad_accumulation: int = option(1, "batches whose gradients are averaged for one step")
-    optimizer: Literal["muon", "adamw"] = option(
-        "muon", "Muon for the hidden layers' matrices with AdamW for the rest, at one learning rate, or AdamW for all"
-    )
+    optimizer: Literal["muon", "adamw"] = option("muon", "Muon for the hidden layers' matrices, or AdamW for all")
     learning_rate: float = option(1e-2, "peak learning rate (AdamW for all wants less, about 4e-3)")
     lr_decay: bool = option(True, "lower the learning rate after the warm-up; otherwise it stays at the peak")
-    schedule: Literal["cosine", "linear", "wsd"] = option(
-        "linear",
-        "how the learning rate falls: half a cosine, a line, or a line in the last fifth only (warm-up, stable, decay)",
-    )
+    schedule: Literal["cosine", "linear", "wsd"] = option("linear", "how it falls (wsd: in the last fifth only)")
     final_fraction: float = option(0.0, "the learning rate at the end, as a fraction of the peak")
     warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of the run, at most 100)")
     warmup_tokens: int | None = option(None, "the same in tokens; give only one of the two")
     final_tokens: int | None = option(None, "tokens at which the fall ends (none: those of the whole run)")
     weight_decay: float = option(0.1, "decay of matrices; biases and normalisation gains are not decayed")
-    betas: tuple[float, float] = option(
-        (0.9, 0.99), "AdamW's decay rates of the averages of gradients and of their squares"
-    )
+    betas: tuple[float, float] = option((0.9, 0.99), "AdamW's averages of gradients and of their squares")
     grad_clip: float | None = option(1.0, "norm that a step's gradient is clipped to (none: no clipping)")
-    ema_decay: float | None = option(
-        None, "decay of a moving average of the weights, such as 0.99, to evaluate and save as best (none: no average)"
-    )
+    ema_decay: float | None = option(None, "decay of a weight average to evaluate and save as best, such as 0.99")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the forward pass; weights stay fp32")
-    activation_checkpointing: bool = option(
-        False, "keep only the blocks' inputs for the backward pass: less memory, about a third more time", True
-    )
+    activation_checkpointing: bool = option(False, "recompute the blocks: less memory, a third more time", True)
     overfit_one_batch: bool = option(False, "train on the first batch only; its loss must fall to almost 0")
     compile: bool = option(False, "torch.compile the model: faster steps after a minute or so", True)
     parallel: Literal["none", "ddp", "fsdp"] = option(
-        "none",
-        "under torchrun: each process takes a part of every batch and holds all weights (ddp) or a shard (fsdp)",
-        True,
+        "none", "under torchrun: each holds all weights, or a shard", True
     )
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)", True)
     seed: int = option(0, "random seed of the initial weights, the order of the examples and the dropout")
-    num_workers: int = option(
-        0, "processes that load items of data sets without a batch method (text needs none)", True
-    )
+    num_workers: int = option(0, "processes that load items of data sets without a batch method", True)
     eval_every: int = option(250, "steps between evaluations on the held-out text", True)
     eval_examples: int = option(64, "held-out examples of one evaluation, spread evenly, always the same", True)
     sample_tokens: int = option(100, "tokens of the text that is sampled at every evaluation (0: none)", True)
     save_every: int = option(500, "steps between checkpoints that --resume can use", True)
-    keep_checkpoints: int = option(2, "number of these that are kept, the newest", True)
+    keep_checkpoints: int = option(2, "number of them to keep, the newest", True)
     log_every: int = option(10, "steps between lines of metrics.jsonl", True)
     tensorboard: bool = option(False, "also write curves and samples for TensorBoard into the run directory", True)
     out_dir: str | None = option(None, "run directory (none: the command makes runs/DATE-TIME, the library none)", True)
@@ -162,40 +143,18 @@ class RunConfig:
     fused_kernels: bool = option(False, "attention by our kernels: Triton on CUDA, banded PyTorch elsewhere", True)
     backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels", True)
     # the path of a text may change, the text may not: a resumed run compares checksums (train/corpus.py)
-    data: str = option(
-        "shakespeare",
-        "shakespeare (38 plays), tinyshakespeare (9 of them), a UTF-8 text file, a folder, or a glob",
-        may_change=True,
-    )
-    val_data: str | None = option(
-        None, "the held-out text, named in the same way (none: the last 10 % of the data)", True
-    )
-    embedding_type: Literal[EMBEDDING_TYPES] = option(
-        "shakespearean",
-        "what a token is: a character (both spellings of shakespearean), a byte, or a piece of a word",
-    )
-    vocab_size: int | None = option(
-        None, f"tokens of the bpe vocabulary that is made from the text (none: {DEFAULT_VOCAB_SIZE})"
-    )
+    data: str = option("shakespeare", "shakespeare, tinyshakespeare, a UTF-8 file, a folder or a glob", True)
+    val_data: str | None = option(None, "held-out text, named likewise (none: the last 10 % of data)", True)
+    embedding_type: Literal[EMBEDDING_TYPES] = option("shakespearean", "a token is a character, a byte or a subword")
+    vocab_size: int | None = option(None, f"tokens of a bpe vocabulary (none: {DEFAULT_VOCAB_SIZE})")
     tokenizer: str | None = option(None, "tokenizer.json to use as the vocabulary (none: one is made from the text)")
-    token_cache: str | None = option(
-        None, "directory for the tokens of long texts, which are made once (none: ~/.cache/sliding-gqa)", True
-    )
-    random_config: bool = option(
-        False, "draw architecture and sizes of the model from the seed, except those that flags state"
-    )
-    init_from: str | None = option(
-        None, "model or run directory to start from, with its weights, sizes and vocabulary (none: a new model)"
-    )
-    architecture: Literal[ARCHITECTURES] = option(
-        "rope-window-gqa",
-        "GPT-2 (original), or GPT-2 with rotary positions, a sliding window and grouped KV heads added one by one",
-    )
+    token_cache: str | None = option(None, "directory for long texts' tokens (none: ~/.cache/sliding-gqa)", True)
+    random_config: bool = option(False, "draw the model's sizes from the seed, except those that flags state")
+    init_from: str | None = option(None, "model or run directory to train on from (none: a new model)")
+    architecture: Literal[ARCHITECTURES] = option("rope-window-gqa", "GPT-2, or RoPE, window, GQA added in turn")
     context_size: int = option(512, "context length: tokens of a training example")
     window: int | None = option(64, "keys that a query sees in one layer, its own included (none: all)")
-    window_pattern: str = option(
-        "S", "layers in turn, repeated: S has the window, L sees all keys; SSSL is three short, one long"
-    )
+    window_pattern: str = option("S", "layers in turn: S has the window, L sees all; SSSL is three short, one long")
     n_layer: int = option(4, "layers")
     n_head: int = option(4, "query heads of a layer")
     n_kv_head: int = option(2, "KV heads of a layer, each shared by n_head / n_kv_head query heads")
@@ -217,17 +176,10 @@ class RunConfig:
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model that these settings describe. Raises ValueError for sizes that do not fit together."""
+        same = ("window", "window_pattern", "n_layer", "n_head", "n_kv_head", "d_model", "dropout")
+        sizes = {name: getattr(self, name) for name in same}
         return GPTConfig.for_architecture(
-            self.architecture,
-            vocab_size=vocab_size,
-            context_length=self.context_size,
-            window=self.window,
-            window_pattern=self.window_pattern,
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            d_model=self.d_model,
-            dropout=self.dropout,
+            self.architecture, vocab_size=vocab_size, context_length=self.context_size, **sizes
         )
 
 

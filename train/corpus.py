@@ -153,7 +153,7 @@ def _read(path):
 def require_unchanged(recorded: dict, current: dict) -> None:
     """Raises ValueError unless two records (`data.TextData.record`) have the same texts and vocabulary.
 
-    Entries that `recorded` lacks are not compared, and the path of a text does not matter.
+    A vocabulary that one of them lacks is not compared, and the path of a text does not matter.
     """
     for name, flag in ((None, "--data"), ("validation", "--val-data")):
         old, new = (record if name is None else record.get(name) for record in (recorded, current))
@@ -166,7 +166,7 @@ def require_unchanged(recorded: dict, current: dict) -> None:
                 f"{old['sha256'][:8]} and {new['sha256'][:8]}): restore that one, or start a new run"
             )
     old, new = recorded.get("vocabulary"), current.get("vocabulary")
-    if old is not None and old["sha256"] != new["sha256"]:
+    if old and new and old["sha256"] != new["sha256"]:
         raise ValueError(
             f"the vocabulary is not the one this run was made with ({old['kind']} of {old['size']:,} then, "
             f"{new['kind']} of {new['size']:,} now): give the same --embedding-type, --vocab-size and --tokenizer"

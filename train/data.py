@@ -57,23 +57,17 @@ def load_data(
     held_out_corpus = None if held_out_source is None else Corpus(held_out_source)
     if held_out_corpus is not None:
         record["validation"] = _describe(held_out_corpus)
-    if recorded is not None:  # before anything is made from another text
-        require_unchanged({name: value for name, value in recorded.items() if name != "vocabulary"}, record)
+    if recorded is not None:
+        require_unchanged(recorded, record)  # the texts, before anything is made from another one
     boundary = corpus.boundary() if held_out_corpus is None else corpus.scan.characters
     if tokenizer is None:
         tokenizer = make_tokenizer(corpus, embedding_type, vocab_size=vocab_size, stop=boundary)
     training = tokenize(corpus, tokenizer, 0, boundary, cache=cache)
-    record["vocabulary"] = {
-        "kind": tokenizer.kind,
-        "size": tokenizer.vocab_size,
-        "sha256": fingerprint(tokenizer.to_json()),
-    }
+    sha256 = fingerprint(tokenizer.to_json())
+    record["vocabulary"] = {"kind": tokenizer.kind, "size": tokenizer.vocab_size, "sha256": sha256}
     if recorded is not None:
-        require_unchanged(recorded, record)
-    if held_out_corpus is None:
-        held_out = tokenize(corpus, tokenizer, boundary, cache=cache)
-    else:
-        held_out = tokenize(held_out_corpus, tokenizer, cache=cache)
+        require_unchanged(recorded, record)  # the vocabulary as well
+    held_out = tokenize(held_out_corpus or corpus, tokenizer, 0 if held_out_corpus else boundary, cache=cache)
     return TextData(tokenizer, training, held_out, record)
 
 

@@ -33,8 +33,9 @@ class History:
         self.followers = []
 
     def add(self, **values) -> None:
-        # JSON has no NaN and no infinity
-        values = {name: None if _not_finite(value) else value for name, value in values.items()}
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None  # JSON has no NaN and no infinity
         self.lines.append(values)
         if self.directory is not None:
             path = self.directory / "metrics.jsonl"
@@ -99,10 +100,6 @@ def _append(path, line):
         raise
 
 
-def _not_finite(value):
-    return isinstance(value, float) and not math.isfinite(value)
-
-
 def require_tensorboard() -> None:
     """Raises ModuleNotFoundError, in one line, if the optional package is missing."""
     try:
@@ -133,35 +130,25 @@ class TensorBoard:
         self._writer.flush()
 
 
-class ProgressBar:
+class ProgressBar(tqdm):
     """A bar on stderr with steps, time left and the values of `show`. In a file, one line every ten seconds."""
 
     def __init__(self, total: int, done: int = 0, shown: bool = True):
         interval = 0.2 if sys.stderr.isatty() else 10
-        self._enabled = shown
-        self._bar = tqdm(
+        super().__init__(
             total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=interval, disable=not shown
         )
-        self._shown = {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._bar.close()
-
-    def step(self) -> None:
-        self._bar.update(1)
+        self._values = {}
 
     def show(self, **values: str) -> None:
         """Sets values after the bar; each stays until it is set again."""
-        self._shown |= values
-        self._bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in self._shown.items()), refresh=False)
+        self._values |= values
+        self.set_postfix_str(", ".join(f"{name} {value}" for name, value in self._values.items()), refresh=False)
 
     def print(self, line: str) -> None:
         """Prints a line on stdout, above the bar."""
-        if self._enabled:
-            tqdm.write(line)
+        if not self.disable:
+            self.write(line)
 
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40

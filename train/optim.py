@@ -176,9 +176,7 @@ class Muon(torch.optim.Optimizer):
             maximize=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
         )
 
 

@@ -27,9 +27,8 @@ from model import GPT, flops_a_token
 from model.command import resolve_device
 
 from .checkpoint import (
-    checkpoint_directory,
+    checkpoint_to_resume,
     finish_replacing,
-    lock_and_find_checkpoint,
     note_resumption,
     open_run_directory,
     point_last_at,
@@ -139,14 +138,17 @@ class Trainer:
             self._evaluate(bar)
         while self.step < self.total_steps and not self.processes.any(stop.requested):
             self._take_step(batches)
-            bar.step()
+            bar.update()
             last = self.step == self.total_steps
-            if last or self._due(config.log_every) or self._due(config.eval_every) or self._due(config.save_every):
+            log, evaluate, save = (
+                last or self.step % every == 0 for every in (config.log_every, config.eval_every, config.save_every)
+            )
+            if log or evaluate or save:
                 self._log(bar)
-            if last or self._due(config.eval_every):
+            if evaluate:
                 self._evaluate(bar)
             # not while steps are skipped: if that does not end, the earlier weights are the good ones
-            if last or (self._due(config.save_every) and not self.scaler.skipped_in_a_row):
+            if last or (save and not self.scaler.skipped_in_a_row):
                 self._save_checkpoint()
         self.interrupted = self.step < self.total_steps
         if self.interrupted:
@@ -323,7 +325,7 @@ class Trainer:
             "losses": self.losses,
             "seconds": time.perf_counter() - self.started,
         }
-        directory = checkpoint_directory(self.out_dir, self.step)
+        directory = self.out_dir / "checkpoints" / f"step-{self.step:06d}"
         self._write(directory, state)
         self.processes.run_on_main(point_last_at, directory, self.config.keep_checkpoints)
 
@@ -353,7 +355,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Loads the newest undamaged checkpoint in out_dir; without any, the run starts from the beginning."""
-        self.resumed_from = self.processes.run_on_main(lock_and_find_checkpoint, self.out_dir, self.record)
+        self.resumed_from = self.processes.run_on_main(checkpoint_to_resume, self.out_dir, self.record, True)
         self.processes.run_on_main(finish_replacing, self.out_dir / "best")
         if self.resumed_from is not None:
             weights, state = read_state(self.resumed_from, self.model)
@@ -367,9 +369,6 @@ class Trainer:
         self.record = self.processes.run_on_main(note_resumption, self.out_dir, self.record, self.step)
         if self.history.directory is not None:
             self.history.go_back_to(self.step if self.resumed_from is not None else -1)
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0
 
     def _on_device(self, *tensors):
         if self.device.type == "cuda":
