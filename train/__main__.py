@@ -6,7 +6,7 @@
     python -m train --fused-kernels --data 'books/*.txt' --embedding-type bpe --vocab-size 8192
     python -m train --fused-kernels --random-config --seed 7                     # a model of random sizes
     python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # fine-tune a model
-    python -m train --resume --out-dir runs/mine          # go on after any stop, with the same settings
+    python -m train --resume --out-dir runs/mine          # continue after any stop, with the same settings
 
 The run directory holds the best and the last checkpoint, the curves and the settings (train/checkpoint.py). Ctrl-C and
 SIGTERM save a checkpoint and end the run; a second one ends it at once.
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         if is_main_process():
             checkpoint = resolve_checkpoint(trainer.out_dir)
             if trainer.interrupted:
-                print(f"go on with it:\n\n  python -m train --resume --out-dir {shlex.quote(str(trainer.out_dir))}\n")
+                print(f"resume it:\n\n  python -m train --resume --out-dir {shlex.quote(str(trainer.out_dir))}\n")
             else:
                 print_sample(checkpoint, trainer.device, config.seed)
             print_commands(checkpoint)

@@ -71,7 +71,7 @@ def open_run_directory(out_dir: str | Path, record: dict) -> None:
             raise
         raise type(error)(f"run directory {out_dir} cannot be written: {_reason(error)}") from None
     raise FileExistsError(
-        f"run directory {out_dir} holds a run already: choose another --out-dir, go on with --resume, or remove it"
+        f"run directory {out_dir} holds a run already: choose another --out-dir, resume it with --resume, or remove it"
     )
 
 
@@ -85,7 +85,7 @@ def writing(path: Path, run_directory: Path, errors=OSError):
         remedy = "make room" if reason in _NO_ROOM.values() else "fix that"
         intact = next((old for old in reversed(checkpoints(run_directory)) if damage(old) is None), None)
         start = "the beginning, as there is no checkpoint yet" if intact is None else f"{intact}, which is intact"
-        raise OSError(f"{path} cannot be written: {reason}; {remedy}, and --resume goes on from {start}") from error
+        raise OSError(f"{path} cannot be written: {reason}; {remedy}, and --resume continues from {start}") from error
 
 
 def _reason(error) -> str:
@@ -264,7 +264,7 @@ def read_record(out_dir: str | Path) -> dict:
     path = Path(out_dir) / RECORD
     if not path.exists():
         raise FileNotFoundError(
-            f"resume: run directory {out_dir} holds no run to go on with: leave --resume out to start one"
+            f"resume: run directory {out_dir} holds no run to resume: leave out --resume to start one"
         )
     return read_json(path)
 
@@ -307,7 +307,7 @@ def checkpoint_to_resume(out_dir: str | Path, record: dict, lock: bool = False) 
             return checkpoint
         warnings.warn(f"checkpoint {checkpoint} is damaged ({what}): going back to the one before it", stacklevel=2)
     if found:
-        raise ValueError(f"resume: all checkpoints in {out_dir} are damaged, so there is nothing to go on from")
+        raise ValueError(f"resume: all checkpoints in {out_dir} are damaged, so there is nothing to resume from")
     return None
 
 

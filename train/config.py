@@ -82,7 +82,7 @@ class TrainerConfig:
     log_every: int = option(10, "steps between lines of metrics.jsonl", True)
     tensorboard: bool = option(False, "also write curves and samples for TensorBoard into the run directory", True)
     out_dir: str | None = option(None, "run directory (none: the command makes runs/DATE-TIME, the library none)", True)
-    resume: bool = option(False, "go on with the run in out_dir, with its settings, from its last checkpoint", True)
+    resume: bool = option(False, "resume the run in out_dir, with its settings, from its last checkpoint", True)
 
     def __post_init__(self):
         _check_choices(self)
@@ -107,7 +107,7 @@ class TrainerConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}, wanted two numbers from 0 to below 1")
         if self.resume and self.out_dir is None:
-            raise ValueError("resume needs the run directory to go on in: name it with --out-dir")
+            raise ValueError("resume needs a run directory: name it with --out-dir")
         if self.out_dir is not None:
             object.__setattr__(self, "out_dir", os.fspath(self.out_dir))  # also takes a Path; the record needs text
         if self.warmup_steps is not None and self.warmup_tokens is not None:
@@ -144,7 +144,7 @@ class RunConfig:
     backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels", True)
     # the path of a text may change, the text may not: a resumed run compares checksums (train/corpus.py)
     data: str = option("shakespeare", "shakespeare, tinyshakespeare, a UTF-8 file, a folder or a glob", True)
-    val_data: str | None = option(None, "held-out text, named likewise (none: the last 10 % of data)", True)
+    val_data: str | None = option(None, "held-out text, named as for --data (none: the last 10 % of data)", True)
     embedding_type: Literal[EMBEDDING_TYPES] = option("shakespearean", "a token is a character, a byte or a subword")
     vocab_size: int | None = option(None, f"tokens of a bpe vocabulary (none: {DEFAULT_VOCAB_SIZE})")
     tokenizer: str | None = option(None, "tokenizer.json to use as the vocabulary (none: one is made from the text)")

@@ -49,7 +49,7 @@ _REPEAT_SECONDS = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
 
 class TrainingFailed(RuntimeError):
-    """A run that cannot go on, for example because its gradients are not finite."""
+    """A run that cannot continue, for example because its gradients are not finite."""
 
 
 class Trainer:

@@ -136,6 +136,20 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, cap
     assert file in refused(capsys, "--checkpoint", checkpoint, "--data", str(tmp_path / "text.txt"))
 
 
+def test_a_run_directory_means_its_best_checkpoint_else_its_last(model, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT, newline="")
+
+    def evaluated():
+        assert (
+            main(["--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--device", "cpu"]) == 0
+        )
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoint"]
+
+    for name in ("last", "best"):
+        save_pretrained(model, tmp_path / "run" / name, CharTokenizer.from_text(TEXT))
+        assert evaluated() == str(tmp_path / "run" / name)
+
+
 def test_the_training_text_is_found_again_and_must_be_unchanged(checkpoint, tmp_path, capsys):
     data = {"source": str(tmp_path / "text.txt"), "sha256": fingerprint(TEXT)}
     (tmp_path / "model" / "training.json").write_text(json.dumps({"run": {"data": data}}))

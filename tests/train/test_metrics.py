@@ -1,4 +1,4 @@
-"""Watching a run: what is written beside the weights, and that nobody who watches changes them."""
+"""What a run shows: metrics, curves, samples, TensorBoard; none of them changes the weights."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def weights(model):
 
 
 def picture(directory, *names):
-    """loss.png of a history that has `names` beside the steps."""
+    """loss.png of a history that has `names` and the steps."""
     made = History(directory)
     made.lines = [
         {name: value for name, value in line.items() if name in ("step", *names)}
@@ -52,7 +52,7 @@ def test_the_picture_of_a_run_that_has_not_begun_can_be_drawn(tmp_path):
     assert picture(tmp_path).startswith(b"\x89PNG")
 
 
-def test_every_evaluation_after_the_first_has_a_sample_which_is_said_and_recorded(tmp_path, capsys):
+def test_every_evaluation_after_the_first_prints_and_records_a_sample(tmp_path, capsys):
     made = trainer(tmp_path)
     made.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -77,7 +77,7 @@ def test_a_sample_leaves_the_random_state_alone():
     assert len(made._sample()) == 30 and torch.equal(before, torch.get_rng_state())
 
 
-def test_a_share_of_the_peak_is_shown_where_the_peak_is_known():
+def test_mfu_is_recorded_if_the_peak_is_known():
     made = trainer(log_every=1)
     made.peak_flops = 1e12
     made.train()
@@ -117,7 +117,7 @@ def test_tensorboard_without_a_run_directory_is_refused():
         trainer(tensorboard=True)
 
 
-def test_a_line_is_written_before_those_who_follow_see_it(tmp_path):
+def test_a_line_is_written_before_followers_see_it(tmp_path):
     made, seen = History(tmp_path), io.StringIO()
     made.followers.append(lambda line: seen.write((tmp_path / "metrics.jsonl").read_text()))
     made.add(step=1, loss=float("nan"))

@@ -186,7 +186,7 @@ def stop_at_step(trainer, step):
     trainer._take_step = take_step_and_stop
 
 
-def test_ctrl_c_saves_the_last_checkpoint_and_says_where(tmp_path, capsys):
+def test_ctrl_c_saves_the_last_checkpoint_and_prints_where(tmp_path, capsys):
     trainer = tiny_trainer(out_dir=tmp_path / "run")
     stop_at_step(trainer, 7)
     before = signal.getsignal(signal.SIGINT)
@@ -221,7 +221,7 @@ def test_training_works_outside_the_main_thread():
     assert trainer.step == 2
 
 
-def test_gradients_that_are_no_numbers_again_and_again_fail_the_run_and_keep_what_was_saved(tmp_path):
+def test_many_non_finite_gradients_fail_the_run_and_keep_the_checkpoint_before(tmp_path):
     trainer = tiny_trainer(out_dir=tmp_path / "run", save_every=5, eval_every=100, max_steps=100)
     take_step = trainer._take_step
 
@@ -240,7 +240,7 @@ def test_gradients_that_are_no_numbers_again_and_again_fail_the_run_and_keep_wha
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_one_gradient_that_is_no_number_is_skipped_and_counted(bad):
+def test_one_non_finite_gradient_is_skipped_and_counted(bad):
     trainer = tiny_trainer(max_steps=6, ema_decay=0.9, held_out=False, lr_decay=False)
     take_step, seen = trainer._take_step, []
 
@@ -286,7 +286,7 @@ def test_activation_checkpointing_changes_nothing_but_what_is_kept():
     assert found[1] < 0.5 * found[0]
 
 
-def test_one_batch_can_be_learnt_by_heart():
+def test_one_batch_can_be_overfitted():
     trainer = tiny_trainer(max_steps=120, overfit_one_batch=True, learning_rate=1e-2, held_out=False)
     trainer.train()
     assert losses(trainer)[-1] < 0.1 < losses(trainer)[0]
@@ -317,7 +317,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(
         OSError,
-        match=r"step-000010 cannot be written: the disk is full; make room, and --resume goes on from .*step-000005,",
+        match=r"step-000010 cannot be written: the disk is full; make room, and --resume continues from .*step-000005,",
     ):
         trainer.train()
     assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["step"] == 5
@@ -331,7 +331,7 @@ def test_a_directory_with_a_run_in_it_is_not_overwritten(tmp_path):
     tiny_trainer(out_dir=tmp_path / "run").train()
     saved = (tmp_path / "run" / "last" / "training.json").read_bytes()
     with pytest.raises(
-        FileExistsError, match="holds a run already: choose another --out-dir, go on with --resume, or remove"
+        FileExistsError, match="holds a run already: choose another --out-dir, resume it with --resume, or rem"
     ):
         tiny_trainer(out_dir=tmp_path / "run")
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == saved
