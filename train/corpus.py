@@ -56,9 +56,9 @@ class Corpus:
             self.source, self.documents = str(Path(source).resolve()), _files(source)
         self.name = source
 
-    def boundary(self, held_out: float = HELD_OUT) -> int:
-        """The position where the held-out part begins: the last `held_out` of the characters."""
-        return int(self.scan.characters * (1 - held_out))
+    def boundary(self) -> int:
+        """The position where the held-out part begins: the last HELD_OUT of the characters."""
+        return int(self.scan.characters * (1 - HELD_OUT))
 
     def pieces(self, start: int = 0, stop: int | None = None):
         """The characters start .. stop - 1 in pieces, with DOCUMENT_END between documents.

@@ -105,9 +105,8 @@ def _contexts(tokens, starts, length, stride):
     chunk = tokens[positions.clamp(max=len(tokens) - 1)].long()
     x, y = chunk[:, :-1], chunk[:, 1:].clone()
     counted_before = (starts[:, None] > 0) & (torch.arange(length) < length - stride)
-    y[
-        counted_before | (positions[:, 1:] >= len(tokens))
-    ] = -1  # the model is causal: what x holds past the end does not matter
+    # the model is causal: what x holds past the end does not matter
+    y[counted_before | (positions[:, 1:] >= len(tokens))] = -1
     return x, y
 
 

@@ -26,7 +26,6 @@ from .corpus import DOCUMENT_END, Corpus, code_points
 from .lock import only_one
 
 VERSION = 1  # of the file format: a new number makes all files again
-CACHE = "sliding-gqa"
 # Texts up to this size, in bytes, are encoded in memory at every start. That takes half a second for characters;
 # subwords take 20 times as long.
 IN_MEMORY = {"characters": 2**25, "bytes": 2**25, "subwords": 2**20}
@@ -47,7 +46,7 @@ class Encoded:
 
 def default_cache() -> Path:
     """$XDG_CACHE_HOME/sliding-gqa, or ~/.cache/sliding-gqa."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sliding-gqa"
 
 
 def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None, *, cache=None) -> Encoded:
@@ -156,38 +155,40 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _counted(pieces, counts, bar=None):
-    """The same pieces; adds their size to counts, [characters, bytes]."""
-    for piece in pieces:
-        if piece is not DOCUMENT_END:
-            counts[0] += len(piece)
-            counts[1] += len(piece) if piece.isascii() else len(piece.encode())
-            if bar is not None:
-                bar.update(len(piece))
-        yield piece
+def _encoded_parts(corpus, tokenizer, start, stop, counts, bar=None):
+    """Arrays of the tokens of start .. stop - 1; adds their size to counts, [characters, bytes]."""
+
+    def counted():
+        for piece in corpus.pieces(start, stop):
+            if piece is not DOCUMENT_END:
+                counts[0] += len(piece)
+                counts[1] += len(piece) if piece.isascii() else len(piece.encode())
+                if bar is not None:
+                    bar.update(len(piece))
+            yield piece
+
+    yield from encode_stream(tokenizer, counted())
+    if counts[0] != stop - start:
+        raise ValueError(f"data {corpus.name} changed while it was read: start again when it is complete")
 
 
 def _in_memory(corpus, tokenizer, start, stop):
     counts = [0, 0]
-    parts = list(encode_stream(tokenizer, _counted(corpus.pieces(start, stop), counts)))
-    _check_length(corpus, counts[0], stop - start)
+    parts = list(_encoded_parts(corpus, tokenizer, start, stop, counts))
     return Encoded(as_tensor(np.concatenate(parts), tokenizer.vocab_size), *counts)
 
 
 def _write(path, corpus, tokenizer, start, stop):
     """Writes the token file, then a JSON file about it: a token file without that one is not used."""
-    size = tokenizer.vocab_size
-    dtype = np.dtype(np.uint8 if size <= 2**8 else np.uint16 if size <= 2**16 else np.int32)
-    counts, count = [0, 0], 0
+    counts, count, dtype = [0, 0], 0, np.min_scalar_type(tokenizer.vocab_size - 1)
     with (
         replacing(path, path.with_suffix(".json")) as (temporary, about),
         tqdm(total=stop - start, unit="char", unit_scale=True, desc="making tokens", leave=False) as bar,
     ):
         with open(temporary, "wb") as file:
-            for part in encode_stream(tokenizer, _counted(corpus.pieces(start, stop), counts, bar)):
+            for part in _encoded_parts(corpus, tokenizer, start, stop, counts, bar):
                 file.write(part.astype(dtype).tobytes())
                 count += len(part)
-        _check_length(corpus, counts[0], stop - start)
         facts = {"source": corpus.source, "sha256": corpus.scan.sha256, "start": start, "stop": stop}
         facts |= {"tokens": count, "dtype": dtype.str, "characters": counts[0], "bytes": counts[1]}
         about.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -202,8 +203,3 @@ def _read(path):
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return Encoded(tokens, facts["characters"], facts["bytes"]) if len(tokens) == facts["tokens"] else None
-
-
-def _check_length(corpus, found, wanted):
-    if found != wanted:
-        raise ValueError(f"data {corpus.name} changed while it was read: start again when it is complete")

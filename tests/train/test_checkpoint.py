@@ -120,7 +120,9 @@ def test_a_checkpoint_that_is_cut_short_leaves_nothing_and_the_reason_is_the_sys
         weights = {name: tensor.repeat_interleave(9, 0) for name, tensor in weights.items()}
     with (
         files_no_larger_than(100_000),
-        pytest.raises(OSError, match=r"step-000006 cannot be written: File too large; fix that, and --resume goes"),
+        pytest.raises(
+            OSError, match=r"step-000006 cannot be written: File too large; fix that, and --resume continues"
+        ),
     ):
         save_checkpoint(run / "checkpoints" / "step-000006", model, tokenizer, {}, state, weights)
     assert contents(run) == before and damage(checkpoints(run)[-1]) is None
