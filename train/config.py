@@ -55,7 +55,7 @@ class TrainerConfig:
     optimizer: Literal["muon", "adamw"] = option("muon", "Muon for the hidden layers' matrices, or AdamW for all")
     learning_rate: float = option(1e-2, "peak learning rate (AdamW for all wants less, about 4e-3)")
     lr_decay: bool = option(True, "lower the learning rate after the warm-up; otherwise it stays at the peak")
-    schedule: Literal["cosine", "linear", "wsd"] = option("linear", "how it falls (wsd: in the last fifth only)")
+    schedule: Literal["cosine", "linear", "wsd"] = option("linear", "how the rate falls (wsd: in the last fifth)")
     final_fraction: float = option(0.0, "the learning rate at the end, as a fraction of the peak")
     warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of the run, at most 100)")
     warmup_tokens: int | None = option(None, "the same in tokens; give only one of the two")
@@ -69,7 +69,7 @@ class TrainerConfig:
     overfit_one_batch: bool = option(False, "train on the first batch only; its loss must fall to almost 0")
     compile: bool = option(False, "torch.compile the model: faster steps after a minute or so", True)
     parallel: Literal["none", "ddp", "fsdp"] = option(
-        "none", "under torchrun: each holds all weights, or a shard", True
+        "none", "under torchrun: all weights in each process, or shards", True
     )
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)", True)
     seed: int = option(0, "random seed of the initial weights, the order of the examples and the dropout")
@@ -196,7 +196,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class, title: str | None =
     group = parser.add_argument_group(title or config_class.__name__)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default).lower()
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+        default = default.lower() if default in ("None", "True", "False") else default
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=field.name,
@@ -245,20 +246,16 @@ def _or_none(kind):
 
 
 # What --random-config draws, and from what. A drawn model trains in minutes on a CPU.
-RANDOM_FIELDS = (
-    *("architecture", "context_size"),
-    *("n_layer", "n_head", "n_kv_head", "d_model"),
-    *("window", "window_pattern"),
-)
+DRAWN_FIELDS = ("architecture", "context_size", "n_layer", "n_head", "n_kv_head", "d_model", "window", "window_pattern")
 _HEADS, _HEAD_SIZES, _WIDTHS = (1, 2, 3, 4, 6, 8), (16, 32, 64), range(48, 129)
 
 
 def random_config(run: RunConfig, seed: int, stated: set[str] = frozenset()) -> RunConfig:
-    """`run` with its RANDOM_FIELDS drawn from the seed, except those in `stated`. Valid unless stated values clash.
+    """`run` with its DRAWN_FIELDS drawn from the seed, except those in `stated`. Valid unless stated values clash.
 
     Each field has its own random generator, so a stated flag changes only the fields that must fit it.
     """
-    values = {name: getattr(run, name) for name in RANDOM_FIELDS if name in stated}
+    values = {name: getattr(run, name) for name in DRAWN_FIELDS if name in stated}
 
     def draw(name, candidates):
         candidates = list(candidates)
@@ -287,6 +284,6 @@ def random_config_flags(run: RunConfig) -> str:
     """The flags that make the drawn model again, without those that its architecture ignores."""
     unused = set() if "window" in run.architecture else {"window", "window_pattern"}
     unused |= set() if "gqa" in run.architecture else {"n_kv_head"}
-    values = {name: getattr(run, name) for name in RANDOM_FIELDS if name not in unused}
+    values = {name: getattr(run, name) for name in DRAWN_FIELDS if name not in unused}
     flags = ((f"--{name.replace('_', '-')}", "none" if v is None else str(v)) for name, v in values.items())
     return shlex.join(word for flag in flags for word in flag)

@@ -8,7 +8,7 @@ import pytest
 from kernels import resolve_backend
 from model import ARCHITECTURES
 from model.command import Parser
-from train.config import RANDOM_FIELDS, RunConfig, TrainerConfig, add_flags, from_flags, option, random_config
+from train.config import DRAWN_FIELDS, RunConfig, TrainerConfig, add_flags, from_flags, option, random_config
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def test_a_drawn_model_is_valid_and_the_same_for_the_same_seed():
     drawn = [random_config(RunConfig(), seed) for seed in range(300)]
     assert drawn == [random_config(RunConfig(), seed) for seed in range(300)]
     assert {run.model_config(65).architecture for run in drawn} >= set(ARCHITECTURES)
-    for name in RANDOM_FIELDS:
+    for name in DRAWN_FIELDS:
         assert len({getattr(run, name) for run in drawn}) > 2
     assert max(run.n_layer * 12 * run.d_model**2 for run in drawn) < 10**6  # parameters: minutes on a CPU
 
@@ -174,7 +174,7 @@ def test_stated_flags_stay_and_the_others_fit_them(stated):
 def test_stating_a_flag_changes_no_other_that_need_not_fit():
     drawn = random_config(RunConfig(), 7)
     again = random_config(RunConfig(n_layer=9, window=5), 7, {"n_layer", "window"})
-    assert {name for name in RANDOM_FIELDS if getattr(drawn, name) != getattr(again, name)} == {"n_layer", "window"}
+    assert {name for name in DRAWN_FIELDS if getattr(drawn, name) != getattr(again, name)} == {"n_layer", "window"}
 
 
 def test_stated_sizes_that_fit_nothing_are_refused():
