@@ -4,12 +4,12 @@
     python -m train --fused-kernels --data my.txt --context-size 256 --window 64 --max-steps 5000 --out-dir runs/mine
     python -m train --architecture original               # GPT-2 in plain PyTorch, to compare with
     python -m train --fused-kernels --data 'books/*.txt' --embedding-type bpe --vocab-size 8192
-    python -m train --fused-kernels --random-config --seed 7                     # a model of any kind
-    python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # train a model on
-    python -m train --resume --out-dir runs/mine          # go on after any stop, with the settings of then
+    python -m train --fused-kernels --random-config --seed 7                     # a model of random sizes
+    python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # fine-tune a model
+    python -m train --resume --out-dir runs/mine          # continue after any stop, with the same settings
 
-The run directory holds the best and the last checkpoint, the curves and the settings (train/checkpoint.py). Ctrl-C
-and SIGTERM save a checkpoint and end the run, a second one ends it at once.
+The run directory holds the best and the last checkpoint, the curves and the settings (train/checkpoint.py). Ctrl-C and
+SIGTERM save a checkpoint and end the run; a second one ends it at once.
 """
 
 import dataclasses
@@ -21,32 +21,31 @@ from pathlib import Path
 import torch
 
 from model import GPT, CharTokenizer, attention_backend, from_pretrained
+from model.checkpoint import resolve_checkpoint
 from model.command import Parser, resolve_device
 
-from .config import RunConfig, TrainerConfig
+from .checkpoint import checkpoint_to_resume, read_record, recall_flags
+from .config import RunConfig, TrainerConfig, add_flags, from_flags, random_config, random_config_flags, stated_flags
+from .corpus import given_tokenizer
 from .data import TextData, TokenDataset, load_data
-from .distributed import is_first, join_processes, local_device
-from .flags import add_flags, from_flags, given
+from .distributed import is_main_process, join_processes, local_device
 from .lock import refuse_if_written
-from .memory import estimate, in_words
-from .passage import TEMPERATURE, passage
-from .random_config import as_flags, random_config
-from .resume import checkpoint_to_resume, read_record, recall_flags
+from .memory import describe_estimate
+from .metrics import SAMPLE_TEMPERATURE, sample_text
 from .trainer import Trainer, TrainingFailed
-from .vocabulary import given_tokenizer
 
 SAMPLE_TOKENS = 500
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 1 for a run that failed, 2 for input it cannot use."""
+    """The command; returns its exit status: 0, 1 for a run that failed, 2 for unusable input."""
     parser = Parser(prog="python -m train", description=__doc__)
     add_flags(parser, RunConfig, "model and data")
     add_flags(parser, TrainerConfig, "training")
     flags = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "train", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        stated = given(parser, arguments)
+        stated = stated_flags(parser, arguments)
         if flags.resume:
             recall_flags(flags, stated)
         elif flags.out_dir is None:
@@ -54,44 +53,47 @@ def main(arguments: list[str] | None = None) -> int:
         run, config = from_flags(RunConfig, flags), from_flags(TrainerConfig, flags)
         trainer = prepare(run, config, command, stated)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        if not is_first():
+        if not is_main_process():
             return 2
         parser.error(str(error).splitlines()[0])
     try:
         trainer.train()
         trainer.processes.leave()
-        if is_first():
-            if not trainer.interrupted:
-                write_passage(best_checkpoint(trainer), trainer)
-            say_how_to_go_on(best_checkpoint(trainer), trainer)
+        if is_main_process():
+            checkpoint = resolve_checkpoint(trainer.out_dir)
+            if trainer.interrupted:
+                print(f"resume it:\n\n  python -m train --resume --out-dir {shlex.quote(str(trainer.out_dir))}\n")
+            else:
+                print_sample(checkpoint, trainer.device, config.seed)
+            print_commands(checkpoint)
     except (TrainingFailed, OSError, RuntimeError) as error:
-        if is_first():
+        if is_main_process():
             print(f"{parser.prog}: run failed: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0
 
 
 def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str] = frozenset()) -> Trainer:
-    """Everything up to the first step; the run directory is made last, when nothing else can be wrong.
+    """The trainer before its first step, after printing what it will do. It makes the run directory last.
 
-    stated: the flags that the command line has, which --init-from asks for.
+    stated: names of the flags that the command line has; --init-from and --random-config need them.
     """
     device = resolve_device(local_device(config.parallel, config.device))
-    # the first process looks, and all stop or none: one that went on would wait for the others
-    join_processes(config.parallel, device).first_does(refuse_if_written, config.out_dir)
+    # rank 0 checks, and all processes stop or none: one that went on would wait for the others
+    join_processes(config.parallel, device).run_on_main(refuse_if_written, config.out_dir)
     backend = attention_backend(device, run.fused_kernels, run.backend)
-    if run.random_config and not config.resume:  # what was drawn then is recorded
+    if run.random_config and not config.resume:  # a resumed run has recorded what was drawn
         run = random_config(run, config.seed, stated)
     checkpoint = recorded = None
     if config.resume:
-        told = {"run": dataclasses.asdict(run), "trainer": config.to_dict()}
-        checkpoint = checkpoint_to_resume(config.out_dir, told)
-        recorded = read_record(config.out_dir).get("data")
-        stated = stated | set(read_record(config.out_dir).get("stated", ()))
+        settings = {"run": dataclasses.asdict(run), "trainer": config.to_dict()}
+        checkpoint = checkpoint_to_resume(config.out_dir, settings)
+        record = read_record(config.out_dir)
+        recorded, stated = record.get("data"), stated | set(record.get("stated", ()))
     if checkpoint is not None:
         model, tokenizer = from_pretrained(checkpoint, fused_kernels=run.fused_kernels, backend=run.backend)
     elif run.init_from is None:
-        run.model_config(vocab_size=1)  # what is wrong with the sizes is said before a long text is read
+        run.model_config(vocab_size=1)  # raises for wrong sizes before a long text is read
         model, tokenizer = None, None if run.tokenizer is None else given_tokenizer(run.tokenizer)
     else:
         model, tokenizer, run = load_to_train(run, stated)
@@ -106,19 +108,20 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     )
     if model is None:
         model = GPT(run.model_config(data.tokenizer.vocab_size), run.fused_kernels, run.backend, seed=config.seed)
-    training_set, held_out_set = data_sets(run, data)
+    training_set, held_out_set = make_datasets(run, data)
     record = {"command": command, "stated": sorted(stated), "run": dataclasses.asdict(run), "data": data.record}
     trainer = Trainer(model, training_set, held_out_set, config, record)
-    over = trainer.step >= trainer.total_steps
-    # blocks that are compiled and sharded cannot be run to be looked at
-    expected = None if over or (config.compile and config.parallel == "fsdp") else estimate(trainer)
-    for name, value in _first_lines(run, trainer, backend, data.record, expected) if is_first() else ():
-        print(f"{name:<10} {value}")
+    finished = trainer.step >= trainer.total_steps
+    # under fsdp compiled blocks cannot run uncompiled, which the estimate needs
+    estimate = None if finished or (config.compile and config.parallel == "fsdp") else trainer.estimate()
+    if is_main_process():
+        for name, value in _first_lines(run, trainer, backend, data.record, estimate):
+            print(f"{name:<10} {value}")
     return trainer
 
 
-def data_sets(run: RunConfig, data: TextData) -> tuple[TokenDataset, TokenDataset]:
-    """(training, held out). Raises ValueError where one is shorter than an example."""
+def make_datasets(run: RunConfig, data: TextData) -> tuple[TokenDataset, TokenDataset]:
+    """(training, held out). Raises ValueError if one is shorter than an example."""
     held_out_name = "its held-out last 10 %" if run.val_data is None else f"val_data {run.val_data}"
     for name, tokens in (("its training part", data.training.tokens), (held_out_name, data.held_out.tokens)):
         if len(tokens) <= run.context_size:
@@ -129,70 +132,63 @@ def data_sets(run: RunConfig, data: TextData) -> tuple[TokenDataset, TokenDatase
     return tuple(TokenDataset(part.tokens, run.context_size, data.tokenizer) for part in (data.training, data.held_out))
 
 
-def load_to_train(run: RunConfig, stated: set[str]):
-    """(model, tokenizer, run) of --init-from: the weights as fp32, with the run's window, dropout and context size.
+def load_to_train(run: RunConfig, stated: set[str]) -> tuple:
+    """(model, tokenizer, run) of --init-from: the weights in fp32, with the run's window, dropout and context size.
 
-    The window stays the model's unless the flag is stated, and so does the context size where the model's is shorter.
-    Raises ValueError for flags that contradict the model, and for one without a tokenizer.
+    The window stays the model's unless the flag is stated. So does a context that is shorter than the run's default.
+    Raises ValueError for flags that contradict the model, and for a model without a tokenizer.
     """
     sizes = {"architecture", "n_layer", "n_head", "n_kv_head", "d_model"}
     if contradicting := stated & (sizes | {"embedding_type", "vocab_size", "tokenizer"}):
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(contradicting))
-        what = "is as large as it is" if contradicting & sizes else "has its vocabulary"
+        what = "has its own sizes" if contradicting & sizes else "has its own vocabulary"
         raise ValueError(f"{flags}: not with --init-from, whose model {what}; leave it out")
-    loaded, tokenizer = from_pretrained(run.init_from)
+    directory = resolve_checkpoint(run.init_from)
+    loaded, tokenizer = from_pretrained(directory)
     if tokenizer is None:
-        raise ValueError(f"{run.init_from} has no tokenizer.json, which says how text becomes the model's tokens")
-    config, size = loaded.config, run.context_size
+        raise ValueError(f"{directory} has no tokenizer.json, which turns text into the model's tokens")
+    config, length = loaded.config, run.context_size
     if "context_size" not in stated:
-        size = min(size, config.context_length)
-    elif size > config.context_length and config.positions == "learned":
-        raise ValueError(f"context_size is {size}, but {run.init_from} learned {config.context_length} positions")
+        length = min(length, config.context_length)
+    elif length > config.context_length and config.positions == "learned":
+        raise ValueError(f"context_size is {length}, but {directory} learned {config.context_length} positions")
     config = dataclasses.replace(
         config,
-        context_length=max(size, config.context_length),
+        context_length=max(length, config.context_length),
         dropout=run.dropout,
         **{name: getattr(run, name) for name in ("window", "window_pattern") if name in stated},
     )
     model = GPT(config, run.fused_kernels, run.backend)
     model.load_state_dict(loaded.state_dict())
-    return model, tokenizer, dataclasses.replace(run, context_size=size)
+    return model, tokenizer, dataclasses.replace(run, context_size=length)
 
 
-def best_checkpoint(trainer: Trainer) -> Path:
-    """The weights with the lowest held-out loss; the newest ones where no evaluation was reached."""
-    best = trainer.out_dir / "best"
-    return best if best.exists() else trainer.out_dir / "last"
-
-
-def write_passage(checkpoint: Path, trainer: Trainer) -> None:
-    """Lets a checkpoint write, as it comes."""
-    model, tokenizer = from_pretrained(checkpoint, device=trainer.device)
+def print_sample(checkpoint: Path, device: torch.device, seed: int) -> None:
+    """Prints SAMPLE_TOKENS tokens by a checkpoint while it samples them."""
+    model, tokenizer = from_pretrained(checkpoint, device=device)
     unit = "characters" if isinstance(tokenizer, CharTokenizer) else "tokens"
     print(f"\n{SAMPLE_TOKENS} {unit} by {checkpoint}:\n" + "-" * 80)
-    for piece in passage(model, tokenizer, SAMPLE_TOKENS, trainer.config.seed):
+    for piece in sample_text(model, tokenizer, SAMPLE_TOKENS, seed):
         print(piece, end="", flush=True)
     print("\n" + "-" * 80)
 
 
-def say_how_to_go_on(checkpoint: Path, trainer: Trainer) -> None:
-    """Prints the commands that end an interrupted run, and those that use a checkpoint."""
-    if trainer.interrupted:
-        print(f"go on with it:\n\n  python -m train --resume --out-dir {shlex.quote(str(trainer.out_dir))}\n")
+def print_commands(checkpoint: Path) -> None:
+    """Prints the commands that use a checkpoint."""
     directory = shlex.quote(str(checkpoint))
     print("sample again, and measure the loss over the whole held-out text:\n")
-    print(f"  python -m model.sample --checkpoint {directory} --max-new-tokens 1000 --temperature {TEMPERATURE}")
+    print(f"  python -m model.sample --checkpoint {directory} --max-new-tokens 1000 --temperature {SAMPLE_TEMPERATURE}")
     print(f"  python -m train.evaluate --checkpoint {directory}")
 
 
-def _first_lines(run, trainer, backend, data, expected):
-    """(name, value) of what is about to happen."""
+def _first_lines(run, trainer, backend, data, estimate):
+    """(name, value) pairs that say what the run is."""
     config, model = trainer.config, trainer.model.config
     heads = f"{model.n_head} heads" + (f" on {model.n_kv_head} KV heads" if model.n_kv_head < model.n_head else "")
     window = f", window {model.window}" if model.window is not None else ""
     window += f" in layers {model.window_pattern}" if window and "L" in model.window_pattern else ""
     if run.random_config:
-        yield "drawn", f"with seed {config.seed}: {as_flags(run)}"
+        yield "drawn", f"with seed {config.seed}: {random_config_flags(run)}"
     yield "model", f"{model.architecture}: {trainer.model.num_parameters():,} parameters"
     yield "", f"{model.n_layer} layers, width {model.d_model}, {heads}, context {model.context_length}{window}"
     if backend is not None:
@@ -202,8 +198,9 @@ def _first_lines(run, trainer, backend, data, expected):
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     yield "device", f"{trainer.device}{threads}, {config.precision}" + (", compiled" if config.compile else "")
     if config.parallel != "none":
-        parts = f"{trainer.processes.part_of(config.batch_size)} of {config.batch_size} examples of a batch each"
-        yield "parallel", f"{config.parallel}, {trainer.processes.count} processes, {parts}"
+        processes = trainer.processes
+        part = f"{processes.local_batch_size(config.batch_size)} of {config.batch_size} examples of a batch each"
+        yield "parallel", f"{config.parallel}, {processes.world_size} processes, {part}"
     if trainer.resumed_from is not None:
         yield "resume", f"from {trainer.resumed_from}, step {trainer.step:,} of {trainer.total_steps:,}"
     elif config.resume:
@@ -211,11 +208,11 @@ def _first_lines(run, trainer, backend, data, expected):
     if run.init_from is not None:
         yield "weights", f"those of {run.init_from}, and its vocabulary"
     yield "data", _about_data(data)
-    reading = trainer.total_steps * trainer.tokens_per_step / len(trainer.train_dataset.tokens)
-    yield "run", f"{trainer.total_steps:,} steps of {trainer.tokens_per_step:,} tokens ({reading:.1f} times the text)"
+    epochs = trainer.total_steps * trainer.tokens_per_step / len(trainer.train_dataset.tokens)
+    yield "run", f"{trainer.total_steps:,} steps of {trainer.tokens_per_step:,} tokens ({epochs:.1f} times the text)"
     yield "", f"in {trainer.out_dir}"
-    if expected is not None:
-        yield from zip(("memory", "time"), in_words(expected), strict=True)
+    if estimate is not None:
+        yield from zip(("memory", "time"), describe_estimate(estimate), strict=True)
 
 
 def _about_data(data):
@@ -223,15 +220,15 @@ def _about_data(data):
     kind = {"characters": "different", "bytes": "bytes as tokens", "subwords": "tokens"}[data["vocabulary"]["kind"]]
     files = f" in {data['files']:,} files" if data["files"] > 1 else ""
     size = f"{data['source']}: {data['characters']:,} characters{files}, {data['vocabulary']['size']:,} {kind}"
-    validation = data.get("validation")
-    if validation is None:
+    held_out = data.get("validation")
+    if held_out is None:
         return f"{size}; the last 10 % are held out"
-    return f"{size}; validation on {validation['source']}: {validation['characters']:,} characters"
+    return f"{size}; validation on {held_out['source']}: {held_out['characters']:,} characters"
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # before the first step, or a second one: the first stops the run in good order
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C: the first one stops the run in good order
         print("\npython -m train: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,20 +1,44 @@
-"""What a training run is told: `TrainerConfig` for the trainer, `RunConfig` for what `python -m train` trains on what.
+"""The settings of a training run, and the flags made from them.
 
-Both make the flags of `python -m train` (train/flags.py): max_steps is --max-steps.
+`TrainerConfig` has the trainer's settings, `RunConfig` the model and data of `python -m train`. Each field makes a
+flag, so code, help and log cannot disagree:
+
+    @dataclass
+    class Config:
+        batch_size: int = option(32, "examples of an optimizer step")
+
+    parser = Parser(prog="python -m train", description=...)  # of model/command.py
+    add_flags(parser, Config)                               # --batch-size, also taken as --batch_size
+    config = from_flags(Config, parser.parse_args())
+
+A field's type makes its flag: bool gives --name/--no-name, Literal its choices, tuple[float, float] two values, and
+`X | None` accepts the word "none". A bad command line gives one line on stderr and exit status 2.
 """
 
+import argparse
+import dataclasses
 import os
+import random
+import shlex
+import types
 import typing
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from model import ARCHITECTURES, GPTConfig
 
-from .flags import option
-from .vocabulary import DEFAULT_VOCAB_SIZE
+from .corpus import DEFAULT_VOCAB_SIZE
 
 DEFAULT_STEPS = 2500
 EMBEDDING_TYPES = ("shakespearean", "shakesperean", "byte", "bpe")
+
+
+def option(default, meaning: str, may_change: bool = False):
+    """A dataclass field with its default and its meaning, units included.
+
+    may_change: whether a resumed run may have another value than it began with (train/checkpoint.py).
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "may_change": may_change})
 
 
 @dataclass(frozen=True)
@@ -24,70 +48,54 @@ class TrainerConfig:
     Raises ValueError, naming the field, for a value that makes no sense.
     """
 
-    max_steps: int | None = option(
-        None, f"steps to take; beside --max-epochs, whichever ends first; with neither, {DEFAULT_STEPS:,} steps", True
-    )
-    max_epochs: int | None = option(None, "passes over the training examples (one starts at every character)", True)
+    max_steps: int | None = option(None, f"most steps to take (without this and --max-epochs: {DEFAULT_STEPS:,})", True)
+    max_epochs: int | None = option(None, "most epochs to take (an example starts at every character)", True)
     batch_size: int = option(4, "examples in a batch, all processes together")
-    grad_accumulation: int = option(1, "batches whose gradients make one step")
-    optimizer: Literal["muon", "adamw"] = option(
-        "muon", "Muon for the hidden layers' matrices with AdamW for the rest, at one learning rate, or AdamW for all"
-    )
+    grad_accumulation: int = option(1, "batches whose gradients are averaged for one step")
+    optimizer: Literal["muon", "adamw"] = option("muon", "Muon for the hidden layers' matrices, or AdamW for all")
     learning_rate: float = option(1e-2, "peak learning rate (AdamW for all wants less, about 4e-3)")
-    lr_decay: bool = option(True, "let the learning rate fall after the warm-up; otherwise the peak stays")
-    schedule: Literal["cosine", "linear", "wsd"] = option(
-        "linear", "how it falls: half a cosine, a straight line, or one in the last fifth only (warm-up, stable, decay)"
-    )
+    lr_decay: bool = option(True, "lower the learning rate after the warm-up; otherwise it stays at the peak")
+    schedule: Literal["cosine", "linear", "wsd"] = option("linear", "how the rate falls (wsd: in the last fifth)")
     final_fraction: float = option(0.0, "the learning rate at the end, as a fraction of the peak")
     warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of the run, at most 100)")
-    warmup_tokens: int | None = option(None, "the same in tokens; give one of the two")
-    final_tokens: int | None = option(None, "tokens after which it has fallen (none: those of the whole run)")
+    warmup_tokens: int | None = option(None, "the same in tokens; give only one of the two")
+    final_tokens: int | None = option(None, "tokens at which the fall ends (none: those of the whole run)")
     weight_decay: float = option(0.1, "decay of matrices; biases and normalisation gains are not decayed")
-    betas: tuple[float, float] = option((0.9, 0.99), "AdamW's averaging of gradients and of their squares")
-    grad_clip: float | None = option(1.0, "largest norm of a step's gradient (none: any)")
-    ema_decay: float | None = option(
-        None, "evaluate and keep as best a running average of the weights, such as 0.99 (none: the weights themselves)"
-    )
+    betas: tuple[float, float] = option((0.9, 0.99), "AdamW's averages of gradients and of their squares")
+    grad_clip: float | None = option(1.0, "norm that a step's gradient is clipped to (none: no clipping)")
+    ema_decay: float | None = option(None, "decay of a weight average to evaluate and save as best, such as 0.99")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the forward pass; weights stay fp32")
-    activation_checkpointing: bool = option(
-        False, "keep only the blocks' inputs for the backward pass: less memory, about a third more time", True
-    )
-    overfit_one_batch: bool = option(False, "train on the first batch alone, whose loss must fall to almost nothing")
+    activation_checkpointing: bool = option(False, "recompute the blocks: less memory, a third more time", True)
+    overfit_one_batch: bool = option(False, "train on the first batch only; its loss must fall to almost 0")
     compile: bool = option(False, "torch.compile the model: faster steps after a minute or so", True)
     parallel: Literal["none", "ddp", "fsdp"] = option(
-        "none", "under torchrun: processes that share every batch, with all weights each (ddp) or a part (fsdp)", True
+        "none", "under torchrun: all weights in each process, or shards", True
     )
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)", True)
-    seed: int = option(0, "of the initial weights, the order of the examples and the dropout")
-    num_workers: int = option(
-        0, "processes that load items of data sets without a batch method (characters need none)", True
-    )
+    seed: int = option(0, "random seed of the initial weights, the order of the examples and the dropout")
+    num_workers: int = option(0, "processes that load items of data sets without a batch method", True)
     eval_every: int = option(250, "steps between evaluations on the held-out text", True)
     eval_examples: int = option(64, "held-out examples of one evaluation, spread evenly, always the same", True)
-    sample_tokens: int = option(100, "tokens of a text that the model writes at every evaluation (0: none)", True)
-    save_every: int = option(500, "steps between checkpoints that the run can go on from", True)
-    keep_checkpoints: int = option(2, "how many of these are kept, the newest", True)
+    sample_tokens: int = option(100, "tokens of the text that is sampled at every evaluation (0: none)", True)
+    save_every: int = option(500, "steps between checkpoints that --resume can use", True)
+    keep_checkpoints: int = option(2, "number of them to keep, the newest", True)
     log_every: int = option(10, "steps between lines of metrics.jsonl", True)
-    tensorboard: bool = option(False, "write curves and samples for TensorBoard too, into the run directory", True)
+    tensorboard: bool = option(False, "also write curves and samples for TensorBoard into the run directory", True)
     out_dir: str | None = option(None, "run directory (none: the command makes runs/DATE-TIME, the library none)", True)
-    resume: bool = option(False, "go on with the run in out_dir, with its settings, from its last checkpoint", True)
+    resume: bool = option(False, "resume the run in out_dir, with its settings, from its last checkpoint", True)
 
     def __post_init__(self):
         _check_choices(self)
-        for name in (
-            "batch_size",
-            "grad_accumulation",
-            "eval_every",
-            "eval_examples",
-            "save_every",
-            "log_every",
-            "keep_checkpoints",
-        ):
-            _at_least(1, name, getattr(self, name))
-        for name in ("max_steps", "max_epochs", "final_tokens"):
-            _at_least(1, name, getattr(self, name))
-        for name in ("warmup_steps", "warmup_tokens", "weight_decay", "num_workers", "seed", "sample_tokens"):
-            _at_least(0, name, getattr(self, name))
+        at_least = {
+            1: "batch_size grad_accumulation max_steps max_epochs final_tokens eval_every eval_examples save_every "
+            "log_every keep_checkpoints",
+            0: "warmup_steps warmup_tokens weight_decay num_workers seed sample_tokens",
+        }
+        for least, names in at_least.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ValueError(f"{name} is {value}, wanted at least {least}")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction is {self.final_fraction}, wanted 0 to 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -99,21 +107,21 @@ class TrainerConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}, wanted two numbers from 0 to below 1")
         if self.resume and self.out_dir is None:
-            raise ValueError("resume needs the run directory to go on in: name it with --out-dir")
+            raise ValueError("resume needs a run directory: name it with --out-dir")
         if self.out_dir is not None:
-            object.__setattr__(self, "out_dir", os.fspath(self.out_dir))  # a Path is welcome, the record takes text
+            object.__setattr__(self, "out_dir", os.fspath(self.out_dir))  # also takes a Path; the record needs text
         if self.warmup_steps is not None and self.warmup_tokens is not None:
-            raise ValueError("warmup_steps and warmup_tokens are both given: one of them says how long the warm-up is")
+            raise ValueError("warmup_steps and warmup_tokens are both given: give only one of them")
 
     def total_steps(self, examples: int) -> int:
-        """Steps of the whole run over a data set of so many examples."""
+        """Steps of the whole run over a data set of this many examples."""
         limits = [] if self.max_steps is None else [self.max_steps]
         if self.max_epochs is not None:
             limits.append(-(-self.max_epochs * examples // (self.batch_size * self.grad_accumulation)))
         return min(limits, default=DEFAULT_STEPS)
 
     def learning_rates(self, total_steps: int, tokens_per_step: int) -> dict:
-        """The arguments of `optim.learning_rate_at` that this run fixes."""
+        """The arguments of `optim.learning_rate_at`, except the tokens."""
         warmup_steps = min(100, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
         return {
             "peak": self.learning_rate,
@@ -130,41 +138,26 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What `python -m train` trains, and on what text."""
+    """The model that `python -m train` trains, and the text."""
 
     fused_kernels: bool = option(False, "attention by our kernels: Triton on CUDA, banded PyTorch elsewhere", True)
     backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels", True)
-    # a text may move, but not change: a resumed run compares checksums (train/corpus.py)
-    data: str = option(
-        "shakespeare",
-        "shakespeare (38 plays), tinyshakespeare (9 of them), a UTF-8 text file, a folder, or a glob",
-        may_change=True,
-    )
-    val_data: str | None = option(None, "a text for validation, given likewise (none: the last 10 % of the data)", True)
-    embedding_type: Literal[EMBEDDING_TYPES] = option(
-        "shakespearean",
-        "what a token is: a character (shakespearean, however spelt), a byte, or a piece of a word",
-    )
-    vocab_size: int | None = option(None, f"tokens of the bpe vocabulary made of the text (none: {DEFAULT_VOCAB_SIZE})")
-    tokenizer: str | None = option(None, "tokenizer.json that is the vocabulary (none: it is made of the text)")
-    token_cache: str | None = option(
-        None, "directory for the tokens of long texts, which are made once (none: ~/.cache/sliding-gqa)", True
-    )
-    random_config: bool = option(
-        False, "draw architecture and sizes of the model from the seed; flags that are stated stay as they are"
-    )
-    init_from: str | None = option(
-        None, "model directory to train on from: its weights, sizes and vocabulary (none: a new model)"
-    )
-    architecture: Literal[ARCHITECTURES] = option(
-        "rope-window-gqa", "GPT-2 as it was, or with rotary positions, a sliding window, grouped KV heads added in turn"
-    )
-    context_size: int = option(512, "tokens the model is trained to look back on")
-    window: int | None = option(64, "keys a position sees in one layer, its own included (none: all)")
-    window_pattern: str = option("S", "the layers in turn: S sees the window, L all; SSSL is three short, one long")
+    # the path of a text may change, the text may not: a resumed run compares checksums (train/corpus.py)
+    data: str = option("shakespeare", "shakespeare, tinyshakespeare, a UTF-8 file, a folder or a glob", True)
+    val_data: str | None = option(None, "held-out text, named as for --data (none: the last 10 % of data)", True)
+    embedding_type: Literal[EMBEDDING_TYPES] = option("shakespearean", "a token is a character, a byte or a subword")
+    vocab_size: int | None = option(None, f"tokens of a bpe vocabulary (none: {DEFAULT_VOCAB_SIZE})")
+    tokenizer: str | None = option(None, "tokenizer.json to use as the vocabulary (none: one is made from the text)")
+    token_cache: str | None = option(None, "directory for long texts' tokens (none: ~/.cache/sliding-gqa)", True)
+    random_config: bool = option(False, "draw the model's sizes from the seed, except those that flags state")
+    init_from: str | None = option(None, "model or run directory to train on from (none: a new model)")
+    architecture: Literal[ARCHITECTURES] = option("rope-window-gqa", "GPT-2, or RoPE, window, GQA added in turn")
+    context_size: int = option(512, "context length: tokens of a training example")
+    window: int | None = option(64, "keys that a query sees in one layer, its own included (none: all)")
+    window_pattern: str = option("S", "layers in turn: S has the window, L sees all; SSSL is three short, one long")
     n_layer: int = option(4, "layers")
     n_head: int = option(4, "query heads of a layer")
-    n_kv_head: int = option(2, "key-value heads of a layer, each shared by n_head / n_kv_head query heads")
+    n_kv_head: int = option(2, "KV heads of a layer, each shared by n_head / n_kv_head query heads")
     d_model: int = option(96, "width of the model")
     dropout: float = option(0.0, "probability of dropping an activation in training")
 
@@ -182,29 +175,115 @@ class RunConfig:
             raise ValueError(f"tokenizer {self.tokenizer} is a vocabulary: leave out --vocab-size and --embedding-type")
 
     def model_config(self, vocab_size: int) -> GPTConfig:
-        """The model these flags describe. Raises ValueError for sizes that do not fit together."""
+        """The model that these settings describe. Raises ValueError for sizes that do not fit together."""
+        same = ("window", "window_pattern", "n_layer", "n_head", "n_kv_head", "d_model", "dropout")
+        sizes = {name: getattr(self, name) for name in same}
         return GPTConfig.for_architecture(
-            self.architecture,
-            vocab_size=vocab_size,
-            context_length=self.context_size,
-            window=self.window,
-            window_pattern=self.window_pattern,
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            d_model=self.d_model,
-            dropout=self.dropout,
+            self.architecture, vocab_size=vocab_size, context_length=self.context_size, **sizes
         )
 
 
 def _check_choices(config):
-    """The flags' parser knows the choices of a Literal; whoever makes a config in Python is told here."""
+    """Checks Literal fields, as the flags' parser does, for configs made in Python."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value, choices = getattr(config, name), typing.get_args(hint)
         if typing.get_origin(hint) is Literal and value not in choices:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def _at_least(least, name, value):
-    if value is not None and value < least:
-        raise ValueError(f"{name} is {value}, wanted at least {least}")
+def add_flags(parser: argparse.ArgumentParser, config_class, title: str | None = None) -> None:
+    """Adds a flag for every field of a dataclass made with `option`, under a heading."""
+    group = parser.add_argument_group(title or config_class.__name__)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+        default = default.lower() if default in ("None", "True", "False") else default
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            help=f"{field.metadata['meaning']} (default: {default})".replace("%", "%%"),
+            **_argument_for(hints[field.name]),
+        )
+        # not in add_argument: before Python 3.13 BooleanOptionalAction would add the default to the help a second time
+        parser.set_defaults(**{field.name: field.default})
+
+
+def from_flags(config_class, arguments: argparse.Namespace):
+    """The dataclass filled from parsed flags. Its own checks may raise ValueError."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(config_class)}
+    return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def stated_flags(parser: argparse.ArgumentParser, arguments: list[str] | None) -> set[str]:
+    """The names of the flags that a command line states, even if with their default."""
+    absent = object()
+    names = vars(parser.parse_args([]))
+    parsed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name for name, value in vars(parsed).items() if value is not absent}
+
+
+def _argument_for(hint) -> dict:
+    """The keywords of add_argument for a field of this type."""
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return {"choices": kinds}
+    if typing.get_origin(hint) is tuple:
+        return {"type": kinds[0], "nargs": len(kinds), "metavar": tuple(kind.__name__.upper() for kind in kinds)}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (kind,) = (kind for kind in kinds if kind is not type(None))
+        return {"type": _or_none(kind), "metavar": kind.__name__.upper()}
+    return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+def _or_none(kind):
+    def parse(word):
+        return None if word.lower() == "none" else kind(word)
+
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+# What --random-config draws, and from what. A drawn model trains in minutes on a CPU.
+DRAWN_FIELDS = ("architecture", "context_size", "n_layer", "n_head", "n_kv_head", "d_model", "window", "window_pattern")
+_HEADS, _HEAD_SIZES, _WIDTHS = (1, 2, 3, 4, 6, 8), (16, 32, 64), range(48, 129)
+
+
+def random_config(run: RunConfig, seed: int, stated: set[str] = frozenset()) -> RunConfig:
+    """`run` with its DRAWN_FIELDS drawn from the seed, except those in `stated`. Valid unless stated values clash.
+
+    Each field has its own random generator, so a stated flag changes only the fields that must fit it.
+    """
+    values = {name: getattr(run, name) for name in DRAWN_FIELDS if name in stated}
+
+    def draw(name, candidates):
+        candidates = list(candidates)
+        if name not in values:
+            # all versions of Python seed alike with a string, and draw alike with random()
+            fraction = random.Random(f"{seed} {name}").random()
+            values[name] = candidates[int(fraction * len(candidates))] if candidates else getattr(run, name)
+        return values[name]
+
+    draw("architecture", ARCHITECTURES)
+    context = draw("context_size", (32, 64, 128, 256))
+    draw("n_layer", range(2, 6))
+    width, kv_heads = values.get("d_model"), values.get("n_kv_head", 1)
+    if width is None:
+        heads = draw("n_head", (n for n in _HEADS if n % kv_heads == 0))
+        draw("d_model", [heads * size for size in _HEAD_SIZES if heads * size in _WIDTHS] or [heads * _HEAD_SIZES[0]])
+    else:  # the head size must be even for rotary positions
+        heads = draw("n_head", (n for n in _HEADS if n % kv_heads == 0 and width % (2 * n) == 0))
+    draw("n_kv_head", [n for n in range(1, heads) if heads % n == 0] or [1])  # fewer than n_head, if possible
+    draw("window", sorted({max(1, context // parts) for parts in (8, 4, 2)}))
+    draw("window_pattern", ("S", "SL", "SSL", "SSSL"))
+    return dataclasses.replace(run, **values)
+
+
+def random_config_flags(run: RunConfig) -> str:
+    """The flags that make the drawn model again, without those that its architecture ignores."""
+    unused = set() if "window" in run.architecture else {"window", "window_pattern"}
+    unused |= set() if "gqa" in run.architecture else {"n_kv_head"}
+    values = {name: getattr(run, name) for name in DRAWN_FIELDS if name not in unused}
+    flags = ((f"--{name.replace('_', '-')}", "none" if v is None else str(v)) for name, v in values.items())
+    return shlex.join(word for flag in flags for word in flag)

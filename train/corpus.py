@@ -1,11 +1,12 @@
-"""The text that `--data` names, read as a stream: files of any size in bounded memory.
+"""The text that `--data` names, and the vocabulary for it. A text of any size is read in bounded memory.
 
     corpus = Corpus("shakespeare")          # or "tinyshakespeare", a UTF-8 file, a folder, a glob such as "books/*.txt"
-    corpus.scan.characters                  # one pass: size, fingerprint, the characters that occur
-    for piece in corpus.pieces(): ...       # the text in pieces; DOCUMENT_END stands between two documents
+    corpus.scan.characters                  # one pass: size, SHA-256, the characters that occur
+    for piece in corpus.pieces(): ...       # the text in pieces, with DOCUMENT_END between two documents
+    make_tokenizer(corpus, "bpe", vocab_size=8192)
 
 Every file is a document, and so is a collection of plays. A folder means the .txt, .text and .md files in it and below
-it; files are taken in the order of their paths, empty ones left out. A byte order mark is dropped, and "\\r\\n" and
+it. Files are read in the order of their paths; empty files are skipped. A byte order mark is dropped, and "\\r\\n" and
 "\\r" are read as "\\n". Positions count the characters of all documents, one after the other.
 """
 
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
+
 from .shakespeare import COLLECTIONS, plays
 
 HELD_OUT = 0.1  # nanoGPT's split, so that losses on the same text compare
@@ -26,12 +29,12 @@ DOCUMENT_END = None
 SUFFIXES = (".txt", ".text", ".md")
 
 _PIECE_BYTES = 2**20
-_BETWEEN_DOCUMENTS = b"\xff"  # no UTF-8 text has this byte, so the fingerprint also says where documents end
+_BETWEEN_DOCUMENTS = b"\xff"  # no UTF-8 text has this byte, so the SHA-256 also depends on where documents end
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a text finds. `alphabet` is the characters that occur, by code point."""
+    """What one pass over a text finds. `alphabet` has the characters that occur, sorted by code point."""
 
     characters: int
     bytes: int
@@ -42,8 +45,8 @@ class Scan:
 class Corpus:
     """The documents that a source names.
 
-    Raises OSError for files that cannot be read, ValueError for a source without text, ModuleNotFoundError where the
-    plays are not installed; `pieces` and `scan` raise ValueError for a file that is not UTF-8. All in one line.
+    Raises, in one line: OSError for files that cannot be read, ValueError for a source without text (from `pieces` and
+    `scan` also for a file that is not UTF-8), ModuleNotFoundError if the plays are not installed.
     """
 
     def __init__(self, source: str):
@@ -53,19 +56,14 @@ class Corpus:
             self.source, self.documents = str(Path(source).resolve()), _files(source)
         self.name = source
 
-    @property
-    def size(self) -> int:
-        """Bytes of the documents, without reading them."""
-        return sum(len(each) if isinstance(each, str) else each.stat().st_size for each in self.documents)
-
-    def boundary(self, held_out: float = HELD_OUT) -> int:
-        """The position at which the held-out part begins: the last `held_out` of the characters."""
-        return int(self.scan.characters * (1 - held_out))
+    def boundary(self) -> int:
+        """The position where the held-out part begins: the last HELD_OUT of the characters."""
+        return int(self.scan.characters * (1 - HELD_OUT))
 
     def pieces(self, start: int = 0, stop: int | None = None):
-        """The characters from `start` to before `stop` in pieces, with DOCUMENT_END between documents.
+        """The characters start .. stop - 1 in pieces, with DOCUMENT_END between documents.
 
-        An end at `start` is left out and one at `stop` is not: parts that follow each other have each end once.
+        An end at `stop` is included, one at `start` is not: adjacent parts have each end once.
         """
         position = 0
         for number, document in enumerate(self.documents):
@@ -96,14 +94,14 @@ class Corpus:
 
 
 def code_points(text: str) -> np.ndarray:
-    """The number of every character (len(text),): uint8 of plain ASCII, else uint32."""
+    """The code point of every character, (len(text),): uint8 for plain ASCII, else uint32."""
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
 def _files(source):
-    """The files of a path or a glob, in the order of their paths."""
+    """The files of a path or a glob, sorted by path."""
     path = Path(source)
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES]
@@ -138,7 +136,7 @@ def _read(path):
                 try:
                     piece = decoder.decode(block, final=not block)
                 except UnicodeDecodeError as error:
-                    # what it decoded is the end of what was read: this block, after what the one before left over
+                    # error.object holds the bytes left over from the block before, then this block
                     offset = file.tell() - len(error.object) + error.start
                     raise ValueError(
                         f"data file {path} is not UTF-8 text (byte {error.object[error.start]:#04x} at offset "
@@ -153,23 +151,86 @@ def _read(path):
 
 
 def require_unchanged(recorded: dict, current: dict) -> None:
-    """Raises ValueError unless the texts and the vocabulary of two records (`TextData.record`) are the same.
+    """Raises ValueError unless two records (`data.TextData.record`) have the same texts and vocabulary.
 
-    What the older one does not say is not compared, and the place a text lies in does not matter.
+    A vocabulary that one of them lacks is not compared, and the path of a text does not matter.
     """
     for name, flag in ((None, "--data"), ("validation", "--val-data")):
         old, new = (record if name is None else record.get(name) for record in (recorded, current))
         if (old is None) != (new is None):
-            raise ValueError(f"this run was made {'with' if old else 'without'} {flag}: go on in the same way")
+            raise ValueError(f"this run was made {'with' if old else 'without'} {flag}: do the same to resume it")
         if old is not None and old["sha256"] != new["sha256"]:
             sizes = f"{old['characters']:,} characters then, {new['characters']:,} now"
             raise ValueError(
                 f"{flag} {new['source']} is not the text this run was made with ({sizes}, SHA-256 "
-                f"{old['sha256'][:8]} and {new['sha256'][:8]}): bring that one back, or begin a new run"
+                f"{old['sha256'][:8]} and {new['sha256'][:8]}): restore that one, or start a new run"
             )
     old, new = recorded.get("vocabulary"), current.get("vocabulary")
-    if old is not None and old["sha256"] != new["sha256"]:
+    if old and new and old["sha256"] != new["sha256"]:
         raise ValueError(
             f"the vocabulary is not the one this run was made with ({old['kind']} of {old['size']:,} then, "
             f"{new['kind']} of {new['size']:,} now): give the same --embedding-type, --vocab-size and --tokenizer"
         )
+
+
+#
+
+DEFAULT_VOCAB_SIZE = 4096
+SMALLEST_BPE = 257  # the bytes and <|endoftext|>
+# Characters that BPE counts words in: enough for good counts. More cost time, and memory for every rare word.
+BPE_SAMPLE = 2**26
+_SLICE = 2**14  # characters of a string: tokenizers reads 256 strings ahead, and takes 190 bytes a character
+
+
+def make_tokenizer(corpus: Corpus, embedding_type: str, *, vocab_size: int | None = None, stop: int | None = None):
+    """The tokenizer for a text.
+
+    "shakespearean": all characters that occur in the text, the held-out part included; "byte": the 256 bytes; "bpe":
+    pieces of words, trained on the characters before `stop`. Raises ValueError for an impossible vocab_size.
+    """
+    if embedding_type == "shakespearean":
+        return CharTokenizer(corpus.scan.alphabet)
+    if embedding_type == "byte":
+        return ByteTokenizer()
+    stop = corpus.scan.characters if stop is None else stop
+    return train_bpe(_sample(corpus, stop), DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
+
+
+def train_bpe(texts, vocab_size: int) -> SubwordTokenizer:
+    """A byte-level BPE with GPT-2's split into words: it encodes every text, and decodes it unchanged.
+
+    texts: an iterable of strings. Token 0 is <|endoftext|>, the next 256 are the bytes. Too few different words make a
+    vocabulary smaller than vocab_size. Raises ValueError without the package `tokenizers`.
+    """
+    if vocab_size < SMALLEST_BPE:
+        raise ValueError(f"vocab_size is {vocab_size}, wanted at least {SMALLEST_BPE}: the bytes and {END_OF_TEXT}")
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise ValueError("embedding type bpe needs a package: pip install tokenizers") from None
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return SubwordTokenizer(tokenizer.to_str())
+
+
+def given_tokenizer(file: str):
+    """The tokenizer of a tokenizer.json file, or of a model directory with one."""
+    if not Path(file).exists():
+        raise ValueError(f"tokenizer {file} does not exist: give a tokenizer.json, or a directory with one")
+    return load_tokenizer(file)
+
+
+def _sample(corpus, stop):
+    """The text before `stop`; of a long text every n-th piece, so that about BPE_SAMPLE characters remain."""
+    every = -(-stop // BPE_SAMPLE)
+    pieces = (piece for piece in corpus.pieces(0, stop) if piece is not DOCUMENT_END)
+    for number, piece in enumerate(pieces):
+        if number % every == 0:
+            for text in piece.split(END_OF_TEXT):  # already a token, not a word to learn
+                yield from (text[start : start + _SLICE] for start in range(0, len(text), _SLICE))

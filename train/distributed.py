@@ -1,14 +1,14 @@
-"""More than one process, each with a device of its own, training one model: PyTorch's DDP and FSDP2, from outside.
+"""Several processes that train one model, by PyTorch's DDP or FSDP2, applied from outside the model.
 
     torchrun --nproc-per-node 2 -m train --fused-kernels --parallel ddp
 
-ddp     every process has all weights, and the gradients are averaged (DistributedDataParallel)
-fsdp    every process has a part of the weights, gradients and optimizer; blocks are gathered as they are needed
-        (fully_shard: FSDP2)
+ddp     every process holds all weights; the gradients are averaged (DistributedDataParallel)
+fsdp    every process holds a shard of weights, gradients and optimizer state; a block is gathered when it is needed
+        (fully_shard)
 
-A batch is shared out in equal parts, so that a run has the same losses in any number of processes, up to rounding.
-A checkpoint knows no processes either: it holds whole tensors by name, and what two wrote, one can go on from.
-gloo carries what is on the CPU, NCCL what is on GPUs. Nothing below train/ knows of any of this.
+Each process takes an equal part of every batch, so a run has the same losses, up to rounding, for any number of
+processes. Checkpoints hold full tensors by name, so any number of processes can resume them. gloo sends CPU tensors,
+NCCL sends GPU tensors.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ import torch
 import torch.distributed as dist
 
 
-def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+def is_main_process() -> bool:
+    """Whether this is rank 0, which prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def local_device(parallel: str, name: str) -> str:
-    """The device that `name` is in this process: of several GPUs each process takes its own."""
+    """The device that `name` means in this process: with several GPUs, each process takes its own."""
     if parallel == "none" or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def join_processes(parallel: str, device: torch.device) -> "Processes":
-    """Joins the process group of torchrun, or takes the one there is. Raises ValueError where --parallel cannot be."""
+    """Joins torchrun's process group, or uses the one that exists. Raises ValueError if `parallel` does not fit it."""
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     if parallel == "none":
         if started > 1:
@@ -49,29 +49,29 @@ def join_processes(parallel: str, device: torch.device) -> "Processes":
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen from one of them. With count 1 nothing is sent."""
+    """The processes of a run, as one of them (`rank`) sees them. With world_size 1 nothing is sent."""
 
     parallel: str
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
-    def part_of(self, batch_size: int) -> int:
-        """Examples of a batch that each process takes. Raises ValueError where the parts would not be equal."""
-        if batch_size % self.count:
+    def local_batch_size(self, batch_size: int) -> int:
+        """Examples of a batch that each process takes. Raises ValueError if the parts are not equal."""
+        if batch_size % self.world_size:
             raise ValueError(
-                f"batch_size is {batch_size}, which {self.count} processes cannot share equally: take a multiple"
+                f"batch_size is {batch_size}, which {self.world_size} processes cannot share equally: take a multiple"
             )
-        return batch_size // self.count
+        return batch_size // self.world_size
 
     def distribute(self, model: torch.nn.Module, device: torch.device, compiled: bool = False) -> torch.nn.Module:
-        """What is to be called in place of the model in training; under fsdp its parameters become shards, in place."""
+        """The module to call in training. Under fsdp, the model's parameters become shards in place."""
         if self.parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
 
             with torch.no_grad():
                 for tensor in (*model.parameters(), *model.buffers()):
                     dist.broadcast(tensor, 0)
-            mesh = dist.init_device_mesh(device.type, (self.count,))
+            mesh = dist.init_device_mesh(device.type, (self.world_size,))
             for block in getattr(model, "blocks", ()):
                 if compiled:
                     block.compile()
@@ -82,82 +82,82 @@ class Processes:
         return torch.compile(model) if compiled else model
 
     @contextlib.contextmanager
-    def averaging(self, forward: torch.nn.Module, last: bool):
-        """Around a forward and backward pass: only in the `last` one of a step are gradients averaged."""
+    def gradient_sync(self, module: torch.nn.Module, enabled: bool):
+        """Around a forward and backward pass: averages the gradients over the processes only if enabled."""
         if self.parallel == "fsdp":
-            forward.set_requires_gradient_sync(last)
-        with forward.no_sync() if self.parallel == "ddp" and not last else contextlib.nullcontext():
+            module.set_requires_gradient_sync(enabled)
+        with module.no_sync() if self.parallel == "ddp" and not enabled else contextlib.nullcontext():
             yield
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean of what the processes have."""
-        if self.count > 1:
+        """The mean of the tensor over the processes."""
+        if self.world_size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
-            tensor /= self.count
+            tensor /= self.world_size
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process: all of them get the same answer."""
-        if self.count == 1:
+        """Whether the flag is set in any process."""
+        if self.world_size == 1:
             return flag
         found = torch.tensor(int(flag))  # on the CPU, so that no process waits for its GPU
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
-    def first_does(self, function, *arguments):
-        """The result of a call that only the first process makes. An error there is raised in all."""
+    def run_on_main(self, function, *arguments):
+        """Calls the function in rank 0 only. All processes get its result, or raise its error."""
         outcome = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = function(*arguments)
             except (ValueError, OSError, RuntimeError) as error:
-                if self.count == 1:
+                if self.world_size == 1:
                     raise
                 outcome[1] = error
-        if self.count > 1:
+        if self.world_size > 1:
             dist.broadcast_object_list(outcome, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
 
     def leave(self) -> None:
-        """At the end of a run."""
+        """Ends the process group."""
         if self.parallel != "none" and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, gathered where each process has a part of it."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, gathered if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def sharded_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor that every process has, shared out as `parameter` is."""
+def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A full tensor that every process holds, sharded as `parameter` is."""
     if not hasattr(parameter, "full_tensor"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor  # takes most of a second: only sharded runs pay for it
+    from torch.distributed.tensor import distribute_tensor  # slow to import: only sharded runs pay for it
 
-    # each takes its own part of it: nothing is sent
+    # src_data_rank=None: each process cuts out its own shard, and nothing is sent
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole_weights(model: torch.nn.Module) -> dict:
-    """The model's state by name, as whole tensors on the CPU, in the first process."""
-    from torch.distributed.checkpoint import state_dict  # slow to import, too: only runs that save need it
+def full_weights(model: torch.nn.Module) -> dict:
+    """{name: full tensor} of the model on the CPU, in rank 0. All processes must call it."""
+    from torch.distributed.checkpoint import state_dict  # slow to import: only runs that save need it
 
-    return state_dict.get_model_state_dict(model, options=_whole(state_dict))
+    return state_dict.get_model_state_dict(model, options=_full(state_dict))
 
 
-def whole_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """The optimizer's state, by name of the parameter, as whole tensors on the CPU, in the first process."""
+def full_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """The optimizer's state by parameter name, as full tensors on the CPU, in rank 0. All processes must call it."""
     from torch.distributed.checkpoint import state_dict
 
-    return state_dict.get_optimizer_state_dict(model, optimizer, options=_whole(state_dict))
+    return state_dict.get_optimizer_state_dict(model, optimizer, options=_full(state_dict))
 
 
-def load_whole(model: torch.nn.Module, weights: dict, optimizer: torch.optim.Optimizer, optimizer_state: dict) -> None:
-    """Loads what the two functions above returned, given to every process, in any number of them."""
+def load_full(model: torch.nn.Module, weights: dict, optimizer: torch.optim.Optimizer, optimizer_state: dict) -> None:
+    """Loads the results of the two functions above, given to every process; their number may be another one."""
     from torch.distributed.checkpoint import state_dict
 
     options = state_dict.StateDictOptions(full_state_dict=True)
@@ -165,5 +165,5 @@ def load_whole(model: torch.nn.Module, weights: dict, optimizer: torch.optim.Opt
     state_dict.set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
 
 
-def _whole(state_dict):
+def _full(state_dict):
     return state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -1,15 +1,15 @@
-"""How good is a checkpoint? Its loss over the whole held-out text, every token predicted exactly once.
+"""The loss of a checkpoint over the whole held-out text; every token is predicted exactly once.
 
-    python -m train.evaluate --checkpoint runs/first/best
-    python -m train.evaluate --checkpoint runs/first/best --stride 16 --data other.txt
+    python -m train.evaluate --checkpoint runs/first                      # a run: its best weights, else its last
+    python -m train.evaluate --checkpoint runs/first/last --stride 16 --data other.txt
     python -m train.evaluate --checkpoint imported/gpt2 --val-data my.txt --context-size 256
 
-The held-out text is that of the training run (its --val-data, or the last 10 % of its text, which must be unchanged);
-the last 10 % of --data; or all of --val-data. It is read in contexts of the model's own length, `stride` tokens apart.
-By default these do not overlap, as in nanoGPT's estimate: the first token of a context is predicted from one token
-only, the last from all of them. A smaller stride slides the context: every token has at least (context - stride + 1)
-to look back on, and the loss is lower, for context / stride times the work. Bits per character and per byte compare
-models of different vocabularies. The last line of stdout is one JSON object.
+The held-out text is the training run's (its --val-data, or the last 10 % of its text, which must be unchanged); or the
+last 10 % of --data; or all of --val-data. The model reads it in contexts of its own length, `stride` tokens apart. By
+default contexts do not overlap, as in nanoGPT's estimate: the first token of a context is predicted from one token
+only, the last from all of them. With a smaller stride, every token is predicted from at least (context - stride + 1)
+tokens: the loss is lower, and the work context / stride times as much. Bits per character and per byte compare models
+of different vocabularies. The last line of stdout is one JSON object.
 """
 
 import dataclasses
@@ -23,21 +23,22 @@ import torch
 from tqdm import tqdm
 
 from model import CharTokenizer, from_pretrained
+from model.checkpoint import resolve_checkpoint
 from model.command import Parser, resolve_device
 
 from .checkpoint import read_facts
+from .config import add_flags, from_flags, option
 from .corpus import Corpus
-from .flags import add_flags, from_flags, option
 from .tokens import Encoded, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What to evaluate, and how."""
+    """The flags of `python -m train.evaluate`."""
 
-    checkpoint: str | None = option(None, "model directory, such as runs/first/best")
+    checkpoint: str | None = option(None, "model directory, or run directory (its best, else its last)")
     data: str | None = option(None, "text whose last 10 % is read, as in training (none: that of the training run)")
-    val_data: str | None = option(None, "text that is read as a whole; a file, a folder or a glob as in training")
+    val_data: str | None = option(None, "text that is read as a whole: a file, a folder or a glob")
     token_cache: str | None = option(None, "directory for the tokens of long texts (none: ~/.cache/sliding-gqa)")
     stride: int | None = option(None, "tokens from one context to the next (none: the context size, no overlap)")
     context_size: int | None = option(None, "tokens in a context (none: the model's own context length)")
@@ -47,9 +48,9 @@ class EvaluateConfig:
 
     def __post_init__(self):
         if self.checkpoint is None:
-            raise ValueError("--checkpoint is missing: name a model directory, such as runs/first/best")
+            raise ValueError("--checkpoint is missing: name a run or model directory, such as runs/first")
         if self.data is not None and self.val_data is not None:
-            raise ValueError("data and val_data are both given: one of them says what is read")
+            raise ValueError("data and val_data are both given: give only one of them")
         for name in ("batch_size", "context_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted at least 1")
@@ -61,31 +62,30 @@ def evaluate(
     tokens,
     *,
     stride: int | None = None,
-    context_size: int | None = None,
+    context_length: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict:
     """Mean loss of predicting tokens[1:], each exactly once, from the tokens before it in its context.
 
-    tokens (N,) integers or a TokenFile, N >= 2; context_size defaults to the model's context length; stride is 1 to
-    context_size. Returns targets (their number), loss (nats), perplexity and bits per token. The model is left in the
-    mode it was in.
+    tokens (N,): integers or a TokenFile, N >= 2. context_length: None takes the model's. stride: 1 to context_length;
+    None takes context_length. Returns targets (their number), loss (nats), perplexity and bits_per_token. The model
+    keeps its mode (train or eval).
     """
-    length = model.config.context_length if context_size is None else context_size
+    length = model.config.context_length if context_length is None else context_length
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
-        raise ValueError(f"stride is {stride}, wanted 1 to the context size, {length}")
+        raise ValueError(f"stride is {stride}, wanted 1 to the context length, {length}")
     if len(tokens) < 2:
         raise ValueError(f"text has {len(tokens)} tokens, at least 2 are needed to predict one from another")
     batch_size = max(1, min(batch_size, 2**28 // (length * model.config.vocab_size)))
     device = next(model.parameters()).device
     starts = range(0, max(1, len(tokens) - 1 - (length - stride)), stride)
     batches = (starts[first : first + batch_size] for first in range(0, len(starts), batch_size))
-    number = -(-len(starts) // batch_size)
     was_training = model.training
     model.eval()
     total, counted = 0.0, 0
-    for rows in tqdm(batches, total=number, unit="batch", disable=not progress, mininterval=0.5):
+    for rows in tqdm(batches, total=-(-len(starts) // batch_size), unit="batch", disable=not progress, mininterval=0.5):
         x, y = _contexts(tokens, torch.tensor(rows), length, stride)
         targets = int((y >= 0).sum())
         _, loss = model(x.to(device), y.to(device))
@@ -96,16 +96,17 @@ def evaluate(
 
 
 def _contexts(tokens, starts, length, stride):
-    """Inputs and targets (B, length) of the contexts at `starts`; targets that are not counted here are -1.
+    """Inputs and targets (B, length) of the contexts at `starts`; targets that do not count here are -1.
 
     length 4, stride 2:   start 0   a b c d      every target of the first context counts,
-                          start 2       c d e f  later ones only their last two
+                          start 2       c d e f  of the others the last two
     """
     positions = starts[:, None] + torch.arange(length + 1)  # (B, length + 1)
     chunk = tokens[positions.clamp(max=len(tokens) - 1)].long()
     x, y = chunk[:, :-1], chunk[:, 1:].clone()
     counted_before = (starts[:, None] > 0) & (torch.arange(length) < length - stride)
-    y[counted_before | (positions[:, 1:] >= len(tokens))] = -1  # causal: what stands in x past the end harms nothing
+    # the model is causal: what x holds past the end does not matter
+    y[counted_before | (positions[:, 1:] >= len(tokens))] = -1
     return x, y
 
 
@@ -116,17 +117,17 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     try:
         config = from_flags(EvaluateConfig, flags)
-        device = resolve_device(config.device)
-        model, tokenizer = from_pretrained(config.checkpoint, fused_kernels=config.fused_kernels, device=device)
+        device, checkpoint = resolve_device(config.device), resolve_checkpoint(config.checkpoint)
+        model, tokenizer = from_pretrained(checkpoint, fused_kernels=config.fused_kernels, device=device)
         if tokenizer is None:
-            raise ValueError(f"checkpoint {config.checkpoint} has no tokenizer.json, which turns text into tokens")
-        source, part, held_out = held_out_text(config, tokenizer)
+            raise ValueError(f"checkpoint {checkpoint} has no tokenizer.json, which turns text into tokens")
+        source, part, held_out = held_out_text(config, checkpoint, tokenizer)
         began = time.perf_counter()
         result = evaluate(
             model,
             held_out.tokens,
             stride=config.stride,
-            context_size=config.context_size,
+            context_length=config.context_size,
             batch_size=config.batch_size,
             progress=True,
         )
@@ -135,27 +136,27 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.perf_counter() - began
     length = config.context_size or model.config.context_length
     stride = config.stride or length
-    # what the tokens spell that were predicted: all but the first
+    # the characters and bytes of the predicted tokens: all but the first
     first = tokenizer.decode(held_out.tokens[:1].tolist())
-    first = "" if "\ufffd" in first else first  # a part of a character, whose rest was predicted
+    first = "" if "\ufffd" in first else first  # a part of a character; its rest was predicted
     characters, size = held_out.characters - len(first), held_out.bytes - len(first.encode())
     bits = result.pop("bits_per_token") * result["targets"]
     result |= {"characters": characters, "bytes": size}
     result |= {"bits_per_character": bits / characters, "bits_per_byte": bits / size}
     unit = "characters" if isinstance(tokenizer, CharTokenizer) else f"tokens ({characters:,} characters)"
-    print(f"{config.checkpoint} on {part} {source}: {result['targets']:,} {unit}, each once, in")
+    print(f"{checkpoint} on {part} {source}: {result['targets']:,} {unit}, each once, in")
     print(f"contexts of {length}, {stride} apart, in {seconds:.1f} s")
     print(f"loss {result['loss']:.4f} nats, perplexity {result['perplexity']:.3f}, ", end="")
     print(f"{result['bits_per_character']:.4f} bits per character, {result['bits_per_byte']:.4f} per byte")
-    about = {"checkpoint": str(config.checkpoint), "data": source, "context_length": length}
+    about = {"checkpoint": str(checkpoint), "data": source, "context_length": length}
     print(json.dumps(about | {"stride": stride} | result | {"seconds": round(seconds, 2)}))
     return 0
 
 
-def held_out_text(config: EvaluateConfig, tokenizer) -> tuple[str, str, Encoded]:
-    """(where it is from, which part of that it is, its tokens): what --val-data, --data or the training run says.
+def held_out_text(config: EvaluateConfig, checkpoint: Path, tokenizer) -> tuple[str, str, Encoded]:
+    """(source, which part of it, its tokens) of the text that --val-data, --data or the training run names.
 
-    Raises ValueError if the run does not say it, or its text is no longer what it was.
+    Raises ValueError if none of them names one, or the run's text has changed.
     """
     corpus = None
     if config.val_data is not None:
@@ -163,10 +164,10 @@ def held_out_text(config: EvaluateConfig, tokenizer) -> tuple[str, str, Encoded]
     elif config.data is not None:
         source, whole = config.data, False
     else:
-        recorded = read_facts(Path(config.checkpoint)).get("run", {}).get("data")
+        recorded = read_facts(checkpoint).get("run", {}).get("data")
         if recorded is None:
             raise ValueError(
-                f"checkpoint {config.checkpoint} does not say what text it saw: name one with --data or --val-data"
+                f"checkpoint {checkpoint} does not say what text it was trained on: name one with --data or --val-data"
             )
         whole = recorded.get("validation") is not None
         recorded = recorded["validation"] if whole else recorded
@@ -175,8 +176,8 @@ def held_out_text(config: EvaluateConfig, tokenizer) -> tuple[str, str, Encoded]
         if corpus.scan.sha256 != recorded["sha256"]:
             raise ValueError(
                 f"{source} is not the text this checkpoint was {'validated' if whole else 'trained'} on, so "
-                f"{'figures would not compare' if whole else 'its last 10 % may not be held out'}: name it with "
-                f"{'--val-data' if whole else '--data'} to evaluate on it all the same"
+                f"{'losses would not compare' if whole else 'its last 10 % may not be held out'}: name it with "
+                f"{'--val-data' if whole else '--data'} to evaluate on it nevertheless"
             )
     corpus = corpus or Corpus(source)
     encoded = tokenize(corpus, tokenizer, 0 if whole else corpus.boundary(), cache=config.token_cache)

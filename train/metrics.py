@@ -1,26 +1,30 @@
-"""Watching a run: the history (metrics.jsonl) and the progress bar."""
+"""What a run shows: metrics.jsonl, the curves, TensorBoard, the progress bar, sample texts, and the cards' peaks."""
 
 import contextlib
 import json
 import math
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
+from model import CharTokenizer, generate
 from model.checkpoint import replacing
 
 from .checkpoint import writing
-from .curves import draw
 
 
 class History:
-    """What was measured, a dict at a time: kept in memory, and written to metrics.jsonl where there is a directory.
+    """The measurements of a run, one dict each: in memory, and in metrics.jsonl if there is a directory.
 
     Training lines hold step, tokens, loss (the mean since the line before), learning_rate, grad_norm, tokens_per_second
-    and, where it is known, mfu, the share of the card's peak; evaluation lines step, tokens, held_out_loss and sample,
-    a text by the model. Both hold seconds since the start. `followers` are called with every line as it comes.
+    and, for a card with a known peak, mfu. Evaluation lines hold step, tokens, held_out_loss and sample, a text by the
+    model. All lines hold seconds since the start. The functions in `followers` are called with each new line.
     """
 
     def __init__(self, directory: Path | None = None):
@@ -29,8 +33,9 @@ class History:
         self.followers = []
 
     def add(self, **values) -> None:
-        # JSON has no NaN and no infinity
-        values = {name: None if _is_no_number(value) else value for name, value in values.items()}
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None  # JSON has no NaN and no infinity
         self.lines.append(values)
         if self.directory is not None:
             path = self.directory / "metrics.jsonl"
@@ -40,11 +45,11 @@ class History:
             follow(values)
 
     def go_back_to(self, step: int) -> None:
-        """Takes up the metrics.jsonl of a run that goes on from `step`; what it holds of later steps comes again."""
+        """Reads the metrics.jsonl of a run that resumes from `step`, and drops the lines of later steps."""
         path = self.directory / "metrics.jsonl"
         self.lines = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):  # half a line: the run was killed as it wrote it
+            with contextlib.suppress(ValueError):  # half a line: the run was killed while it wrote
                 self.lines.append(json.loads(line))
         self.lines = [line for line in self.lines if line["step"] <= step]
         with writing(path, self.directory), replacing(path) as (file,):
@@ -56,18 +61,37 @@ class History:
         return [line["step"] for line in lines], [line[name] for line in lines]
 
     def plot(self) -> None:
-        """Draws loss.png anew; without a directory, nothing."""
-        if self.directory is not None:
-            path = self.directory / "loss.png"
-            with writing(path, self.directory):
-                draw(self, path)
+        """Draws loss.png: losses, learning rate and gradient norm. Does nothing without a directory or matplotlib."""
+        if self.directory is None:
+            return
+        try:
+            from matplotlib.figure import Figure  # not pyplot, which chooses a display and keeps every figure
+        except ImportError:
+            return
+        figure = Figure(figsize=(8, 8), layout="constrained")
+        losses, rate, norm = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+        losses.plot(*self.series("loss"), color="tab:blue", linewidth=1, alpha=0.6, label="training")
+        losses.plot(*self.series("held_out_loss"), color="tab:red", marker="o", markersize=4, label="held out")
+        losses.set(ylabel="loss (nats per token)")
+        losses.legend()
+        rate.plot(*self.series("learning_rate"), color="tab:green", linewidth=1)
+        rate.set(ylabel="learning rate")
+        norm.plot(*self.series("grad_norm"), color="tab:purple", linewidth=1)
+        norm.set(xlabel="step", ylabel="gradient norm")
+        if any(self.series("grad_norm")[1]):
+            norm.set_yscale("log")  # on a linear scale one spike flattens the rest
+        for axes in (losses, rate, norm):
+            axes.grid(alpha=0.3)
+        path = self.directory / "loss.png"
+        with writing(path, self.directory), replacing(path) as (file,):
+            figure.savefig(file, format="png", dpi=110)
 
 
 def _append(path, line):
-    """Adds the line, or nothing of it."""
+    """Appends the whole line or nothing."""
     size = path.stat().st_size if path.exists() else 0
     try:
-        # opened for each line: a stopped run loses none, and whoever follows the file sees them at once
+        # opened for each line: a stopped run loses none, and programs that follow the file see each at once
         with open(path, "a", encoding="utf-8") as file:
             file.write(line)
     except OSError:
@@ -76,36 +100,126 @@ def _append(path, line):
         raise
 
 
-def _is_no_number(value):
-    return isinstance(value, float) and not math.isfinite(value)
+def require_tensorboard() -> None:
+    """Raises ModuleNotFoundError, in one line, if the optional package is missing."""
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise ModuleNotFoundError("tensorboard is not installed: pip install tensorboard, or leave it out") from None
 
 
-class ProgressBar:
-    """A bar on stderr: steps, time left, loss, tokens/s, MFU on CUDA. In a file, a line every ten seconds."""
+class TensorBoard:
+    """Writes each line of a `History` into `tensorboard` in the run directory: numbers as curves, the sample as text.
+
+    first_step: the step that a resumed run starts from. Later steps of an earlier process are hidden.
+    """
+
+    def __init__(self, run_directory: Path, first_step: int = 0):
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(run_directory / "tensorboard", purge_step=first_step + 1 if first_step else None)
+
+    def __call__(self, line: dict) -> None:
+        for name, value in line.items():
+            if isinstance(value, str):
+                # TensorBoard shows Markdown: four spaces keep the text and its line breaks as they are
+                self._writer.add_text(name, "    " + value.replace("\n", "\n    "), line["step"])
+            elif value is not None and name != "step":
+                self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()
+
+
+class ProgressBar(tqdm):
+    """A bar on stderr with steps, time left and the values of `show`. In a file, one line every ten seconds."""
 
     def __init__(self, total: int, done: int = 0, shown: bool = True):
         interval = 0.2 if sys.stderr.isatty() else 10
-        self._says = shown
-        self._bar = tqdm(
+        super().__init__(
             total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=interval, disable=not shown
         )
-        self._shown = {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._bar.close()
-
-    def step(self) -> None:
-        self._bar.update(1)
+        self._values = {}
 
     def show(self, **values: str) -> None:
-        """Values after the bar; they stay until shown anew."""
-        self._shown |= values
-        self._bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in self._shown.items()), refresh=False)
+        """Sets values after the bar; each stays until it is set again."""
+        self._values |= values
+        self.set_postfix_str(", ".join(f"{name} {value}" for name, value in self._values.items()), refresh=False)
 
-    def say(self, line: str) -> None:
-        """A line on stdout, above the bar."""
-        if self._says:
-            tqdm.write(line)
+    def print(self, line: str) -> None:
+        """Prints a line on stdout, above the bar."""
+        if not self.disable:
+            self.write(line)
+
+
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
+
+
+def sample_text(model, tokenizer, length: int, seed: int) -> Iterator[str]:
+    """The text of `length` sampled tokens, in pieces. The prompt is a line break, or token 0 if there is none.
+
+    The same weights and seed give the same text. torch's random state does not change.
+    """
+    characters = isinstance(tokenizer, CharTokenizer)
+    prompt = [0] if characters and "\n" not in tokenizer.stoi else tokenizer.encode("\n") or [0]
+    tokens = torch.tensor([prompt], device=next(model.parameters()).device)
+    sampled = generate(model, tokens, length, temperature=SAMPLE_TEMPERATURE, top_k=SAMPLE_TOP_K, seed=seed)
+    return tokenizer.stream((int(token) for token in sampled), prompt)
+
+
+class Peak(NamedTuple):
+    """The most that a card can do, by its data sheet: dense bf16 matrix products and memory bandwidth."""
+
+    tflops: float
+    """bf16 with fp32 accumulation, no sparsity, in 1e12 FLOP/s."""
+    gb_per_second: float
+    """Memory bandwidth in 1e9 bytes/s."""
+
+
+# A name matches if it has all the words. The first match counts, so variants stand before their family.
+PEAKS = {
+    "MI300X": Peak(1307, 5300),
+    "B200": Peak(2250, 8000),
+    "H200": Peak(989, 4800),
+    "GH200": Peak(989, 4000),
+    "H100 PCIe": Peak(756, 2000),
+    "H100 NVL": Peak(835, 3900),
+    "H100": Peak(989, 3350),
+    "H800": Peak(989, 3350),
+    "A100 PCIE 40GB": Peak(312, 1555),
+    "A100 SXM4 40GB": Peak(312, 1555),
+    "A100 PCIe 80GB": Peak(312, 1935),
+    "A100": Peak(312, 2039),
+    "L40S": Peak(362, 864),
+    "L40": Peak(181, 864),
+    "L4": Peak(121, 300),
+    "A10G": Peak(70, 600),
+    "A10": Peak(125, 600),
+    "A30": Peak(165, 933),
+    "A40": Peak(150, 696),
+    "A6000": Peak(155, 768),
+    "5090": Peak(209, 1792),
+    "4090": Peak(165, 1008),
+    "4080": Peak(97, 717),
+    "3090": Peak(71, 936),
+    "3080": Peak(60, 760),
+}
+
+
+def peak_of(name: str) -> Peak | None:
+    """The `Peak` of a card by the name its driver gives, as in "NVIDIA A100-SXM4-80GB"; None for one not listed."""
+    words = set(re.split(r"[\s-]+", name.lower()))
+    for card, peak in PEAKS.items():
+        if set(card.lower().split()) <= words:
+            return peak
+    return None
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The peak FLOP/s that MFU (arXiv:2204.02311) is a share of.
+
+    None on a CPU, for a card not listed, and in fp32, since the table has the 16-bit peaks.
+    """
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    peak = peak_of(torch.cuda.get_device_name(device))
+    return None if peak is None else peak.tflops * 1e12

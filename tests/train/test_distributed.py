@@ -1,4 +1,8 @@
-"""Two processes with gloo on a CPU: the losses of one, checkpoints that any number of processes can go on from."""
+"""Two processes with gloo on a CPU have the losses of one, and any number of processes can resume their checkpoints.
+
+`python test_distributed.py DIRECTORY RUN...`, under torchrun, trains the runs. A run is a directory that has its name
+from RUNS; ddp@5 stops at step 5, ddp+ resumes.
+"""
 
 import json
 import os
@@ -10,13 +14,58 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_processes import RUNS, TEXT, stop_at, trainer_of
 
-from model import from_pretrained
+from model import GPT, GPTConfig, from_pretrained
+from train import CharDataset, Trainer, TrainerConfig
 from train.__main__ import main
 from train.checkpoint import checkpoints, damage
 from train.data import training_batches
 from train.distributed import Processes
+
+TEXT = "When are you going? I am going to the play, and you are coming to the play with me. " * 20
+SIZES = {"context_length": 16, "window": 8, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32}
+BASE = {"max_steps": 12, "batch_size": 4, "log_every": 1, "eval_every": 9, "eval_examples": 10, "save_every": 6}
+
+RUNS = {
+    "one": {},
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp"},
+    "ddp-accumulated": {"parallel": "ddp", "batch_size": 2, "grad_accumulation": 2},
+    "fsdp-accumulated": {"parallel": "fsdp", "batch_size": 2, "grad_accumulation": 2},
+    "one-muon": {"optimizer": "muon", "ema_decay": 0.9},
+    "ddp-muon": {"parallel": "ddp", "optimizer": "muon", "ema_decay": 0.9},
+    "fsdp-muon": {"parallel": "fsdp", "optimizer": "muon", "ema_decay": 0.9},
+}
+
+
+def trainer_of(directory, name, **settings):
+    train_set = CharDataset(TEXT[:1500], block_size=16)
+    held_out = CharDataset(TEXT[1500:], block_size=16, tokenizer=train_set.tokenizer)
+    model = GPT(GPTConfig(vocab_size=train_set.vocab_size, **SIZES), seed=int(os.environ.get("RANK", 0)))
+    settings = {
+        **BASE,
+        "learning_rate": 1e-2,
+        "device": "cpu",
+        "sample_tokens": 4,
+        **RUNS[name.split("/")[-1]],
+        **settings,
+    }
+    return Trainer(model, train_set, held_out, TrainerConfig(**{"out_dir": directory / name, **settings}))
+
+
+def stop_at(trainer, step):
+    """Asks the last process alone to stop, at the end of a step."""
+    take_step = trainer._take_step
+
+    def take_step_and_stop(batches):
+        take_step(batches)
+        if trainer.step == step and trainer.processes.rank == trainer.processes.world_size - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer._take_step = take_step_and_stop
+    trainer.train()
+    assert trainer.interrupted and trainer.step == step
+
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -29,7 +78,7 @@ def start(*command):
 
 
 def two_processes(directory, *runs):
-    process = start(ROOT / "tests" / "train" / "two_processes.py", directory, *runs)
+    process = start(__file__, directory, *runs)
     shown, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return shown
@@ -95,7 +144,7 @@ def test_the_parts_of_a_batch_make_up_the_batch():
 
 def test_processes_that_cannot_share_a_batch_equally_are_refused():
     with pytest.raises(ValueError, match="batch_size is 16, which 3 processes cannot share equally: take a multiple"):
-        Processes("ddp", 0, 3).part_of(16)
+        Processes("ddp", 0, 3).local_batch_size(16)
 
 
 @pytest.fixture
@@ -128,7 +177,7 @@ def test_parallel_without_torchrun_and_torchrun_without_parallel_are_refused(tex
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_says_everything_once_and_sigterm_to_torchrun_saves(text, tmp_path):
+def test_the_command_prints_everything_once_and_sigterm_to_torchrun_saves(text, tmp_path):
     run = tmp_path / "run"
     sizes = (
         "--context-size 16 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 16 --window 8 --batch-size 2 --log-every 1"
@@ -149,3 +198,12 @@ def test_the_command_says_everything_once_and_sigterm_to_torchrun_saves(text, tm
     step = json.loads((run / "last" / "training.json").read_text())["step"]
     assert f"stopped at step {step:,} of 1,000,000: saved in {run}/last" in shown
     assert main(["--resume", "--out-dir", str(run), "--parallel", "none", "--max-steps", str(step + 1)]) == 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for run in sys.argv[2:]:
+        name, _, step = run.rstrip("+").partition("@")
+        trainer = trainer_of(Path(sys.argv[1]), name, resume=run.endswith("+"))
+        stop_at(trainer, int(step)) if step else trainer.train()
+    torch.distributed.destroy_process_group()

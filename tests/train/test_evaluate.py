@@ -73,7 +73,7 @@ def test_the_model_keeps_its_mode(model):
 
 @pytest.mark.parametrize("stride", [0, LENGTH + 1])
 def test_a_stride_beyond_the_context_is_refused(model, stride):
-    with pytest.raises(ValueError, match=f"stride is {stride}, wanted 1 to the context size, 8"):
+    with pytest.raises(ValueError, match=f"stride is {stride}, wanted 1 to the context length, 8"):
         evaluate(model, torch.randint(14, (20,)), stride=stride)
 
 
@@ -134,6 +134,20 @@ def test_a_truncated_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, cap
     path = tmp_path / "model" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert file in refused(capsys, "--checkpoint", checkpoint, "--data", str(tmp_path / "text.txt"))
+
+
+def test_a_run_directory_means_its_best_checkpoint_else_its_last(model, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT, newline="")
+
+    def evaluated():
+        assert (
+            main(["--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--device", "cpu"]) == 0
+        )
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoint"]
+
+    for name in ("last", "best"):
+        save_pretrained(model, tmp_path / "run" / name, CharTokenizer.from_text(TEXT))
+        assert evaluated() == str(tmp_path / "run" / name)
 
 
 def test_the_training_text_is_found_again_and_must_be_unchanged(checkpoint, tmp_path, capsys):

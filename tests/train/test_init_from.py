@@ -1,4 +1,4 @@
-"""`python -m train --init-from DIR`: training goes on from a model that was imported, or trained before."""
+"""`python -m train --init-from DIR`: training starts from an imported or a trained model."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_the_run_begins_with_the_models_weights_sizes_and_vocabulary(imported, t
     assert "3 steps of 96 tokens" in shown  # contexts of 24: the model's, which are shorter than the default
 
 
-def test_it_goes_on_learning(imported, text, tmp_path):
+def test_training_lowers_its_loss(imported, text, tmp_path):
     train(imported, text, tmp_path, "--max-steps", "60", "--eval-every", "60", "--context-size", "16")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
@@ -79,7 +79,7 @@ def refused(capsys, message, *arguments):
 
 def test_flags_that_contradict_the_model_are_refused(imported, text, tmp_path, capsys):
     start = ("--init-from", imported, "--data", text)
-    refused(capsys, "--d-model, --n-layer: not with --init-from, whose model is as large as it is", *start,
+    refused(capsys, "--d-model, --n-layer: not with --init-from, whose model has its own sizes", *start,
             "--n_layer", "4", "--d-model=128")  # fmt: skip
     refused(capsys, "--architecture: not with --init-from", *start, "--architecture", "rope-window-gqa")
     save_pretrained(GPT(GPTConfig(vocab_size=26, positions="learned", **{**SIZES, "window": None, "n_kv_head": 4})),
@@ -94,7 +94,7 @@ def test_models_that_cannot_begin_are_refused(imported, text, tmp_path, capsys):
     message = "'\u00fc' not in the vocabulary of"
     refused(capsys, message, "--init-from", imported, "--data", str(tmp_path / "other.txt"))
     (tmp_path / "model" / "tokenizer.json").unlink()
-    refused(capsys, "has no tokenizer.json, which says how text becomes", "--init-from", imported, "--data", text)
+    refused(capsys, "has no tokenizer.json, which turns text into", "--init-from", imported, "--data", text)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_a_model_of_subwords_trains_writes_and_is_measured(subwords, text, tmp_p
     assert result["loss"] == pytest.approx(evaluate(model, torch.tensor(tokens))["loss"], rel=1e-5)
 
 
-def test_a_context_size_of_its_own_is_evaluated(imported, text, capsys):
+def test_evaluate_takes_another_context_size(imported, text, capsys):
     def measured(*flags):
         assert evaluate_main(["--checkpoint", imported, "--data", text, "--device", "cpu", *flags]) == 0
         return json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""A run directory has one writer: a second command is refused at once, a dead one keeps nobody out, readers go on."""
+"""A run directory has one writer: a second command is refused, a killed one blocks nobody, readers are free."""
 
 import os
 import signal
@@ -96,7 +96,7 @@ def test_the_library_is_refused_as_well_and_leaves_what_is_there(tmp_path):
     trainer_of(tmp_path / "run", resume=True)
 
 
-def test_of_two_that_begin_a_run_at_once_one_does(tmp_path):
+def test_of_two_processes_that_start_a_run_one_does(tmp_path):
     process = holder(tmp_path)  # and has not written run.json yet
     try:
         with pytest.raises(BlockingIOError, match="is being written by process"):
@@ -111,7 +111,7 @@ def free(directory):
     return taking(directory, "print('taken')").communicate()[0] == b"taken\n"
 
 
-def test_a_trainer_has_the_lock_from_its_making_to_the_end_of_train(tmp_path):
+def test_a_trainer_holds_the_lock_until_train_ends(tmp_path):
     trainer = trainer_of(tmp_path)
     assert not free(tmp_path)
     trainer.train()
@@ -157,7 +157,7 @@ def test_a_worker_that_outlives_its_killed_parent_does_not_keep_the_lock(tmp_pat
         release_lock(tmp_path)
 
 
-def test_those_who_read_a_run_that_is_being_written_are_not_stopped(run, text, tmp_path):
+def test_readers_of_a_run_that_is_being_written_are_not_refused(run, text, tmp_path):
     process = holder(run)
     try:
         assert evaluate(["--checkpoint", str(run / "last")]) == 0
@@ -190,7 +190,7 @@ def test_all_processes_of_a_run_stop_if_the_first_may_not_write(run, monkeypatch
     assert f"run directory {run} is being written by process {process.pid}" in line and line.count("\n") == 1
 
 
-def test_without_such_locks_everything_works_and_nobody_is_kept_out(tmp_path, monkeypatch):
+def test_without_file_locks_everything_works_and_nobody_is_refused(tmp_path, monkeypatch):
     process = holder(tmp_path)
     try:
         monkeypatch.setattr(train.lock, "fcntl", None)  # as on Windows

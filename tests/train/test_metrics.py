@@ -1,4 +1,4 @@
-"""Watching a run: what is written beside the weights, and that nobody who watches changes them."""
+"""What a run shows: metrics, curves, samples, TensorBoard; none of them changes the weights."""
 
 import io
 import json
@@ -8,9 +8,7 @@ import torch
 
 from model import GPT, GPTConfig, flops_per_token
 from train import CharDataset, Trainer, TrainerConfig
-from train.flops import peak_flops
-from train.metrics import History
-from train.passage import passage
+from train.metrics import History, peak_flops, sample_text
 
 TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 20
 
@@ -29,7 +27,7 @@ def weights(model):
 
 
 def picture(directory, *names):
-    """loss.png of a history that has `names` beside the steps."""
+    """loss.png of a history that has `names` and the steps."""
     made = History(directory)
     made.lines = [
         {name: value for name, value in line.items() if name in ("step", *names)}
@@ -54,13 +52,13 @@ def test_the_picture_of_a_run_that_has_not_begun_can_be_drawn(tmp_path):
     assert picture(tmp_path).startswith(b"\x89PNG")
 
 
-def test_every_evaluation_after_the_first_has_a_sample_which_is_said_and_recorded(tmp_path, capsys):
+def test_every_evaluation_after_the_first_prints_and_records_a_sample(tmp_path, capsys):
     made = trainer(tmp_path)
     made.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     samples = {line["step"]: line["sample"] for line in lines if "sample" in line}
     assert list(samples) == [3, 6] and {len(text) for text in samples.values()} == {30}
-    assert samples[6] == "".join(passage(made.model, made.tokenizer, 30, seed=0))
+    assert samples[6] == "".join(sample_text(made.model, made.tokenizer, 30, seed=0))
     said = "".join(line[6:] + "\n" for line in capsys.readouterr().out.splitlines() if line.startswith("    | "))
     assert said == "".join(text.removesuffix("\n") + "\n" for text in samples.values())
 
@@ -79,7 +77,7 @@ def test_a_sample_leaves_the_random_state_alone():
     assert len(made._sample()) == 30 and torch.equal(before, torch.get_rng_state())
 
 
-def test_a_share_of_the_peak_is_shown_where_the_peak_is_known():
+def test_mfu_is_recorded_if_the_peak_is_known():
     made = trainer(log_every=1)
     made.peak_flops = 1e12
     made.train()
@@ -119,7 +117,7 @@ def test_tensorboard_without_a_run_directory_is_refused():
         trainer(tensorboard=True)
 
 
-def test_a_line_is_written_before_those_who_follow_see_it(tmp_path):
+def test_a_line_is_written_before_followers_see_it(tmp_path):
     made, seen = History(tmp_path), io.StringIO()
     made.followers.append(lambda line: seen.write((tmp_path / "metrics.jsonl").read_text()))
     made.add(step=1, loss=float("nan"))

@@ -1,4 +1,4 @@
-"""The schedules in tokens, which parameters are decayed, and that Muon's step is what its file says."""
+"""Learning rate schedules, weight decay, Muon, and the moving average of the weights."""
 
 import copy
 import io
@@ -6,11 +6,12 @@ import io
 import pytest
 import torch
 import torch.distributed.fsdp
+from test_metrics import trainer as make_trainer
+from test_metrics import weights
 
-import train.muon
-from model import GPT, GPTConfig
-from train.muon import POLYNOMIALS, Muon, orthogonal
-from train.optim import hidden_matrices, learning_rate_at, make_optimizer
+import train.optim
+from model import GPT, GPTConfig, from_pretrained
+from train.optim import POLYNOMIALS, AverageWeights, Muon, hidden_matrices, learning_rate_at, make_optimizer, orthogonal
 
 SCHEDULE = {"peak": 1.0, "warmup_tokens": 100, "final_tokens": 1100}
 
@@ -103,7 +104,7 @@ def test_orthogonal_takes_a_batch_leaves_zero_alone_and_returns_the_dtype_it_got
 
 def test_with_torchs_polynomials_a_step_is_that_of_torchs_muon(monkeypatch):
     """torch's has the same scale under the name of match_rms_adamw, and iterates in bf16."""
-    monkeypatch.setattr(train.muon, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
+    monkeypatch.setattr(train.optim, "POLYNOMIALS", ((3.4445, -4.7750, 2.0315),) * 5)
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((12, 5), (4, 9), (12, 5))]
     theirs_weights = copy.deepcopy(weights)
     ours = Muon([{"params": weights, "weight_decay": 0.3, "muon": True}], lr=0.02)
@@ -119,7 +120,7 @@ def test_with_torchs_polynomials_a_step_is_that_of_torchs_muon(monkeypatch):
         assert (mine - other).norm() < 0.02 * (mine - start).norm()
 
 
-def test_what_muon_does_not_take_is_updated_as_by_adamw():
+def test_parameters_without_muon_are_updated_as_by_adamw():
     layer, same = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
     ours = make_optimizer(layer, optimizer="muon", **SETTINGS)
     theirs = torch.optim.AdamW(same.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
@@ -132,7 +133,7 @@ def test_what_muon_does_not_take_is_updated_as_by_adamw():
     assert torch.equal(layer.weight, same.weight) and torch.equal(layer.bias, same.bias)
 
 
-def test_muon_goes_on_bit_for_bit_from_a_saved_state():
+def test_muon_resumes_bit_for_bit_from_a_saved_state():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**CONFIG))
     batches = [torch.randint(11, (2, 2, 8)) for _ in range(4)]
@@ -200,3 +201,55 @@ def compare_sharded(rank, rendezvous):
 
 def test_muon_of_sharded_matrices_is_that_of_whole_ones(tmp_path):
     torch.multiprocessing.spawn(compare_sharded, (tmp_path / "rendezvous",), nprocs=2)
+
+
+def test_the_average_moves_towards_the_weights_faster_at_first():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average, expected = AverageWeights(model, 0.5), 0.0
+    for step in range(1, 21):
+        torch.nn.init.constant_(model.weight, float(step))
+        average.update()
+        expected += max(0.5, 9 / (10 + step)) * (step - expected)
+        with average.in_place():
+            assert model.weight.item() == pytest.approx(expected)
+        assert model.weight.item() == step
+
+
+def test_the_models_weights_come_back_after_an_error():
+    model = torch.nn.Linear(2, 2)
+    average, before = AverageWeights(model, 0.9), model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+    with pytest.raises(KeyError), average.in_place():
+        assert torch.equal(model.weight, before)
+        raise KeyError
+    assert not model.weight.any()
+
+
+def test_a_saved_average_resumes_bit_for_bit():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    average, resumed = AverageWeights(model, 0.9), AverageWeights(model, 0.9)
+    for step in range(6):
+        torch.nn.init.normal_(model.weight)
+        average.update()
+        if step == 2:
+            resumed.load_state_dict(average.state_dict())
+        elif step > 2:
+            resumed.update()
+    with average.in_place():
+        expected = weights(model)
+    with resumed.in_place():
+        assert torch.equal(weights(model), expected)
+
+
+def test_the_average_is_evaluated_and_kept_as_best(tmp_path):
+    made = make_trainer(tmp_path, ema_decay=0.9, learning_rate=0.03, max_steps=8)
+    made.train()
+    steps, found = made.history.series("held_out_loss")
+    assert made.best_held_out_loss == found[-1] == min(found)
+    assert made.held_out_loss() != found[-1]
+    with made.average.in_place():
+        assert made.held_out_loss() == found[-1]
+        assert torch.equal(weights(from_pretrained(tmp_path / "best")[0]), weights(made.model))
+    assert torch.equal(weights(from_pretrained(tmp_path / "last")[0]), weights(made.model))

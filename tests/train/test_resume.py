@@ -1,4 +1,4 @@
-"""A run that was stopped, in whatever way, goes on to the same weights, losses and files as one that was not."""
+"""A run that was stopped and resumed ends in the same weights, losses and files as one that was not."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:dropout")
 def trainer_of(out_dir, dropout=0.1, seed=0, **settings):
     train_set = CharDataset(TEXT[:1500], block_size=16)
     held_out = CharDataset(TEXT[1500:], block_size=16, tokenizer=train_set.tokenizer)
-    # what is resumed must come from the checkpoint: the model that goes on begins with other weights
+    # the resumed trainer's model has other weights, so the right ones must come from the checkpoint
     model = GPT(GPTConfig(vocab_size=train_set.vocab_size, dropout=dropout, **SIZES), seed=seed)
     settings = {"max_steps": 20, "batch_size": 4, "log_every": 3, "eval_every": 14, "save_every": 4} | settings
     settings |= {"device": "cpu", "out_dir": out_dir, "eval_examples": 8, "learning_rate": 1e-2, "sample_tokens": 4}
@@ -69,7 +69,7 @@ def stop_at(trainer, step, error=None):
 
 
 def measured(run):
-    """metrics.jsonl, without what a clock says."""
+    """metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
@@ -118,7 +118,7 @@ def test_resume_before_the_first_checkpoint_begins_again(unbroken, tmp_path):
     assert_same_end(tmp_path / "run", unbroken)
 
 
-def test_stopping_again_and_again_changes_nothing(unbroken, tmp_path):
+def test_stopping_after_every_step_changes_nothing(unbroken, tmp_path):
     stop_at(trainer_of(tmp_path / "run"), 1)
     for step in range(2, 20):
         stop_at(trainer_of(tmp_path / "run", resume=True), step)
@@ -129,7 +129,7 @@ def test_stopping_again_and_again_changes_nothing(unbroken, tmp_path):
     ]
 
 
-def test_a_finished_run_has_nothing_left_and_goes_on_if_it_is_to_take_more_steps(tmp_path):
+def test_a_finished_run_does_nothing_and_continues_with_more_steps(tmp_path):
     trainer_of(tmp_path / "run").train()
     before = (tmp_path / "run" / "last" / "SHA256SUMS").read_bytes()
     trainer_of(tmp_path / "run", resume=True).train()
@@ -148,7 +148,7 @@ def test_only_the_newest_checkpoints_are_kept_and_last_is_the_newest(tmp_path):
     assert [path.name for path in checkpoints(tmp_path / "one")] == ["step-000020"]
 
 
-def test_a_checkpoint_truncated_anywhere_is_never_loaded_and_the_one_before_it_is(tmp_path):
+def test_a_truncated_checkpoint_is_never_loaded_but_the_one_before_it_is(tmp_path):
     trainer_of(tmp_path / "run").train()
     before, newest = checkpoints(tmp_path / "run")
     whole = {path: path.read_bytes() for path in newest.iterdir()}
@@ -183,7 +183,7 @@ def test_any_flipped_bit_and_any_missing_file_is_damage(tmp_path):
     assert damage(newest) == "SHA256SUMS is damaged"
 
 
-def test_a_run_goes_on_past_its_damaged_checkpoints_to_the_same_end(unbroken, tmp_path):
+def test_a_run_with_a_damaged_checkpoint_resumes_to_the_same_end(unbroken, tmp_path):
     stop_at(trainer_of(tmp_path / "run"), 14, RuntimeError("killed"))
     (tmp_path / "run" / "last" / "training_state.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match="step-000012 is damaged"):
@@ -200,7 +200,7 @@ def test_with_no_whole_checkpoint_resuming_is_refused_and_nothing_is_overwritten
     before = contents(tmp_path / "run")
     with (
         pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(ValueError, match=r"no checkpoint in .* is whole"),
+        pytest.raises(ValueError, match=r"all checkpoints in .* are damaged"),
     ):
         trainer_of(tmp_path / "run", resume=True)
     assert contents(tmp_path / "run") == before
@@ -246,9 +246,9 @@ def test_another_configuration_is_refused_by_its_fields(tmp_path, settings, mess
 
 
 def test_resume_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="resume needs the run directory to go on in: name it with --out-dir"):
+    with pytest.raises(ValueError, match="resume needs a run directory: name it with --out-dir"):
         trainer_of(None, resume=True)
-    with pytest.raises(FileNotFoundError, match="holds no run to go on with: leave --resume out to start one"):
+    with pytest.raises(FileNotFoundError, match="holds no run to resume: leave out --resume to start one"):
         trainer_of(tmp_path / "run", resume=True)
     assert not (tmp_path / "run").exists()
 
@@ -281,7 +281,7 @@ def test_the_command_resumes_with_the_settings_of_then(text, tmp_path, capsys):
 
 def test_a_model_trained_on_and_a_drawn_one_resume_from_the_beginning_as_well(text, tmp_path):
     assert main([*FAST, "--data", text, "--max-steps", "1", "--out-dir", str(tmp_path / "first")]) == 0
-    start_from = ("--init-from", str(tmp_path / "first" / "last"), "--window", "5", *FAST[-8:])
+    start_from = ("--init-from", str(tmp_path / "first"), "--window", "5", *FAST[-8:])
     drawn = ("--random-config", "--seed", "3", "--context-size", "8", *FAST[-8:])
     for name, flags in (("on", start_from), ("drawn", drawn)):
         out = tmp_path / name
@@ -311,7 +311,7 @@ def test_the_command_refuses_other_settings_and_other_data_in_one_line(text, tmp
     (tmp_path / "text.txt").unlink()
     assert "does not exist" in refused(capsys, *resume)
     assert contents(tmp_path / "run") == before
-    assert "holds no run to go on with" in refused(capsys, "--resume", "--out-dir", str(tmp_path / "elsewhere"))
+    assert "holds no run to resume" in refused(capsys, "--resume", "--out-dir", str(tmp_path / "elsewhere"))
     assert "name it with --out-dir" in refused(capsys, "--resume")
     (tmp_path / "run" / "run.json").write_text("{")
     assert "run.json is damaged" in refused(capsys, *resume)
@@ -350,7 +350,7 @@ def test_sigterm_saves_and_exits_0(text, tmp_path):
 def test_a_second_sigterm_ends_at_once():
     code = """
 import signal
-from train.stop import StopRequest
+from train.trainer import StopRequest
 with StopRequest() as stop:
     signal.raise_signal(signal.SIGTERM)
     print("first", stop.requested, flush=True)
@@ -376,6 +376,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_it(text, tmp_p
     process = start("--resume", "--out-dir", str(run), "--max-steps", "3", preexec_fn=little_room)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in errors
-    said = f"run failed: {run}/checkpoints/step-000003 cannot be written: File too large; put that right, and --resume"
-    assert f"{said} goes on from {run}/checkpoints/step-000002, which is whole" in errors.splitlines()[-1]
+    said = f"run failed: {run}/checkpoints/step-000003 cannot be written: File too large; fix that, and --resume"
+    assert f"{said} continues from {run}/checkpoints/step-000002, which is intact" in errors.splitlines()[-1]
     assert contents(run / "checkpoints") == before and damage(run / "last") is None

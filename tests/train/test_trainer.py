@@ -13,8 +13,7 @@ from model import GPT, GPTConfig, from_pretrained
 from model.sampling import sample
 from train import CharDataset, Trainer, TrainerConfig, TrainingFailed
 from train.data import training_batches
-from train.memory import estimate
-from train.precision import SafeSteps
+from train.optim import GradientScaler
 
 TEXT = "When are you going? I am going to the play, and you are coming to the play with me. " * 20
 TINY = {"context_length": 16, "window": 8, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32}
@@ -188,7 +187,7 @@ def stop_at_step(trainer, step):
     trainer._take_step = take_step_and_stop
 
 
-def test_ctrl_c_saves_the_last_checkpoint_and_says_where(tmp_path, capsys):
+def test_ctrl_c_saves_the_last_checkpoint_and_prints_where(tmp_path, capsys):
     trainer = tiny_trainer(out_dir=tmp_path / "run")
     stop_at_step(trainer, 7)
     before = signal.getsignal(signal.SIGINT)
@@ -223,7 +222,7 @@ def test_training_works_outside_the_main_thread():
     assert trainer.step == 2
 
 
-def test_gradients_that_are_no_numbers_again_and_again_fail_the_run_and_keep_what_was_saved(tmp_path):
+def test_many_non_finite_gradients_fail_the_run_and_keep_the_checkpoint_before(tmp_path):
     trainer = tiny_trainer(out_dir=tmp_path / "run", save_every=5, eval_every=100, max_steps=100)
     take_step = trainer._take_step
 
@@ -234,7 +233,7 @@ def test_gradients_that_are_no_numbers_again_and_again_fail_the_run_and_keep_wha
         take_step(batches)
 
     trainer._take_step = break_weights
-    message = r"gradients of 20 steps in a row are no numbers \(loss nan at step 32\): lower learning_rate"
+    message = r"gradients of 20 steps in a row are not finite \(loss nan at step 32\): lower learning_rate"
     with pytest.raises(TrainingFailed, match=message):
         trainer.train()
     assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["step"] == 10
@@ -242,7 +241,7 @@ def test_gradients_that_are_no_numbers_again_and_again_fail_the_run_and_keep_wha
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_one_gradient_that_is_no_number_is_skipped_and_counted(bad):
+def test_one_non_finite_gradient_is_skipped_and_counted(bad):
     trainer = tiny_trainer(max_steps=6, ema_decay=0.9, held_out=False, lr_decay=False)
     take_step, seen = trainer._take_step, []
 
@@ -264,13 +263,13 @@ def test_one_gradient_that_is_no_number_is_skipped_and_counted(bad):
 
 def test_the_loss_scale_changes_no_step_halves_at_an_overflow_and_grows_again(monkeypatch):
     plain, scaled = tiny_trainer(held_out=False, max_steps=8), tiny_trainer(held_out=False, max_steps=8)
-    scaled.steps = SafeSteps(scaled.optimizer, "fp16")
+    scaled.scaler = GradientScaler(scaled.optimizer, "fp16")
     for trainer in (plain, scaled):
         trainer.train()
-    assert losses(plain) == pytest.approx(losses(scaled), rel=1e-5) and scaled.steps.scale == 2.0**16
-    monkeypatch.setattr("train.precision.GROW_AFTER", 3)
+    assert losses(plain) == pytest.approx(losses(scaled), rel=1e-5) and scaled.scaler.scale == 2.0**16
+    monkeypatch.setattr("train.optim.GROW_AFTER", 3)
     parameter = torch.nn.Parameter(torch.ones(2))
-    steps, scales = SafeSteps(torch.optim.SGD([parameter], lr=1.0), "fp16"), []
+    steps, scales = GradientScaler(torch.optim.SGD([parameter], lr=1.0), "fp16"), []
     for gradient in (math.inf, 1.0, 1.0, 1.0, 1.0):
         parameter.grad = torch.full((2,), gradient) * steps.scale
         assert steps.step(None)[0] == math.isfinite(gradient)
@@ -280,7 +279,7 @@ def test_the_loss_scale_changes_no_step_halves_at_an_overflow_and_grows_again(mo
 
 def test_activation_checkpointing_changes_nothing_but_what_is_kept():
     kept, again = tiny_trainer(max_steps=5), tiny_trainer(max_steps=5, activation_checkpointing=True)
-    found = [estimate(trainer)["activations"] for trainer in (kept, again)]
+    found = [trainer.estimate()["activations"] for trainer in (kept, again)]
     for trainer in (kept, again):
         trainer.train()
     assert torch.equal(weights(kept.model), weights(again.model)) and losses(kept) == losses(again)
@@ -288,7 +287,7 @@ def test_activation_checkpointing_changes_nothing_but_what_is_kept():
     assert found[1] < 0.5 * found[0]
 
 
-def test_one_batch_can_be_learnt_by_heart():
+def test_one_batch_can_be_overfitted():
     trainer = tiny_trainer(max_steps=120, overfit_one_batch=True, learning_rate=1e-2, held_out=False)
     trainer.train()
     assert losses(trainer)[-1] < 0.1 < losses(trainer)[0]
@@ -296,7 +295,7 @@ def test_one_batch_can_be_learnt_by_heart():
 
 def test_the_estimate_counts_bytes_and_leaves_the_run_as_it_is():
     plain, estimated = tiny_trainer(max_steps=5), tiny_trainer(max_steps=5)
-    found = estimate(estimated)
+    found = estimated.estimate()
     size = 4 * estimated.model.num_parameters()
     assert found["weights"] == found["gradients"] == size and 0 < found["optimizer"] <= 2 * size
     # each of the 64 tokens keeps at least the MLP's two widths of 128 in two layers
@@ -319,7 +318,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(
         OSError,
-        match=r"step-000010 cannot be written: the disk is full; make room, and --resume goes on from .*step-000005,",
+        match=r"step-000010 cannot be written: the disk is full; make room, and --resume continues from .*step-000005,",
     ):
         trainer.train()
     assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["step"] == 5
@@ -333,7 +332,7 @@ def test_a_directory_with_a_run_in_it_is_not_overwritten(tmp_path):
     tiny_trainer(out_dir=tmp_path / "run").train()
     saved = (tmp_path / "run" / "last" / "training.json").read_bytes()
     with pytest.raises(
-        FileExistsError, match="holds a run already: choose another --out-dir, go on with --resume, or remove"
+        FileExistsError, match="holds a run already: choose another --out-dir, resume it with --resume, or rem"
     ):
         tiny_trainer(out_dir=tmp_path / "run")
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == saved

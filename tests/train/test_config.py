@@ -1,4 +1,4 @@
-"""Flags come from dataclasses: names, types, defaults and help are one thing, and errors are one line."""
+"""Flags come from dataclasses: names, types, defaults and help agree, errors are one line; random configs are valid."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,9 +6,9 @@ from typing import Literal
 import pytest
 
 from kernels import resolve_backend
+from model import ARCHITECTURES
 from model.command import Parser
-from train.config import RunConfig, TrainerConfig
-from train.flags import add_flags, from_flags, option
+from train.config import DRAWN_FIELDS, RunConfig, TrainerConfig, add_flags, from_flags, option, random_config
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def test_two_lengths_of_the_warm_up_are_refused():
         TrainerConfig(warmup_steps=1, warmup_tokens=1)
 
 
-def test_an_unknown_backend_is_refused_in_the_words_of_the_kernels():
+def test_an_unknown_backend_is_refused_with_the_message_of_kernels():
     with pytest.raises(ValueError) as expected:
         resolve_backend("cutlass", "cpu")
     for fused_kernels in (True, False):
@@ -143,3 +143,42 @@ def test_an_unknown_backend_is_refused_in_the_words_of_the_kernels():
 def test_a_backend_without_the_fused_kernels_is_refused():
     with pytest.raises(ValueError, match="backend banded is one of the fused kernels: add --fused-kernels"):
         RunConfig(backend="banded")
+
+
+def test_a_drawn_model_is_valid_and_the_same_for_the_same_seed():
+    drawn = [random_config(RunConfig(), seed) for seed in range(300)]
+    assert drawn == [random_config(RunConfig(), seed) for seed in range(300)]
+    assert {run.model_config(65).architecture for run in drawn} >= set(ARCHITECTURES)
+    for name in DRAWN_FIELDS:
+        assert len({getattr(run, name) for run in drawn}) > 2
+    assert max(run.n_layer * 12 * run.d_model**2 for run in drawn) < 10**6  # parameters: minutes on a CPU
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"n_head": 12},
+        {"d_model": 100},
+        {"n_kv_head": 3},
+        {"context_size": 25, "window": 3},
+        {"n_kv_head": 4, "d_model": 256},
+    ],
+)
+def test_stated_flags_stay_and_the_others_fit_them(stated):
+    for seed in range(100):
+        run = random_config(RunConfig(**stated), seed, set(stated))
+        assert {name: getattr(run, name) for name in stated} == stated
+        run.model_config(65)
+
+
+def test_stating_a_flag_changes_no_other_that_need_not_fit():
+    drawn = random_config(RunConfig(), 7)
+    again = random_config(RunConfig(n_layer=9, window=5), 7, {"n_layer", "window"})
+    assert {name for name in DRAWN_FIELDS if getattr(drawn, name) != getattr(again, name)} == {"n_layer", "window"}
+
+
+def test_stated_sizes_that_fit_nothing_are_refused():
+    with pytest.raises(ValueError, match="does not divide d_model=97"):
+        random_config(RunConfig(d_model=97), 1, {"d_model"}).model_config(65)
+    with pytest.raises(ValueError, match="random_config draws the sizes of a new model: not with --init-from"):
+        RunConfig(random_config=True, init_from="somewhere")

@@ -1,4 +1,4 @@
-"""Tokens are made once, in bounded memory: a file that is found again, whole or not at all."""
+"""Tokens are made once, in bounded memory, into a file that is complete or not used."""
 
 import json
 import pickle
@@ -14,10 +14,9 @@ import torch
 
 from model import ByteTokenizer, CharTokenizer
 from train import tokens as tokens_module
-from train.corpus import Corpus
+from train.corpus import Corpus, make_tokenizer, train_bpe
 from train.data import TokenDataset, load_data
 from train.tokens import TokenFile, default_cache, encode_stream, encoder, tokenize
-from train.vocabulary import make_tokenizer, train_bpe
 
 ROOT = Path(__file__).parents[2]
 VERSE = (
@@ -60,7 +59,7 @@ def test_a_token_file_holds_what_memory_would(corpus, in_files, monkeypatch, tmp
 
 @pytest.mark.parametrize("kind", ["characters", "bytes", "subwords"])
 @pytest.mark.parametrize("least", [1, 40, 700])
-def test_where_the_stream_is_cut_does_not_show(monkeypatch, kind, least):
+def test_the_tokens_do_not_depend_on_where_the_pieces_are_cut(monkeypatch, kind, least):
     monkeypatch.setattr(tokens_module, "_LEAST_TO_CUT", least)
     text = (VERSE + "<|endoftext|>" + "x" * 300 + "  \n\n ' 's") * 8
     tokenizer = tokenizer_for(kind, text)
@@ -95,7 +94,7 @@ def test_examples_of_a_file_are_those_of_memory(corpus, in_files, tmp_path):
             assert torch.equal(a, b) and a.dtype == torch.int64
 
 
-def test_tokens_are_made_once_and_anew_for_another_text_or_vocabulary(corpus, in_files, monkeypatch, tmp_path):
+def test_tokens_are_made_once_for_each_text_and_vocabulary(corpus, in_files, monkeypatch, tmp_path):
     made = []
     write = tokens_module._write
     monkeypatch.setattr(tokens_module, "_write", lambda path, *rest: made.append(path) or write(path, *rest))
@@ -111,7 +110,7 @@ def test_tokens_are_made_once_and_anew_for_another_text_or_vocabulary(corpus, in
 
 
 @pytest.mark.parametrize("damage", ["tokens cut", "facts cut", "facts gone"])
-def test_a_damaged_token_file_is_made_anew(corpus, in_files, tmp_path, damage):
+def test_a_damaged_token_file_is_made_again(corpus, in_files, tmp_path, damage):
     tokenizer = CharTokenizer.from_text(VERSE)
     expected = tokenize(corpus, tokenizer, cache=tmp_path).tokens[:]
     (tokens,), (facts,) = tmp_path.glob("*.tokens"), tmp_path.glob("*.json")

@@ -1,4 +1,4 @@
-"""A disk that is full: the run ends in one line that says which file and what is still good, and nothing is half there.
+"""A full disk: the run ends with one line, which names the file and the intact checkpoint, and no half file stays.
 
 /dev/full, where every write finds no room, stands in the place of a file; a limit on the size of files stops a write in
 its middle, as a disk does that fills up.
@@ -62,7 +62,7 @@ def full():
 
 def names_what_is_left(line, path, checkpoint):
     expected = (
-        f"{path} cannot be written: the disk is full; make room, and --resume goes on from {checkpoint}, which is"
+        f"{path} cannot be written: the disk is full; make room, and --resume continues from {checkpoint}, which is"
     )
     return expected in line and "Errno" not in line
 
@@ -97,14 +97,14 @@ def test_a_line_of_metrics_is_written_whole_or_not_at_all(run, full):
     assert names_what_is_left(str(failed.value), run / "metrics.jsonl", run / "checkpoints" / "step-000004")
 
 
-def test_a_checkpoint_that_is_damaged_is_not_called_whole(run, full):
+def test_a_checkpoint_that_is_damaged_is_not_called_intact(run, full):
     full(run / ".loss.png.tmp")
     (run / "last" / "training_state.pt").write_bytes(b"")
-    with pytest.raises(OSError, match=r"--resume goes on from .*step-000002, which is whole"):
+    with pytest.raises(OSError, match=r"--resume continues from .*step-000002, which is intact"):
         History(run).plot()
     shutil.rmtree(run / "checkpoints")
     full(run / ".loss.png.tmp")
-    with pytest.raises(OSError, match=r"loss.png .* make room, and --resume begins anew, there being no checkpoint"):
+    with pytest.raises(OSError, match=r"loss.png .* make room.* the beginning, as there is no checkpoint yet"):
         History(run).plot()
 
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_is_cut_short_leaves_nothing_and_the_reason_is_the_sys
     with (
         files_no_larger_than(100_000),
         pytest.raises(
-            OSError, match=r"step-000006 cannot be written: File too large; put that right, and --resume goes"
+            OSError, match=r"step-000006 cannot be written: File too large; fix that, and --resume continues"
         ),
     ):
         save_checkpoint(run / "checkpoints" / "step-000006", model, tokenizer, {}, state, weights)
@@ -140,7 +140,7 @@ def test_the_best_weights_of_before_stay_where_the_new_ones_cannot_take_their_pl
     before = contents(run)
     model, tokenizer = from_pretrained(run / "best")
     with pytest.raises(
-        OSError, match=r"best cannot be written: the disk is full; make room, and --resume goes on from"
+        OSError, match=r"best cannot be written: the disk is full; make room, and --resume continues from"
     ):
         save_checkpoint(run / "best", GPT(model.config, seed=1), tokenizer, {})
     assert contents(run) == before
