@@ -8,6 +8,7 @@ Learned positions end at context_length: after that every token reads the last c
 """
 
 from collections import deque
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -95,16 +96,16 @@ def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_
 def _stream(decoder, params, generators, seen, finished, max_new_tokens, log_probabilities):
     new = None
     for _ in range(max_new_tokens):
-        logits = decoder.prefill() if new is None else decoder.decode(new)
-        new = params.choose(logits, generators, seen)
-        if seen is not None:
-            seen.scatter_(1, new[:, None], True)
-        shown = finished.mask(new, FINISHED)
-        if log_probabilities:
-            chosen = F.log_softmax(logits.float(), dim=-1).gather(1, new[:, None]).squeeze(1)
-            yield shown, finished.mask(chosen, 0.0)
-        else:
-            yield shown
+        with decoder.token_threads() if new is not None else nullcontext():  # a prompt is worth all threads
+            logits = decoder.prefill() if new is None else decoder.decode(new)
+            new = params.choose(logits, generators, seen)
+            if seen is not None:
+                seen.scatter_(1, new[:, None], True)
+            shown = finished.mask(new, FINISHED)
+            if log_probabilities:
+                chosen = F.log_softmax(logits.float(), dim=-1).gather(1, new[:, None]).squeeze(1)
+                shown = shown, finished.mask(chosen, 0.0)
+        yield shown
         if finished.update(new):
             return
 

@@ -211,3 +211,17 @@ def test_the_sampler_takes_the_graph_and_gives_the_tokens_of_a_model_with_a_hook
     captured = torch.stack(list(generate(model, prompt, 100, greedy=True)), dim=1)
     model.register_forward_hook(lambda module, arguments, out: None)
     assert torch.equal(torch.stack(list(generate(model, prompt, 100, greedy=True)), dim=1), captured)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_small_models_token_takes_one_thread_and_the_caller_keeps_his(large, monkeypatch):
+    monkeypatch.setattr("model.decoding.ONE_THREAD_WORK", 0 if large else 2**23)
+    model, seen = make(), []
+    model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        for _ in generate(model, torch.randint(41, (1, 5)), 4, seed=1):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [2] + [2 if large else 1] * 3
