@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import resolve_backend, sliding_gqa_attention
-from kernels.attention import visible_pairs
+from kernels.band import visible_pairs
 
 TOLERANCE = {torch.float32: 3e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 CHECK_BLOCK = 256  # query rows that the reference takes at once

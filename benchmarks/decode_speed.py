@@ -12,7 +12,7 @@ choose is checked against the model without a cache first. They take turns, all 
     tokens/s   batch / that
     x ours     how many times as long as ours takes there
     growth     its time over its own at the first position
-    GB/s       on a GPU: weights and the keys and values in the window, read once a step; of the card's peak (cards.py)
+    GB/s       on a GPU: weights and the keys and values in the window, read once a step; of the card's peak
 
 Then one text is written by ours from the first token to the last position, and the memory of the process is looked at.
 """
@@ -25,9 +25,8 @@ from pathlib import Path
 
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
-from cards import peak_of
 from decoders import DECODERS, objection, why_not
-from measure import alternate, shown, three_digits
+from measure import alternate, peak_of_device, shown, three_digits
 
 from model import GPT, GPTConfig, generate
 
@@ -227,7 +226,7 @@ def resident_bytes():
 
 def table(rows, device):
     cuda = device.type == "cuda"
-    peak = peak_of(torch.cuda.get_device_name(device)) if cuda else None
+    peak = peak_of_device(device)
     lines = []
     for row in rows:
         if "median_ms" not in row:

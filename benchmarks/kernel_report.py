@@ -28,7 +28,6 @@ from pathlib import Path
 
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import kernel_tables
-import memory_bound
 import published
 import speed_of_light as model
 import torch
@@ -79,13 +78,13 @@ def prepare(options, device):
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise harness.BadInput("TRITON_INTERPRET=1 is set, and what is interpreted cannot be compiled: unset it")
     try:
-        from kernels import offline
+        from kernels import compiled as offline
     except ImportError as error:
         raise harness.BadInput(f"triton cannot be imported ({error}): pip install 'triton>=3.6'") from None
     shapes = [parse(shape) for shape in options.shape or ()]
     try:
         for target in options.arch.split(","):
-            offline.limits(target)
+            offline.card_of(target)
         dtypes = [harness.DTYPES[name] for name in options.dtype.split(",")]
         given = options.head_dim or ",".join(str(shape.D) for shape in shapes) or "64,128"
         head_dims = list(dict.fromkeys(int(word) for word in given.split(",")))
@@ -156,7 +155,7 @@ def tables_of(rows, estimates, checks, prototypes):
 
 def compiled(target, D, dtype, name, settings, group, keep):
     """(row, Compiled or None) of every kernel at one point; a kernel that does not compile is a row with its error."""
-    from kernels import offline
+    from kernels import compiled as offline
 
     head = {
         "point": f"{target}, D {D}, {harness.name_of(dtype)}, {name}" + (f", G {group}" if group != 4 else ""),
@@ -175,7 +174,7 @@ def compiled(target, D, dtype, name, settings, group, keep):
             path = Path(keep) / f"{target}-{launch.name}-{D}-{head['dtype']}-{name}-g{group}.{suffix}"
             path.write_bytes(made.binary)
         row |= {key: facts[key] for key in facts if key not in ("kernel", "target", "tile", "binary")}
-        row["shared_limit"] = offline.LIMITS[target].shared_per_block
+        row["shared_limit"] = offline.CARDS[target].shared_per_block
         row["accesses"] = [access._asdict() for access in made.accesses]
         row["loops"] = [loop._asdict() for loop in made.loops]
         if launch.name != "attention_forward":  # the others' lines would make most of the document
@@ -193,9 +192,9 @@ def estimate_row(row, made, shape, dtype):
             made, shape, dtype.itemsize, rope="rope" in str(settings_of(row["features"]))
         )
     elif made.kernel == "rope":
-        estimate = memory_bound.rope_estimate(made, shape, dtype.itemsize)
+        estimate = model.rope_estimate(made, shape, dtype.itemsize)
     elif made.kernel == "decode":
-        estimate = memory_bound.decode_estimate(made, shape, dtype.itemsize)
+        estimate = model.decode_estimate(made, shape, dtype.itemsize)
     else:  # append and combine move next to nothing
         return None
     if estimate is None:
@@ -231,7 +230,7 @@ def check_published(targets):
 
 def by_kernel(target, group):
     """{kernel: Compiled} of the attention kernels in bf16 at the head size of the published figures."""
-    from kernels import offline
+    from kernels import compiled as offline
 
     launches = offline.launches(target, head_dim=published.SHAPE.D, dtype=torch.bfloat16, group=group)
     return {one.name: offline.compile_launch(one, target) for one in launches if one.name in ATTENTION}

@@ -51,7 +51,7 @@ def worst(rows):
 
 
 def loops(rows, target):
-    from kernels.machine_code import PIPES
+    from kernels.compiled.machine_code import PIPES
 
     pipes = [pipe for pipe in PIPES if pipe != "global"] + ["global"]
     lines = [
@@ -157,9 +157,9 @@ def widths(row, *kinds):
 
 
 def tile_text(tile):
-    owned = tile.get("BLOCK_N") or tile.get("BLOCK_M") or tile.get("BLOCK_T") or tile.get("BLOCK_S")
-    steps = [tile[name] for name in ("EDGE_M", "EDGE_K") if name in tile]
-    steps += [tile[name] for name in (("BLOCK_M",) if "BLOCK_N" in tile else ("BLOCK_K",)) if name in tile]
+    owned = tile.get("BLOCK_N" if "EDGE_M" in tile else "BLOCK_M") or tile.get("BLOCK_T") or tile.get("BLOCK_S")
+    steps = [tile[name] for name in ("EDGE_M", "EDGE_N") if name in tile]
+    steps += [tile[name] for name in (("BLOCK_M",) if "EDGE_M" in tile else ("BLOCK_N",)) if name in tile]
     text = " x ".join([str(owned), "/".join(map(str, steps))] if steps else [str(owned)])
     return f"{text}, {tile.get('num_warps', 4)}w" + (f" {tile['num_stages']}s" if "num_stages" in tile else "")
 

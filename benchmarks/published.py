@@ -7,7 +7,9 @@ Shapes follow the papers: causal, 16 heads of 128, T = 16,384, FLOPs of visible 
 
 from typing import NamedTuple
 
-from speed_of_light import CARDS, Shape, visible_pairs
+from speed_of_light import CARDS, Shape
+
+from kernels.band import visible_pairs
 
 SHAPE = Shape(1, 16, 16, 16384, 128, None)
 FORWARD = ("attention_forward",)
@@ -47,7 +49,7 @@ PROTOTYPE = {
 def nominal_flops(kernels, shape=SHAPE):
     """The FLOPs that papers count: 2 products forward, 5 backward."""
     products = {"attention_forward": 2, "attention_dq": 0, "attention_dkdv": 5}
-    pairs = shape.B * shape.Hq * visible_pairs(shape.T, shape.window)
+    pairs = shape.B * shape.Hq * visible_pairs(shape.T, shape.T, shape.window)
     return sum(products[kernel] for kernel in kernels) * 2 * pairs * shape.D
 
 

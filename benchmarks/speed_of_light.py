@@ -15,46 +15,40 @@ import functools
 import re
 from typing import NamedTuple
 
-from cards import PEAKS
+import harness  # noqa: F401  # first: it puts the root of the repository on the path, so that `kernels` is ours
+from measure import peak_of
+
+from kernels import compiled
+from kernels.backends.triton.decode import split_count
+from kernels.band import visible_pairs
 
 ISSUE_SLOTS = 4  # warp instructions that a multiprocessor issues in a cycle
 SHARED_BYTES = 128  # that shared memory moves in a cycle
-L2_BYTES = 5120  # that L2 gives all multiprocessors in a cycle: an A100's (its white paper), taken for every card
 # How long products take, in those of 16-bit inputs: three TF32 products, each at half the rate; fp32's own on an MI300X
 PRODUCTS = {2: 1, 4: 6}
 AMD_PRODUCTS = {2: 1, 4: 8}
 # Until a load is there, under load: about twice the 470 to 540 cycles of an idle A100, H100 or 4090 (arXiv:2402.13499)
 LATENCY_CYCLES = 1000
+STARTING_READS = 3  # of a decode program, one after the other: lengths, q, the first tile of keys
 # What HMMA reaches on cards whose full rate only the warp-group instructions get: 63 % on an H100 (arXiv:2402.13499);
 # a quarter on a B200 is a guess
 HMMA_RATE = {"sm_90": 0.63, "sm_100": 0.25}
 
 
-class Card(NamedTuple):
-    """One card for each architecture; throughputs per multiprocessor and cycle.
+class Card(compiled.Card):
+    """A card of kernels.compiled, with the rates that follow from its data sheet."""
 
-    CUDA programming guide; for the MI300X AMD's CDNA 3 white paper, whose multiplications share the ALU's lanes.
-    """
-
-    name: str  # in cards.PEAKS, which has its matrix rate and its bandwidth
-    multiprocessors: int
-    gigahertz: float
-    fma: int = 128
-    alu: int = 64
-    mufu: int = 16
-    warp: int = 32  # lanes
-    l2: int = L2_BYTES
-    fma_in_alu: bool = False
+    __slots__ = ()
 
     @property
     def l2_bytes(self):
-        """That a multiprocessor gets from L2 in a cycle: its share of all, at most what its port takes."""
+        """Bytes that a multiprocessor gets from L2 in a cycle: its share of all, at most what its port takes."""
         return min(64, self.l2 / self.multiprocessors)
 
     @property
     def flops(self):
         """FLOP/s of the matrix unit, 16-bit inputs, fp32 sums."""
-        return PEAKS[self.name].tflops * 1e12
+        return peak_of(self.name).tflops * 1e12
 
     @property
     def flops_per_cycle(self):
@@ -63,18 +57,11 @@ class Card(NamedTuple):
 
     @property
     def bytes_per_second(self):
-        return PEAKS[self.name].gb_per_second * 1e9
+        """Of the memory."""
+        return peak_of(self.name).gb_per_second * 1e9
 
 
-CARDS = {
-    "sm_80": Card("A100", 108, 1.41, fma=64),
-    "sm_86": Card("A10", 72, 1.695),
-    "sm_89": Card("4090", 128, 2.52),
-    "sm_90": Card("H100", 132, 1.83),
-    "sm_100": Card("B200", 148, 1.85),
-    "sm_120": Card("5090", 170, 2.407),
-    "gfx942": Card("MI300X", 304, 2.1, fma=64, warp=64, l2=8 * 2048, fma_in_alu=True),
-}
+CARDS = {target: Card(*card) for target, card in compiled.CARDS.items()}
 
 
 class Shape(NamedTuple):
@@ -103,12 +90,6 @@ class Estimate(NamedTuple):
     bound_by: str  # the pipe, or "memory"
     runner_up: str  # what bounds next, and
     margin: float  # how much shorter the time would be then: 1 for not at all
-
-
-def visible_pairs(T, W):
-    """(query, key) pairs that a head of T queries and keys sees: sum over i of min(i + 1, W) = W T - W (W - 1) / 2."""
-    W = min(W, T)
-    return W * T - W * (W - 1) // 2
 
 
 @functools.cache
@@ -157,7 +138,7 @@ def work_efficiency(T, W, own, edge, step, pack, tiles=row_tiles):
     else:
         edges, interior = key_tiles(T, W, own, edge // pack, step // pack)
         computed = own * (edges * edge + interior * step) // pack
-    return visible_pairs(T, W) / computed
+    return visible_pairs(T, T, W) / computed
 
 
 def products_of(target):
@@ -177,7 +158,7 @@ def pipe_cycles(pipes, opcodes, warps, card):
     """{pipe: cycles} for one turn of a loop: instructions x warps x lanes of a warp, over the lanes of the pipe."""
 
     def lanes(count, width):
-        return count * warps * card.warp / width
+        return count * warps * card.warp_size / width
 
     packed = sum(count for name, count in opcodes.items() if re.match(r"F(FMA|MUL|ADD)2\b", name))  # two in one
     multiplying = pipes.get("fma", 0) + packed
@@ -279,7 +260,7 @@ def attention_estimate(made, shape, element_bytes, rope, without=()):
         programs = shape.B * shape.Hkv * -(-T // own)
         turns = shape.Hq // shape.Hkv // pack  # each program walks all packs of its group
     else:
-        own, edge, step, tiles = tile["BLOCK_M"], tile["EDGE_K"], tile["BLOCK_K"], row_tiles
+        own, edge, step, tiles = tile["BLOCK_M"], tile["EDGE_N"], tile["BLOCK_N"], row_tiles
         counts = row_tiles(T, W, own // pack, edge, step)
         programs = shape.B * shape.Hq // pack * -(-T // (own // pack))
         turns = 1
@@ -300,7 +281,7 @@ def attention_estimate(made, shape, element_bytes, rope, without=()):
         overlapped += times * overlapped_cycles(cycles)
     # what is in front of the loops, between and behind them runs once, and nothing of it beside them
     outside = (made.instructions - sum(loop.instructions for loop in made.loops)) * tile["num_warps"] / ISSUE_SLOTS
-    flops = products * 2 * shape.B * shape.Hq * visible_pairs(T, W) * shape.D
+    flops = products * 2 * shape.B * shape.Hq * visible_pairs(T, T, W) * shape.D
     efficiency = work_efficiency(T, W, own, edge, step, pack, tiles)
     moved = attention_bytes(made.kernel, shape, element_bytes, rope)
     factor = programs / card.multiprocessors * wave_factor(programs, card.multiprocessors) / (card.gigahertz * 1e6)
@@ -324,6 +305,92 @@ def estimate_of(cycles, efficiency, flops, moved, overlapped_ms, serial_ms, card
         runner_up=ranked[1],
         margin=ms[ranked[1]] / ms[ranked[0]] if ms[ranked[0]] else 1.0,
     )
+
+
+def rope_bytes(shape, element_bytes):
+    """q and k read and written."""
+    return 2 * shape.B * shape.T * (shape.Hq + shape.Hkv) * shape.D * element_bytes
+
+
+def rope_programs(made, shape):
+    heads = -(-shape.Hq // made.tile["BLOCK_H"]) + -(-shape.Hkv // made.tile["BLOCK_H"])
+    return shape.B * -(-shape.T // made.tile["BLOCK_T"]) * heads
+
+
+def rope_cycles(made):
+    """Cycles of the issue slots for one program, which runs each of its instructions once."""
+    return made.instructions * made.tile["num_warps"] / ISSUE_SLOTS
+
+
+def rope_estimate(made, shape, element_bytes):
+    """The `Estimate` of the rotation: bytes cross the memory's interface once."""
+    card, cycles = CARDS[made.target], rope_cycles(made)
+    issue_ms = cycles * rope_programs(made, shape) / card.multiprocessors / (card.gigahertz * 1e6)
+    return estimate_of({"issue": cycles}, 1.0, 0.0, rope_bytes(shape, element_bytes), issue_ms, issue_ms, card)
+
+
+def decode_bytes(shape, element_bytes):
+    """The keys and values of the window, for one new token of each row of the batch; q and out."""
+    return 2 * shape.B * shape.D * element_bytes * (shape.Hkv * shape.window + shape.Hq)
+
+
+def decode_cycles(made, shape, element_bytes):
+    """{pipe: cycles} of one interior tile of keys. None if its loop was not found."""
+    card, interior = CARDS[made.target], next((loop for loop in made.loops if not loop.masked), None)
+    if interior is None:
+        return None
+    rows, keys = made.tile["BLOCK_M"], made.tile["BLOCK_N"]
+    cycles = pipe_cycles(interior.pipes, interior.opcodes, made.tile["num_warps"], card)
+    cycles["matrix"] = matrix_cycles(rows, keys, padded(shape.D), 2, card, made.target, element_bytes, made.matrix)
+    cycles["l2"] = l2_cycles(keys, shape.D, element_bytes, card)
+    return cycles
+
+
+def decode_estimate(made, shape, element_bytes):
+    """The `Estimate` of a decode step, one new token a row, every tile of keys once."""
+    card, cycles = CARDS[made.target], decode_cycles(made, shape, element_bytes)
+    if cycles is None:
+        return None
+    tiles = shape.B * shape.Hkv * -(-shape.window // made.tile["BLOCK_N"])
+    factor = tiles / card.multiprocessors / (card.gigahertz * 1e6)
+    moved = decode_bytes(shape, element_bytes)
+    overlapped, serial = overlapped_cycles(cycles) * factor, serial_cycles(cycles) * factor
+    return estimate_of(cycles, 1.0, 0.0, moved, overlapped, serial, card)
+
+
+def decode_ms(made, shape, element_bytes):
+    """A time to rank by: that of the memory, at the share of its bandwidth that loads under way can draw, or that of
+    one program after the other, whichever is longer. The launcher's own rule says into how many parts keys are cut.
+    """
+    card, cycles = CARDS[made.target], decode_cycles(made, shape, element_bytes)
+    if cycles is None:
+        return float("inf")
+    keys, ahead = made.tile["BLOCK_N"], made.tile["num_stages"] - 1
+    rows, tiles = shape.B * shape.Hkv, -(-shape.window // keys)
+    splits = split_count(rows, tiles, card.multiprocessors)
+    places = made.blocks_per_multiprocessor * card.multiprocessors
+    beside = -(-min(rows * splits, places) // card.multiprocessors)
+    # memory: whole tiles, and the parts of the result written and read in fp32
+    tile_bytes = 2 * keys * shape.D * element_bytes
+    partial = 8 * shape.B * shape.Hq * splits * shape.D if splits > 1 else 0
+    under_way = max(1, ahead) * tile_bytes * min(rows * splits, places) / card.multiprocessors
+    moved = rows * tiles * tile_bytes + partial
+    memory_ms = moved / (card.bytes_per_second * bandwidth_share(under_way, card)) * 1e3
+    # programs: a tile for each turn, which waits for loads that were sent `ahead` turns before
+    waiting = LATENCY_CYCLES / ahead if ahead else LATENCY_CYCLES + serial_cycles(cycles)
+    turn = max(serial_cycles(cycles), beside * overlapped_cycles(cycles), waiting)
+    waves = -(-rows * splits // places)
+    chain = waves * (-(-tiles // splits) * turn + STARTING_READS * LATENCY_CYCLES)
+    return max(memory_ms, chain / (card.gigahertz * 1e6))
+
+
+def bandwidth_share(under_way, card):
+    """The share of its bandwidth that a memory gives where each multiprocessor has that many bytes under way.
+
+    Little's law: what is under way is bandwidth times latency.
+    """
+    needed = card.bytes_per_second / (card.gigahertz * 1e9) * LATENCY_CYCLES / card.multiprocessors
+    return min(1.0, under_way / needed)
 
 
 REMEDIES = {

@@ -10,7 +10,7 @@ same weights and see the same batches; their losses and gradients must agree bef
                the slower of that, which is the device's alone, and "host ms", until the step returns (gpu_timer.py)
     x plain    how many times as fast as the same model with --no-fused-kernels; x HF: as Hugging Face's
     MB         what a step allocates at its peak beside weights, gradients and optimizer: activations, mostly
-    MFU        on a GPU: FLOPs that the step needs (visible pairs only), of the card's bf16 peak (cards.py)
+    MFU        on a GPU: FLOPs that the step needs (visible pairs only), of the card's bf16 peak
 """
 
 import contextlib
@@ -22,8 +22,7 @@ import harness  # first: it puts the root of the repository on the path, so that
 import starcoder2
 import torch
 import torch.nn.functional as F
-from cards import peak_of
-from measure import alternate, peak_memory, shown, three_digits, with_host_times
+from measure import alternate, peak_memory, peak_of_device, shown, three_digits, with_host_times
 
 from model import GPT, GPTConfig, flops_a_token
 from train.config import RunConfig, TrainerConfig
@@ -218,7 +217,7 @@ def measure_point(name, config, batch_size, device, precision, compiled, seconds
     times = alternate(calls, device, seconds)
     # the peak is that of bf16 products
     known = device.type == "cuda" and precision == "bf16"
-    add_figures(rows, times, config, peak_of(torch.cuda.get_device_name(device)) if known else None)
+    add_figures(rows, times, config, peak_of_device(device) if known else None)
     return rows
 
 

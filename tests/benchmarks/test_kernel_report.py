@@ -13,7 +13,7 @@ import tune_tiles
 
 pytest.importorskip("triton")
 
-from kernels import offline
+from kernels import compiled as offline
 
 KERNELS = {"rope", "attention_forward", "attention_dq", "attention_dkdv", "append", "decode", "combine"}
 
