@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
-import harness  # noqa: F401  # first: it puts the root of the repository on the path
+import harness  # first: it puts the root of the repository on the path, so that `train` is ours
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -211,24 +211,28 @@ def shown(row):
     return f"{median} ({p20}-{p80})"
 
 
-def with_host_times(table, rows):
-    """The table of the timed `rows`; on a GPU with a column "host ms" after its milliseconds.
+def table(title, rows, columns, notes=()):
+    """The table of the timed rows. columns: {heading: function of a row}, which returns text.
 
-    A star marks a call whose time may include time of the host.
+    Rows of a GPU get a column "host ms" after their milliseconds. Notes name the rows that were not timed, and why.
     """
-    rows = [row for row in rows if "median_ms" in row]
-    if not any("host_ms" in row for row in rows):
-        return table
-    after = 1 + next(i for i, column in enumerate(table["columns"]) if column in ("ms", "ms a step"))
-    cells = [three_digits(row["host_ms"]) + "*" * row["host_behind"] for row in rows]
-    notes = ["host ms: until the call returns to Python, without waiting for the GPU; ms is the GPU's alone"]
-    if any(row["host_behind"] for row in rows):
-        notes.append("*: waits for the GPU itself or overfills its queue; its ms may include time of the host")
-    return table | {
-        "columns": [*table["columns"][:after], "host ms", *table["columns"][after:]],
-        "rows": [[*line[:after], cell, *line[after:]] for line, cell in zip(table["rows"], cells, strict=True)],
-        "notes": [*table["notes"], *notes],
-    }
+    timed = [row for row in rows if "median_ms" in row]
+    notes = [*notes, *harness.not_timed(rows)]
+    if any("host_ms" in row for row in timed):
+        names = list(columns)
+        after = 1 + next(i for i, name in enumerate(names) if name in ("ms", "ms a step"))
+        with_host = {**columns, "host ms": lambda row: three_digits(row["host_ms"]) + "*" * row["host_behind"]}
+        columns = {name: with_host[name] for name in [*names[:after], "host ms", *names[after:]]}
+        notes.append("host ms: until the call returns to Python, without waiting for the GPU; ms is the GPU's alone")
+        if any(row["host_behind"] for row in timed):
+            notes.append("*: waits for the GPU itself or overfills its queue; its ms may include time of the host")
+    lines = [[text(row) for text in columns.values()] for row in timed]
+    return {"title": title, "columns": list(columns), "rows": lines, "notes": notes}
+
+
+def ratio(key):
+    """A column of `table`: the row's number with two decimals, empty where it has none."""
+    return lambda row: f"{row[key]:.2f}" if row.get(key) is not None else ""
 
 
 def peak_memory(call, device):
@@ -273,3 +277,35 @@ def large_matmul(device, dtype):
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out), 2 * n**3
+
+
+def random_heads(problem, *heads, seed=0):
+    """Random tensors (B, H, T, D) for each H, as projections make them: views of (B, T, H, D).
+
+    problem has B, T, D, dtype and device.
+    """
+    generator = torch.Generator(problem.device).manual_seed(seed)
+    shapes = [(problem.B, problem.T, H, problem.D) for H in heads]
+    drawn = [torch.randn(shape, generator=generator, device=problem.device) for shape in shapes]
+    return [x.to(problem.dtype).transpose(1, 2) for x in drawn]
+
+
+def call_of(function, inputs, gradients, backward):
+    """What is timed: one forward, or one forward and backward, of function(*inputs). It returns all results.
+
+    gradients: those of the outputs, in a tuple. The inputs require a gradient if backward is true.
+    """
+
+    def forward():
+        with torch.no_grad():
+            return _as_tuple(function(*inputs))
+
+    def forward_and_backward():
+        out = _as_tuple(function(*inputs))
+        return (*out, *torch.autograd.grad(out, inputs, gradients))
+
+    return forward_and_backward if backward else forward
+
+
+def _as_tuple(out):
+    return tuple(out) if isinstance(out, tuple | list) else (out,)

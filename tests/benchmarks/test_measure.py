@@ -278,19 +278,22 @@ def test_contestants_rows_and_table_have_the_host_time(gpu):
     assert times["triton"].pace == pytest.approx(160e-6) and times["c++"].pace == pytest.approx(20e-6)
     rows = [{"contestant": name} | time.as_dict() for name, time in times.items()] + [{"not_timed": "absent"}]
     assert rows[0]["host_ms"] == pytest.approx(0.16)
-    lines = [[row["contestant"], measure.shown(row), "x"] for row in rows if "median_ms" in row]
-    table = measure.with_host_times({"columns": ["", "ms a step", "more"], "rows": lines, "notes": []}, rows)
+    columns = {"": lambda row: row["contestant"], "ms a step": measure.shown, "more": lambda row: "x"}
+    for row in rows:
+        row |= {"shape": "a", "contestant": row.get("contestant", "absent"), "not_timed": row.get("not_timed")}
+    table = measure.table("Steps", rows, columns)
     assert table["columns"] == ["", "ms a step", "host ms", "more"]
     assert [line[2] for line in table["rows"]] == ["0.160", "0.0160", "0.0360*"]
-    assert len(table["notes"]) == 2
+    assert len(table["notes"]) == 3 and table["notes"][0] == "absent was not timed: absent"
 
 
-def test_a_cpu_has_no_host_time_of_its_own():
+def test_a_cpu_has_no_host_time():
     times = measure.alternate({"": lambda: None}, "cpu", 0)
     row = times[""].as_dict()
     assert set(row) == {"median_ms", "p20_ms", "p80_ms", "calls"} and times[""].pace == times[""].median
-    table = {"columns": ["", "ms"], "rows": [["", "1"]], "notes": []}
-    assert measure.with_host_times(table, [row]) == table
+    rows = [row | {"shape": "a", "not_timed": None}]
+    table = measure.table("Steps", rows, {"": lambda row: "b", "ms": measure.shown})
+    assert table["columns"] == ["", "ms"] and table["notes"] == []
 
 
 @pytest.mark.gpu
@@ -298,8 +301,8 @@ def test_python_between_the_launches_is_not_the_gpus():
     x = torch.randn(1024, 1024, device="cuda")
 
     def slow_host():
-        started = measure.perf_counter()
-        while measure.perf_counter() - started < 1e-3:
+        started = time.perf_counter()
+        while time.perf_counter() - started < 1e-3:
             pass
         return x + 1
 

@@ -30,8 +30,8 @@ def test_a_benchmark_runs_end_to_end(name, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert document == json.loads(file.read_text())
+    document, last = json.loads(file.read_text()), json.loads(done.stdout.splitlines()[-1])
+    assert last == harness.summary(document, str(file)) and last["timed"] > 0 and last["failed"] == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert document["benchmark"] == name and document["machine"]["device"] == "cpu"
     timed = [row for row in document["rows"] if "median_ms" in row]
