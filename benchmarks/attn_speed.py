@@ -21,6 +21,7 @@ import sys
 from collections import Counter
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from attn_contestants import CONTESTANTS, Oracle, Problem, backend_of_ours
@@ -211,15 +212,15 @@ def plots(rows, passes):
         if longest is None:
             continue
         if len(lengths[longest]) == 1:
-            bars = harness.bars(timed, lambda row: row["median_ms"])
+            bars = drawing.bars(timed, lambda row: row["median_ms"])
             title = f"{what}, {next(iter(bars))}" if len(bars) == 1 else what
             drawn.append({"title": title, "x": "ms a call", "bars": bars})
             continue
         window, Hq, Hkv, D, B = longest
-        title = f"{what}, window {window}, heads {Hq}/{Hkv} x {D}" + (f", batch {B}" if B > 1 else "")
+        title = f"{what}\nwindow {window}, {Hq} heads on {Hkv} KV heads of {D}" + (f", batch {B}" if B > 1 else "")
         family = [row for row in timed if family_of(row) == longest]
-        series = harness.series(family, lambda row: row["T"], lambda row: row["median_ms"])
-        drawn.append({"title": title, "x": "tokens", "y": "ms a call", "series": series})
+        series = drawing.series(family, lambda row: row["T"], lambda row: row["median_ms"])
+        drawn.append({"title": title, "x": "tokens", "y": "milliseconds a call", "series": series})
     return drawn
 
 

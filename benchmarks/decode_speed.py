@@ -23,6 +23,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from decoders import DECODERS, objection, why_not
@@ -238,7 +239,7 @@ def plots(rows, grid):
     """Time against position, for the batch and window of the grid that have the most positions."""
     batch_size, window, _ = max(grid, key=lambda point: len(point[2]))
     of_point = [row for row in rows if (row["batch"], row["window"]) == (batch_size, window)]
-    series = harness.series(of_point, lambda row: row["position"], lambda row: row["median_ms"])
+    series = drawing.series(of_point, lambda row: row["position"], lambda row: row["median_ms"])
     title = f"Generation, batch {batch_size}, window {window}"
     return [{"title": title, "x": "position", "y": "ms a token", "series": series}]
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # at lower levels PyTorch's profiler writes to stderr
 
+import drawing  # noqa: E402
 import torch  # noqa: E402
 
 from model.command import Parser, resolve_device  # noqa: E402
@@ -121,9 +122,9 @@ def run(flags, prepare, arguments=None):
     for line in document.get("failed", ()):
         print(f"\nFAILED: {line}")
     if plot:
-        print(f"\n{draw(document['plots'], plot, place(document['machine']))}")
+        print(f"\n{drawing.draw(document['plots'], plot, drawing.place(document))}")
     if options.json:
-        Path(options.json).write_text(as_json(document), encoding="utf-8")
+        Path(options.json).write_text(as_json(document) + "\n", encoding="utf-8")
     print("\n" + json.dumps(summary(document, options.json)))
     return 1 if document.get("failed") else 0
 
@@ -142,20 +143,15 @@ def summary(document, path=None):
     }
 
 
-def as_json(document):
-    """A document as text, each element of its lists on one line: then a changed row is a changed line."""
-
-    def text(value):
-        return json.dumps(value, allow_nan=False)
-
-    parts = []
-    for key, value in document.items():
-        if isinstance(value, list) and value:
-            value = "[\n" + ",\n".join(f"  {text(one)}" for one in value) + "\n ]"
-        else:
-            value = text(value)
-        parts.append(f" {text(key)}: {value}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+def as_json(document, indent=""):
+    """A document as text, each element of a list on one line: then a changed row is a changed line."""
+    if isinstance(document, dict) and any(isinstance(value, dict | list) for value in document.values()):
+        parts = [f"{indent} {json.dumps(key)}: {as_json(value, indent + ' ')}" for key, value in document.items()]
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+    if isinstance(document, list) and document:
+        parts = [f"{indent} {json.dumps(value, allow_nan=False)}" for value in document]
+        return "[\n" + ",\n".join(parts) + f"\n{indent}]"
+    return json.dumps(document, allow_nan=False)
 
 
 def without_nan(value):
@@ -316,101 +312,6 @@ def failed(rows):
         for row in rows
         if row["contestant"].startswith("ours") and row["not_timed"]
     ]
-
-
-def series(rows, x, y):
-    """{contestant: [[x(row), y(row)]]} of the rows that were timed, for a plot."""
-    found = {}
-    for row in rows:
-        if "median_ms" in row:
-            found.setdefault(row["contestant"], []).append([x(row), y(row)])
-    return found
-
-
-def bars(rows, value):
-    """{shape: {contestant: value(row)}} of the rows that were timed, for a plot."""
-    found = {}
-    for row in rows:
-        if "median_ms" in row:
-            found.setdefault(row["shape"], {})[row["contestant"]] = value(row)
-    return found
-
-
-def place(facts):
-    """The machine of a document in a few words, the title of its plots."""
-    threads = f", {facts['threads']} threads" if facts["device"] == "cpu" and "threads" in facts else ""
-    return facts["name"] + threads
-
-
-def draw(plots, path, title=None):
-    """Draw the plots into one PNG that is readable at 800 pixels; returns a line that says where, or why not."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which looks for a display
-    except ImportError:
-        return "no plot: matplotlib is not installed"
-    plots = [plot for plot in plots if plot.get("bars") or any(plot.get("series", {}).values())]
-    if not plots:
-        return "no plot: nothing was measured"
-    figure = Figure(figsize=(max(4.6 * len(plots), 6.4), 4.2), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    colours = {}  # a contestant has one colour in all plots
-    for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
-        axes.set_title(plot["title"], fontsize="medium")
-        axes.set_xlabel(plot["x"])
-        for name in plot.get("series") or [name for group in plot["bars"].values() for name in group]:
-            colours.setdefault(name, f"C{len(colours) % 10}")
-        (_draw_bars if "bars" in plot else _draw_lines)(axes, plot, colours)
-    by_name = {
-        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    if by_name:
-        figure.legend(
-            by_name.values(), by_name, loc="outside lower center", ncols=min(5, len(by_name)), fontsize="small"
-        )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=160)
-    return f"plot: {path}"
-
-
-def _draw_lines(axes, plot, colours):
-    for name, points in plot["series"].items():
-        if points:
-            x, y = zip(*sorted(points), strict=True)
-            width = 3 if name.startswith("ours") else 1.3
-            axes.plot(x, y, marker="o", markersize=4, linewidth=width, color=colours[name], label=name)
-    ticks = sorted({x for points in plot["series"].values() for x, _ in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [_number(tick) for tick in ticks])
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda y, _: _number(y))
-    axes.set_ylabel(plot["y"])
-    axes.grid(True, alpha=0.3)
-
-
-def _draw_bars(axes, plot, colours):
-    """Horizontal bars in groups. The bars of a single group are named at the axis, those of several in the legend."""
-    groups, row, ticks = plot["bars"], 0, {}
-    for group, values in groups.items():
-        start = row
-        for name, value in values.items():
-            label = {"label": name} if len(groups) > 1 else {}
-            axes.barh([row], [value], 0.9, color=colours[name], **label)
-            axes.bar_label(axes.containers[-1], [_number(value)], padding=3, fontsize="small")
-            ticks[row] = name
-            row += 1
-        if len(groups) > 1:
-            for of_group in range(start, row):
-                del ticks[of_group]
-            ticks[(start + row - 1) / 2] = group.replace(" (", "\n(")
-            row += 1  # a gap
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize="small")
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.grid(True, axis="x", alpha=0.3)
-
-
-def _number(x):
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _device(name):

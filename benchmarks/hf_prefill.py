@@ -16,6 +16,7 @@ of the last 64 tokens must agree with eager's before the timing. Calls take turn
 import sys
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from measure import alternate, peak_memory, ratio, shown, table, three_digits
@@ -61,7 +62,7 @@ def prepare(options, device):
 def measure(budget, window, batch_size, dtype, device, chosen):
     models = make_models(window, dtype, device, chosen)
     rows = [row for length in budget for row in measure_point(models, batch_size, length, device, budget)]
-    series = harness.series(rows, lambda row: row["length"], lambda row: row["median_ms"])
+    series = drawing.series(rows, lambda row: row["length"], lambda row: row["median_ms"])
     backend, reason = resolve_backend("auto", device)
     return {
         "settings": {"window": window, "batch_size": batch_size, "dtype": harness.name_of(dtype), "backend": backend},

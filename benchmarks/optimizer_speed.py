@@ -13,6 +13,7 @@ part of a step. Every contestant takes whole steps: forward, backward, clipping,
 import sys
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from measure import alternate, ratio, shown, table
@@ -106,7 +107,7 @@ def measure(chosen, d_model, device, budget):
     return {
         "rows": rows,
         "tables": [table(shape, rows, columns)],
-        "plots": [{"title": shape, "x": "ms", "bars": harness.bars(rows, lambda row: row["median_ms"])}],
+        "plots": [{"title": shape, "x": "ms", "bars": drawing.bars(rows, lambda row: row["median_ms"])}],
     }
 
 

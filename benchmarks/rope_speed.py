@@ -17,6 +17,7 @@ their gradients in the backward pass. Every contestant is checked against the re
 import sys
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from attn_contestants import Problem
@@ -209,7 +210,7 @@ def measure_point(problem, contestants, seconds):
 
 def plot(rows, name):
     """GB/s against the traffic of a call."""
-    series = harness.series(
+    series = drawing.series(
         rows,
         lambda row: round(row["bytes_per_second"] * row["median_ms"] / 1e9, 3),
         lambda row: row["bytes_per_second"] / 1e9,

@@ -18,6 +18,7 @@ import copy
 import sys
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ def measure(budget, device, precision, compiled):
         "rows": rows,
         "tables": [table_of(rows, device)],
         "plots": [
-            {"title": "Training", "x": "tokens/s", "bars": harness.bars(rows, lambda row: row["tokens_per_second"])}
+            {"title": "Training", "x": "tokens/s", "bars": drawing.bars(rows, lambda row: row["tokens_per_second"])}
         ],
         "left_out": budget.left_out,
         "failed": harness.failed(rows),

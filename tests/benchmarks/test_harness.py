@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import drawing
 import harness
 import pytest
 
@@ -64,8 +65,8 @@ def test_failures_are_those_of_ours():
 def test_bars_are_drawn(tmp_path):
     bars = {"small": {"ours": 2.0, "theirs": 1.0}, "large": {"ours": 3.0}}
     file = tmp_path / "bars.png"
-    assert harness.draw([{"title": "t", "x": "tokens/s", "bars": bars}], file) == f"plot: {file}"
-    assert harness.draw([{"title": "t", "x": "T", "y": "ms", "series": {"a": []}}], file).startswith("no plot")
+    assert drawing.draw([{"title": "t", "x": "tokens/s", "bars": bars}], file) == f"plot: {file}"
+    assert drawing.draw([{"title": "t", "x": "T", "y": "ms", "series": {"a": []}}], file).startswith("no plot")
 
 
 @pytest.mark.parametrize(
