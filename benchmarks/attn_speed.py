@@ -85,7 +85,6 @@ def measure(budget, contestants, passes):
         "tables": [table_of(rows, name, problem.device) for name in passes],
         "plots": plots(rows, passes),
         "left_out": budget.left_out,
-        "failed": harness.failed(rows),
     }
 
 
@@ -213,7 +212,7 @@ def plots(rows, passes):
             continue
         if len(lengths[longest]) == 1:
             bars = drawing.bars(timed, lambda row: row["median_ms"])
-            title = f"{what}, {next(iter(bars))}" if len(bars) == 1 else what
+            title = f"{what}\n{next(iter(bars))}" if len(bars) == 1 else what
             drawn.append({"title": title, "x": "ms a call", "bars": bars})
             continue
         window, Hq, Hkv, D, B = longest

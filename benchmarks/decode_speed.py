@@ -119,7 +119,6 @@ def measure(budget, configs, decoders, long_run, dtype, device):
         "tables": tables,
         "plots": plots(rows, grid),
         "left_out": budget.left_out,
-        "failed": harness.failed(rows),
     }
 
 

@@ -173,7 +173,9 @@ class HuggingFace(Decoder):
 @lru_cache(maxsize=1)
 def _starcoder2_of(model):
     """The model in Hugging Face's class: one for all positions."""
-    return to_huggingface(model)
+    theirs = to_huggingface(model)
+    theirs.config.max_position_embeddings = 10**6  # rotary positions do not end; a smaller number makes it warn
+    return theirs
 
 
 def _synchronize(device):

@@ -23,9 +23,10 @@ def bars(rows, value):
 
 def place(document):
     """Machine and dtype of a document, the title of its plots."""
-    facts, dtype = document["machine"], document.get("settings", {}).get("dtype")
+    facts, settings = document["machine"], document.get("settings", {})
     threads = facts.get("threads") if facts["device"] == "cpu" else None
-    return ", ".join(filter(None, [facts["name"], threads and f"{threads} thread" + "s" * (threads > 1), dtype]))
+    words = [facts["name"], threads and f"{threads} thread" + "s" * (threads > 1)]
+    return ", ".join(filter(None, [*words, settings.get("dtype") or settings.get("precision")]))
 
 
 def draw(plots, path, title=None):

@@ -72,7 +72,6 @@ def measure(budget, window, batch_size, dtype, device, chosen):
         ],
         "plots": [{"title": f"Reading a prompt, window {window}", "x": "tokens", "y": "ms", "series": series}],
         "left_out": budget.left_out,
-        "failed": harness.failed(rows),
     }
 
 

@@ -90,7 +90,7 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
     names, times, generator = list(calls), {name: [] for name in calls}, random.Random(0)
     started = perf_counter()
     collecting = gc.isenabled()
-    gc.disable()  # a collection would count as time of whoever has the turn
+    gc.disable()  # a collection would count as time of the current contestant
     try:
         for turn in range(most if names else 0):
             generator.shuffle(names)

@@ -136,7 +136,6 @@ def measure(budget, contestants):
         "tables": [table(f"Rotation of q and k, {name}", of_pass, COLUMNS) for name, of_pass in passes.items()],
         "plots": [plot(of_pass, name) for name, of_pass in passes.items()],
         "left_out": budget.left_out,
-        "failed": harness.failed(rows),
     }
 
 

@@ -5,11 +5,11 @@
         made = compile_launch(launch, "sm_90")
         print(made.kernel, made.registers, made.spilled_bytes, made.shared_bytes, [loop.pipes for loop in made.loops])
 
-Tensors on the meta device go through the real launchers, which choose their tiles and arguments as they would on the
-card named; what they launch is recorded instead of run, then compiled by Triton with a driver that only knows a
-target. So what is reported is what would run. Triton's package carries the assembler and the disassemblers.
+Tensors on the meta device go through the real launchers, which choose tiles and arguments as they would on that card.
+Their launches are recorded instead of run. Triton compiles them with a driver that only knows the target, so the result
+is the code that would run. Triton's package has the assembler and the disassemblers.
 
-Not for a process that decorates kernels with TRITON_INTERPRET=1: interpreted functions cannot be compiled.
+A process with TRITON_INTERPRET=1 cannot use this: interpreted functions cannot be compiled.
 """
 
 import contextlib
@@ -99,8 +99,8 @@ class Compiled(NamedTuple):
     stack_bytes: int
     spilled_bytes: int  # registers that the code stores into local memory, 4 bytes each
     shared_bytes: int  # a block's
-    blocks_per_multiprocessor: int  # 0: it does not fit
-    limited_by: str  # what allows no further block
+    blocks_per_multiprocessor: int  # resident at a time; 0: a block does not fit
+    limited_by: str  # the resource that allows no more blocks
     instructions: int  # of the whole kernel
     matrix: tuple  # the matrix instructions used, such as ("HGMMA",)
     accesses: tuple  # of machine_code.Access: global loads and stores with their widths
@@ -109,7 +109,7 @@ class Compiled(NamedTuple):
 
     @property
     def narrow_tile_loads(self):
-        """Loads of tiles (not of one number a row) that move under 16 bytes a thread."""
+        """Loads of tiles (not of one number a row) of under 16 bytes a thread."""
         return [
             access for access in self.accesses if not access.of_rows and access.kind != "store" and access.bytes < 16
         ]
@@ -166,9 +166,9 @@ def launches(
 
 @contextlib.contextmanager
 def recorded(target):
-    """A list that receives a `Launch` for every kernel that is launched inside, none of which runs.
+    """A list that receives a `Launch` for every kernel launched inside the block; none of them runs.
 
-    Launchers choose tiles as they would on `target`. Not for more than one thread at a time.
+    Launchers choose tiles as they would on `target`. Only one thread may use it at a time.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("kernels were decorated with TRITON_INTERPRET=1: record and compile in a process without it")
@@ -186,7 +186,7 @@ def recorded(target):
 
 
 def compile_launch(launch, target):
-    """The `Compiled` of a launch. Raises whatever Triton and its assembler raise for a kernel they do not take."""
+    """The `Compiled` of a launch. Errors of Triton and of its assembler pass through."""
     card = card_of(target)
     with _compiling_for(target, card):
         code = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.keywords)
@@ -236,12 +236,12 @@ def resident_blocks(card, registers, warps, shared, tensor_memory_columns=0):
 
 
 class _TargetOnly(DriverBase):
-    """A driver for a card that is not there: enough for Triton to compile, nothing to launch with."""
+    """A driver for an absent card: Triton compiles with it, and cannot launch."""
 
     def __init__(self, target):
         super().__init__()
         self.target = target
-        self.get_current_device = lambda: target.arch  # what Triton keeps compiled kernels by
+        self.get_current_device = lambda: target.arch  # Triton's key for compiled kernels
         self.get_current_stream = lambda device: 0
 
     @classmethod
@@ -265,7 +265,7 @@ class _TargetOnly(DriverBase):
 def _compiling_for(target, card):
     cuda = target.startswith("sm_")
     wanted = GPUTarget("cuda" if cuda else "hip", card.number if cuda else target, card.warp_size)
-    before = driver._active  # `driver.active` would look for a GPU
+    before = driver._active  # `driver.active` would search for a GPU
     driver.set_active(_TargetOnly(wanted))
     try:
         yield
@@ -277,7 +277,7 @@ def _read_cuda(asm):
     return _disassembled(asm["cubin"], asm["ptx"])
 
 
-@functools.lru_cache(256)  # sets of features often make the same code of a kernel
+@functools.lru_cache(256)  # several sets of features often give the same code
 def _disassembled(cubin, ptx_text):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
@@ -293,7 +293,7 @@ def _output(*command):
 
 @functools.cache
 def _assembles(target):
-    """Whether this installation of Triton has what it takes to make machine code of `target`."""
+    """Whether this installation of Triton can assemble for `target`."""
     if target.startswith("gfx"):
         return "amd" in backends
     if "nvidia" not in backends:

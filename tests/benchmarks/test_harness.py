@@ -48,7 +48,7 @@ def test_what_failed_makes_the_exit_status_1(capsys):
 def test_numbers_that_json_lacks_become_null(tmp_path):
     file = tmp_path / "some.json"
     rows = [{"loss": float("nan"), "error": [float("inf"), 1.5]}]
-    run(["--plot", "none", "--json", str(file)], {**PARTS, "rows": rows})
+    run(["--plot", "none", "--json", str(file)], {**PARTS, "rows": rows, "failed": []})
     assert json.loads(file.read_text())["rows"] == [{"loss": None, "error": [None, 1.5]}]
 
 

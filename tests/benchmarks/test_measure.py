@@ -232,7 +232,7 @@ def test_the_wait_is_longer_than_the_longest_host_time_seen(gpu):
     assert timer.host[uneven].median == pytest.approx(1e-4) and gpu.waits[-1] > 9e-4
 
 
-def test_a_host_that_stalls_once_is_timed_anew_behind_a_longer_wait(gpu):
+def test_a_host_that_stalls_once_is_timed_again_behind_a_longer_wait(gpu):
     times = iter([1e-4] * measure.HOST_CALLS + [3.5e-4, 1e-4, 1e-4])
 
     def stalling():

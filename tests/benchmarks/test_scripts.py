@@ -37,7 +37,7 @@ def test_a_benchmark_runs_end_to_end(name, tmp_path):
     timed = [row for row in document["rows"] if "median_ms" in row]
     assert any(row["contestant"].startswith("ours") for row in timed)
     assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["calls"] >= 3 for row in timed)
-    for row in document["rows"]:  # whoever was not timed is named, with the reason
+    for row in document["rows"]:  # contestants that were not timed are named, with the reason
         assert ("median_ms" in row) != bool(row["not_timed"])
         assert row["not_timed"] is None or row["not_timed"] in done.stdout
     for table in document["tables"]:

@@ -1,6 +1,6 @@
 """Kernels as machine code, without a GPU: no shipped tile spills, products are matrix instructions, loads are wide.
 
-They are compiled in one process of its own, since those of this one are interpreted.
+They are compiled in a separate process, since this one interprets kernels.
 """
 
 import json
