@@ -1,18 +1,18 @@
-"""How fast is sliding-window attention, against what else there is?
+"""How fast is sliding-window attention, compared with other implementations?
 
     python benchmarks/attn_speed.py                            # under 10 minutes on two CPU cores, --quick under 2
     python benchmarks/attn_speed.py --shapes 4096,256 8192,256,32,8,128 --dtype bf16
 
-Every contestant is checked against the reference, output and gradients, in fp64; who is wrong is named and not timed.
-Calls take turns. Columns:
+Every contestant is checked first: output and gradients against the reference in fp64, within the error that the dtype
+explains (`Oracle`). A wrong one is named and not timed. Calls take turns. Columns:
 
-    shape        T, window, query heads / KV heads x head size; the batch before it if it is not 1
+    shape        T, window, query heads / KV heads x head size; the batch size in front if it is not 1
     ms           median of the calls (20th to 80th percentile); fwd+bwd is one forward and one backward together
-    host ms      on a GPU only: until the call returns to Python, which a small model pays (gpu_timer.py)
+    host ms      on a GPU only: until the call returns to Python (measure.py)
     TFLOP/s      over visible pairs only (GFLOP/s on a CPU): 4 D a pair forward, 3.5 times that with the backward
-    of matmul    the share of what a large matrix product of the same dtype reached in the same turns
-    MB           memory that a call takes at its peak, inputs not counted, masks and results counted
-    growth       by which factor the time grew since half the T, all else equal; ^ its exponent (1 linear, 2 quadratic)
+    of matmul    share of the FLOP/s of a large matrix product in the same dtype and the same turns
+    MB           memory that a call takes at its peak: masks and results count, inputs do not
+    growth       the time over the time at half the T, all else equal; ^ its exponent (1 linear, 2 quadratic)
     x masked     how many times as fast as SDPA with a mask; x causal: as SDPA causal, which ignores the window
 """
 
@@ -21,10 +21,11 @@ import sys
 from collections import Counter
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
-from attn_contestants import CONTESTANTS, Oracle, Problem, backend_of_ours, call_of
-from measure import alternate, large_matmul, peak_memory, shown, three_digits, with_host_times, with_memory_held
+from attn_contestants import CONTESTANTS, Oracle, Problem, backend_of_ours
+from measure import alternate, call_of, large_matmul, peak_memory, ratio, shown, table, three_digits, with_memory_held
 
 # T, window[, Hq, Hkv, D[, B]]
 QUICK = {
@@ -43,7 +44,7 @@ DEFAULT = {
     "8192,1024,32,8,64,4 8192,1024,16,4,256,4",
 }
 PASSES = {"fwd": False, "fwd+bwd": True}
-SECONDS = {"quick": 25.0, "default": 150.0}  # of timing; checks, compilations and the least rounds come on top
+SECONDS = {"quick": 25.0, "default": 150.0}  # of timing; checks and compilations come on top
 
 
 def main(arguments=None):
@@ -51,14 +52,14 @@ def main(arguments=None):
     flags.add_argument(
         "--shapes", nargs="+", metavar="T,W[,HQ,HKV,D[,B]]", help="points of the grid; W none: no window (8,2,64,1)"
     )
-    flags.add_argument("--dtype", choices=harness.DTYPES, help="fp32 on a CPU, bf16 on a GPU by default")
+    harness.add_dtype(flags)
     harness.add_only(flags, CONTESTANTS)
     flags.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="both by default")
     return harness.run(flags, prepare, arguments)
 
 
 def prepare(options, device):
-    dtype = harness.DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    dtype = harness.dtype_of(options, device)
     contestants = harness.chosen(options.only, CONTESTANTS)
     shapes = options.shapes or (QUICK if options.quick else DEFAULT)[device.type].split()
     problems = [
@@ -66,31 +67,24 @@ def prepare(options, device):
         for name in options.passes
         for shape in shapes
     ]
-    seconds = options.seconds or SECONDS["quick" if options.quick else "default"]
-    points = {f"{label(problem)}, {name_of_pass(problem)}": problem for problem in problems}
-    return partial(measure, harness.Budget(points, seconds, options.deadline), contestants, options.passes)
+    points = {f"{label(problem)}, {problem.pass_name}": problem for problem in problems}
+    return partial(measure, harness.budget(options, points, SECONDS), contestants, options.passes)
 
 
 def measure(budget, contestants, passes):
     rows = []
     for problem in budget:
-        device, dtype = problem.device, problem.dtype
         try:
             rows += measure_point(problem, contestants, budget.share())
-        except torch.OutOfMemoryError:  # of the check in fp64, or of the inputs: contestants' own are caught
+        except torch.OutOfMemoryError:  # of the check or the inputs: a contestant's own is caught
             budget.left_out.append(f"{label(problem)} (the check does not fit into memory)")
     add_growth(rows)
     return {
-        "settings": {"dtype": harness.name_of(dtype), "backend of ours": backend_of_ours(device)},
+        "settings": {"dtype": harness.name_of(problem.dtype), "backend of ours": backend_of_ours(problem.device)},
         "rows": rows,
-        "tables": [table(rows, name, device) for name in passes],
+        "tables": [table_of(rows, name, problem.device) for name in passes],
         "plots": plots(rows, passes),
         "left_out": budget.left_out,
-        "failed": [
-            f"ours at {row['shape']}, {row['pass']}: {row['not_timed']}"
-            for row in rows
-            if row["contestant"] == "ours" and row["not_timed"]
-        ],
     }
 
 
@@ -103,8 +97,8 @@ def measure_point(problem, contestants, seconds):
             "contestant": name,
             "way": "",
             "shape": label(problem),
-            **{field: getattr(problem, field) for field in ("T", "window", "Hq", "Hkv", "D", "B")},
-            "pass": name_of_pass(problem),
+            **{field: getattr(problem, field) for field in Problem._fields[:6]},
+            "pass": problem.pass_name,
             "not_timed": contestant.why_not(problem),
         }
         rows.append(row)
@@ -125,19 +119,19 @@ def measure_point(problem, contestants, seconds):
 
 
 def best_way(contestant, problem, inputs, oracle):
-    """({way, error, peak_mb, not_timed}, call) of the contestant's fastest way that is right; call None if none is."""
+    """({way, error, peak_mb, not_timed}, call) of the contestant's fastest correct way; call None without one."""
     objections, right = [], []
     for way, prepare in contestant.ways.items():
         try:
             attend, held = with_memory_held(partial(prepare, problem), problem.device)
             error, objection = oracle.objection(attend)
-        except Exception as failure:  # a contestant may fail in any way of its own: its line says so
+        except Exception as failure:  # whatever a contestant raises: its line says it
             error, objection = None, harness.in_a_line(failure)
         if objection:
             objections.append(objection + (f" ({way})" if way else ""))
             continue
-        call = call_of(attend, problem, inputs)
-        # slow ones are slow to compare: one turn each, and none where there is nothing to choose
+        call = call_of(attend, inputs[:3], inputs[3:], problem.backward)
+        # one turn each, which is enough to choose; none where there is nothing to choose
         time = alternate({way: call}, problem.device, 0, least=1)[way].median if len(contestant.ways) > 1 else 0
         right.append((time, way, call, error, held))
     if not right:
@@ -150,7 +144,7 @@ def best_way(contestant, problem, inputs, oracle):
 
 
 def add_figures(rows, times, flops, matmul_flops):
-    """Put what was measured, and what follows from it, into the rows of one problem."""
+    """Add the measured times, and what follows from them, to the rows of one problem."""
     reached = matmul_flops / times["matmul"].median
     for row in rows:
         time = times.get(row["contestant"])
@@ -165,7 +159,7 @@ def add_figures(rows, times, flops, matmul_flops):
 
 
 def add_growth(rows):
-    """Where the same contestant was timed at half the length, the factor by which its time has grown since."""
+    """Add the factor by which a contestant's time grew since half the length, where that was timed too."""
 
     def key(row, T):
         return (row["contestant"], row["pass"], row["window"], row["Hq"], row["Hkv"], row["D"], row["B"], T)
@@ -178,48 +172,54 @@ def add_growth(rows):
             row["exponent"] = math.log2(row["growth"])
 
 
-def table(rows, name, device):
-    rows = [row for row in rows if row["pass"] == name]
+def table_of(rows, name, device):
     unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
-    columns = ["shape", "contestant", "ms", unit, "of matmul", "MB", "growth", "x masked", "x causal"]
-    lines = [
-        [
-            row["shape"],
-            row["contestant"],
-            shown(row),
-            three_digits(row["flops_per_second"] / scale),
-            f"{row['of_matmul']:.0%}",
-            three_digits(row["peak_mb"]),
-            f"{row['growth']:.2f} ^{row['exponent']:.2f}" if "growth" in row else "",
-            f"{row['x_masked']:.2f}" if "x_masked" in row else "",
-            f"{row['x_causal']:.2f}" if "x_causal" in row else "",
-        ]
-        for row in rows
-        if "median_ms" in row
-    ]
+    rows = [row for row in rows if row["pass"] == name]
+    columns = {
+        "shape": lambda row: row["shape"],
+        "contestant": lambda row: row["contestant"],
+        "ms": shown,
+        unit: lambda row: three_digits(row["flops_per_second"] / scale),
+        "of matmul": lambda row: f"{row['of_matmul']:.0%}",
+        "MB": lambda row: three_digits(row["peak_mb"]),
+        "growth": lambda row: f"{row['growth']:.2f} ^{row['exponent']:.2f}" if "growth" in row else "",
+        "x masked": ratio("x_masked"),
+        "x causal": ratio("x_causal"),
+    }
+    made = table(f"Attention, {name}", rows, columns)
     ways = Counter((row["contestant"], row["way"]) for row in rows if row["way"])
-    notes = harness.not_timed(rows)
-    notes += [f"{who} with {way}: its fastest at {points} points" for (who, way), points in sorted(ways.items())]
-    made = {"title": f"Attention, {name}", "columns": columns, "rows": lines, "notes": notes}
-    return with_host_times(made, rows)
+    made["notes"] += [
+        f"{who} with {way}: its fastest at {points} points" for (who, way), points in sorted(ways.items())
+    ]
+    return made
 
 
 def plots(rows, passes):
-    """Time against length, for the window and heads that have the most lengths."""
+    """A pass each: lines over the length for the window and heads with the most lengths; bars where no line has two."""
+
+    def family_of(row):
+        return tuple(row[field] for field in ("window", "Hq", "Hkv", "D", "B"))
+
     drawn = []
     for name in passes:
-        families = {}
-        for row in rows:
-            if row["pass"] == name and "median_ms" in row:
-                families.setdefault((row["window"], row["Hq"], row["Hkv"], row["D"], row["B"]), []).append(row)
-        if not families:
+        timed = [row for row in rows if row["pass"] == name and "median_ms" in row]
+        lengths = {}
+        for row in timed:
+            lengths.setdefault(family_of(row), set()).add(row["T"])
+        longest = max(lengths, key=lambda family: len(lengths[family]), default=None)
+        what = {"fwd": "forward", "fwd+bwd": "forward + backward"}[name]
+        if longest is None:
             continue
-        (window, Hq, Hkv, D, B), family = max(families.items(), key=lambda item: len({row["T"] for row in item[1]}))
-        series = {}
-        for row in family:
-            series.setdefault(row["contestant"], []).append([row["T"], row["median_ms"]])
-        title = f"Attention, {name}, window {window}, B {B}, heads {Hq}/{Hkv} x {D}"
-        drawn.append({"title": title, "x": "T, tokens", "y": "milliseconds a call", "series": series})
+        if len(lengths[longest]) == 1:
+            bars = drawing.bars(timed, lambda row: row["median_ms"])
+            title = f"{what}\n{next(iter(bars))}" if len(bars) == 1 else what
+            drawn.append({"title": title, "x": "ms a call", "bars": bars})
+            continue
+        window, Hq, Hkv, D, B = longest
+        title = f"{what}\nwindow {window}, {Hq} heads on {Hkv} KV heads of {D}" + (f", batch {B}" if B > 1 else "")
+        family = [row for row in timed if family_of(row) == longest]
+        series = drawing.series(family, lambda row: row["T"], lambda row: row["median_ms"])
+        drawn.append({"title": title, "x": "tokens", "y": "milliseconds a call", "series": series})
     return drawn
 
 
@@ -236,10 +236,6 @@ def parse(shape):
     if problem.Hq % problem.Hkv:
         raise harness.BadInput(f"--shapes has {shape!r}, whose {problem.Hkv} KV heads do not divide {problem.Hq} heads")
     return problem
-
-
-def name_of_pass(problem):
-    return "fwd+bwd" if problem.backward else "fwd"
 
 
 def label(problem):

@@ -1,20 +1,20 @@
-"""How fast does a sliding-window model write, and does it stay fast, however long the text gets?
+"""How fast does a sliding-window model generate text, and does its speed depend on the length of the text?
 
     python benchmarks/decode_speed.py                     # three minutes on two CPU cores; --quick: under one
     python benchmarks/decode_speed.py --positions 500 20000 --batch-sizes 1 8 --windows 128 512
 
-The same random weights are written with by our sampler, by recomputing the window for every token (the original
-sampler), by an SDPA model whose cache grows, and by Hugging Face's generate. All choose the likeliest token; what they
-choose is checked against the model without a cache first. They take turns, all positions of a row of the grid together.
+The same random weights are run by our sampler, by recomputing the window for every token (the original sampler), by an
+SDPA model whose cache grows, and by Hugging Face's generate. All choose the likeliest token; their tokens are checked
+against the model without a cache first. They take turns, all positions of a row of the grid together.
 
-    position   tokens before the first one that is timed
+    position   tokens before the first timed one
     ms         of a token (of a step, all rows of the batch): median of the turns (20th to 80th percentile)
     tokens/s   batch / that
-    x ours     how many times as long as ours takes there
+    x ours     its time over that of ours at the same position
     growth     its time over its own at the first position
-    GB/s       on a GPU: weights and the keys and values in the window, read once a step; of the card's peak (cards.py)
+    GB/s       on a GPU: weights and the keys and values in the window, read once a step; of the card's peak
 
-Then one text is written by ours from the first token to the last position, and the memory of the process is looked at.
+Then ours generates one text from the first token to the last position, and the table shows the memory of the process.
 """
 
 import os
@@ -23,11 +23,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
-from cards import peak_of
 from decoders import DECODERS, objection, why_not
-from measure import alternate, shown, three_digits
+from measure import alternate, peak_of_device, ratio, shown, table, three_digits
 
 from model import GPT, GPTConfig, generate
 
@@ -52,7 +52,7 @@ DEFAULT = {
 }
 LONG_RUN = {"quick": (500, 2000), "default": (500, 20000)}
 SECONDS = {"quick": 15.0, "default": 80.0}
-# A turn begins with tokens that are not timed: the turns of the others have put their own weights into the caches.
+# A turn begins with tokens that are not timed: after the turns of others, the CPU caches hold their weights
 UNTIMED, TOKENS_A_TURN, MOST_ROUNDS = 8, 16, 20
 ROOM = (UNTIMED + TOKENS_A_TURN) * (MOST_ROUNDS + 2)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -62,16 +62,16 @@ def main(arguments=None):
     flags = harness.parser("decode_speed", __doc__)
     for name, meaning in {
         "positions": "context positions",
-        "batch_sizes": "rows that are written at once",
+        "batch_sizes": "rows of a batch",
         "windows": "keys a query sees",
-        "long_run": "two positions at which the memory is looked at; 0 0: not at all",
+        "long_run": "two positions at which the memory is measured; 0 0: none",
     }.items():
         count = 2 if name == "long_run" else "+"
         flags.add_argument("--" + name.replace("_", "-"), type=int, nargs=count, metavar="N", help=meaning)
     for name in MODEL["cpu"]:
         flags.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help="of the model")
     harness.add_only(flags, DECODERS)
-    flags.add_argument("--dtype", choices=harness.DTYPES, help="fp32 on a CPU, bf16 on a GPU by default")
+    harness.add_dtype(flags)
     return harness.run(flags, prepare, arguments)
 
 
@@ -86,33 +86,28 @@ def prepare(options, device):
         ]
     long_run = options.long_run or LONG_RUN["quick" if options.quick else "default"]
     if min(min(b, w, *p) for b, w, p in grid) < 1 or min(long_run) < 0 or long_run[1] < long_run[0]:
-        raise harness.BadInput("positions, batch sizes and windows are wanted at least 1, and a long run forwards")
+        raise harness.BadInput("positions, batch sizes and windows must be at least 1; --long-run must not decrease")
     sizes = {name: getattr(options, name) or size for name, size in MODEL[device.type].items()}
-    dtype = harness.DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    dtype = harness.dtype_of(options, device)
     try:
         configs = {window: GPTConfig(**sizes, window=window, context_length=window) for _, window, _ in grid}
     except ValueError as error:
         raise harness.BadInput(str(error)) from None
-    seconds = options.seconds or SECONDS["quick" if options.quick else "default"]
     decoders = harness.chosen(options.only, DECODERS)
     points = {f"batch {point[0]}, window {point[1]}, position {', '.join(map(str, point[2]))}": point for point in grid}
-    budget = harness.Budget(points, seconds, options.deadline)
-    return partial(measure, budget, configs, decoders, long_run, dtype, device)
+    return partial(measure, harness.budget(options, points, SECONDS), configs, decoders, long_run, dtype, device)
 
 
 def measure(budget, configs, decoders, long_run, dtype, device):
     grid, rows = list(budget.points.values()), []
     models = {window: GPT(config, seed=0).to(device, dtype).eval() for window, config in configs.items()}
-    memory = None
-    if long_run[1]:  # first: the others have not taken memory yet
-        harness.progress(f"writing {long_run[1]:,} tokens")
-        memory = measure_memory(models[grid[0][1]], *long_run)
+    model, memory = models[grid[0][1]], None
+    if long_run[1]:  # first, before the other contestants take memory
+        harness.progress(f"generating {long_run[1]:,} tokens")
+        memory = measure_memory(model, *long_run)
     for batch_size, window, positions in budget:
         rows += measure_point(models[window], decoders, batch_size, positions, dtype, budget.share())
-    tables = [table(rows, device)]
-    if memory is not None:
-        tables.append(memory_table(memory))
-    model = models[grid[0][1]]
+    tables = [table_of(rows, device)] + ([memory_table(memory)] if memory else [])
     return {
         "settings": {
             "dtype": harness.name_of(dtype),
@@ -124,11 +119,6 @@ def measure(budget, configs, decoders, long_run, dtype, device):
         "tables": tables,
         "plots": plots(rows, grid),
         "left_out": budget.left_out,
-        "failed": [
-            f"ours at {row['shape']}: {row['not_timed']}"
-            for row in rows
-            if row["contestant"] == "ours" and row["not_timed"]
-        ],
     }
 
 
@@ -143,7 +133,7 @@ def measure_point(model, decoders, batch_size, positions, dtype, seconds):
         if reason is None:
             try:
                 reason = objection(decoder, model, batch_size, TOLERANCE[dtype])
-            except Exception as failure:  # a contestant may fail in any way of its own: its line says so
+            except Exception as failure:  # whatever a contestant raises: its line says it
                 reason = harness.in_a_line(failure)
             reason = f"failed the check: {reason}" if reason else None
         for position in positions:
@@ -158,20 +148,13 @@ def measure_point(model, decoders, batch_size, positions, dtype, seconds):
             if reason is None:
                 running[name, position] = decoder(model, text[:, :position], ROOM)
                 running[name, position].take(TOKENS_A_TURN)  # the first one reads the prompt
-    times = alternate(
-        running,
-        device,
-        seconds,
-        most=MOST_ROUNDS,
-        timer=one_turn,
-        turn_seconds=0,
-    )
+    times = alternate(running, device, seconds, most=MOST_ROUNDS, timer=one_turn, turn_seconds=0)
     add_figures(rows, times, model)
     return sorted(rows, key=lambda row: row["position"])
 
 
 def one_turn(decoder):
-    """Seconds a token, of a decoder that goes on writing."""
+    """Seconds a token of a decoder that continues its text."""
     decoder.take(UNTIMED)
     return decoder.seconds_a_token(TOKENS_A_TURN)
 
@@ -191,7 +174,7 @@ def add_figures(rows, times, model):
 
 
 def bytes_a_step(model, batch_size, position):
-    """Weights, and the keys and values that the window holds, each read once."""
+    """Bytes of the weights, and of the keys and values in the window, each read once."""
     config, itemsize = model.config, model.wte.weight.dtype.itemsize
     weights = model.num_parameters() - (0 if config.tie_weights else model.wte.weight.numel())
     windows = (config.layer_window(layer) or position for layer in range(config.n_layer))
@@ -200,7 +183,7 @@ def bytes_a_step(model, batch_size, position):
 
 
 def measure_memory(model, first, last):
-    """Write one text from its first token to `last`, and look at the process at `first` and at `last` tokens."""
+    """Generate one text up to `last` tokens; the memory of the process at `first` and at `last` tokens."""
     device, looks = model.wte.weight.device, []
     started = time.perf_counter()
     prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -215,7 +198,7 @@ def measure_memory(model, first, last):
 
 
 def resident_bytes():
-    """Memory of this process that is in RAM; where the system does not say, the most that it ever was."""
+    """Memory of this process in RAM; its peak so far on systems without /proc."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -225,56 +208,39 @@ def resident_bytes():
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def table(rows, device):
-    cuda = device.type == "cuda"
-    peak = peak_of(torch.cuda.get_device_name(device)) if cuda else None
-    lines = []
-    for row in rows:
-        if "median_ms" not in row:
-            continue
-        bandwidth = row["bytes_per_second"] / 1e9
-        of_peak = f" ({bandwidth / peak.gb_per_second:.0%})" if peak else ""
-        lines.append([
-            row["shape"],
-            row["contestant"],
-            shown(row),
-            three_digits(row["tokens_per_second"]),
-            f"{row['x_ours']:.2f}" if "x_ours" in row else "",
-            f"{row['growth']:.2f}",
-            *([three_digits(bandwidth) + of_peak] if cuda else []),
-        ])  # fmt: skip
-    columns = ["where", "contestant", "ms", "tokens/s", "x ours", "growth", *(["GB/s"] if cuda else [])]
-    return {"title": "Writing", "columns": columns, "rows": lines, "notes": harness.not_timed(rows)}
+def table_of(rows, device):
+    peak = peak_of_device(device)
+
+    def bandwidth(row):
+        reached = row["bytes_per_second"] / 1e9
+        return three_digits(reached) + (f" ({reached / peak.gb_per_second:.0%})" if peak else "")
+
+    columns = {
+        "where": lambda row: row["shape"],
+        "contestant": lambda row: row["contestant"],
+        "ms": shown,
+        "tokens/s": lambda row: three_digits(row["tokens_per_second"]),
+        "x ours": ratio("x_ours"),
+        "growth": ratio("growth"),
+    }
+    return table("Generation", rows, columns | ({"GB/s": bandwidth} if device.type == "cuda" else {}))
 
 
 def memory_table(looks):
-    columns = [
-        "position",
-        "resident MB",
-        *(["GPU MB"] if "allocated_mb" in looks[0] else []),
-        "seconds since the start",
-    ]
-    lines = [
-        [
-            str(look["position"]),
-            f"{look['rss_mb']:.1f}",
-            *([f"{look['allocated_mb']:.1f}"] if "allocated_mb" in look else []),
-            f"{look['seconds']:.1f}",
-        ]
-        for look in looks
-    ]
-    return {"title": "One text, written by ours: memory of the process", "columns": columns, "rows": lines}
+    columns = {"position": "position", "rss_mb": "resident MB", "allocated_mb": "GPU MB", "seconds": "seconds in all"}
+    columns = {key: heading for key, heading in columns.items() if key in looks[0]}
+    lines = [[str(look["position"]), *(f"{look[key]:.1f}" for key in list(columns)[1:])] for look in looks]
+    title = "One text, generated by ours: memory of the process"
+    return {"title": title, "columns": [*columns.values()], "rows": lines}
 
 
 def plots(rows, grid):
     """Time against position, for the batch and window of the grid that have the most positions."""
     batch_size, window, _ = max(grid, key=lambda point: len(point[2]))
-    series = {}
-    for row in rows:
-        if (row["batch"], row["window"]) == (batch_size, window) and "median_ms" in row:
-            series.setdefault(row["contestant"], []).append([row["position"], row["median_ms"]])
-    title = f"Writing, batch {batch_size}, window {window}"
-    return [{"title": title, "x": "position", "y": "milliseconds a token", "series": series}]
+    of_point = [row for row in rows if (row["batch"], row["window"]) == (batch_size, window)]
+    series = drawing.series(of_point, lambda row: row["position"], lambda row: row["median_ms"])
+    title = f"Generation, batch {batch_size}, window {window}"
+    return [{"title": title, "x": "position", "y": "ms a token", "series": series}]
 
 
 if __name__ == "__main__":

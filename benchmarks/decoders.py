@@ -1,37 +1,38 @@
-"""Ways to write with a model, one token after the other: ours, and what else people do with the same weights.
+"""Ways to generate text with a model, one token after the other: ours, and others with the same weights.
 
-Each is started with prompts (B, P), and then makes tokens, always the likeliest. What it made so far is in `tokens`.
+A decoder starts with prompts (B, P) and then makes tokens, always the likeliest. `tokens` holds prompts and new tokens.
 """
 
 import time
 from abc import ABC, abstractmethod
 from functools import lru_cache
 
-import starcoder2
+import harness
 import torch
 import torch.nn.functional as F
 
 from kernels import rope_tables
+from kernels.band import visible_mask
 from model import GPT, generate
+from model.huggingface import to_huggingface
 from model.sdpa import rotate
 
 PREFILL_CHUNK = 256
-LONGEST = 10**6  # positions, for Hugging Face's warning: nobody is asked for as many
 
 
 class Decoder(ABC):
-    longest_exact = None  # tokens up to which it computes what the model computes; None: any number
+    longest_exact = None  # up to this many tokens it computes what the model computes; None: any number
 
     def __init__(self, model, prompt, room):
-        """model: a `GPT` in evaluation mode; prompt (B, P); room: how many tokens may be asked for."""
+        """model: a `GPT` in evaluation mode; prompt (B, P); room: the most tokens that `take` makes in all."""
         self.model, self.tokens, self.room = model, prompt, room
 
     @abstractmethod
     def take(self, count):
-        """Make `count` tokens more."""
+        """Make `count` more tokens."""
 
     def seconds_a_token(self, count):
-        """Make `count` tokens more; the mean time of one."""
+        """Make `count` more tokens; the mean time of one."""
         _synchronize(self.tokens.device)
         started = time.perf_counter()
         self.take(count)
@@ -52,10 +53,9 @@ class Ours(Decoder):
 
 
 class Recompute(Decoder):
-    """No cache: the last `window` tokens are read again for every token, as minGPT's sampler does with its block.
+    """No cache: every token reads the last `window` tokens again, as minGPT's sampler does with its block.
 
-    That forgets what the layers carry on from before the window. To be exact it would have to read n_layer times as
-    much.
+    This loses what the layers carry over from before the window. An exact one would read n_layer times as many tokens.
     """
 
     def __init__(self, model, prompt, room):
@@ -70,9 +70,9 @@ class Recompute(Decoder):
 
 
 class GrowingCache(Decoder):
-    """Keys and values of every token, concatenated as they come; attention is SDPA, over the last `window` of them."""
+    """Keys and values of every token, concatenated; attention is SDPA over the last `window` of them."""
 
-    sliced = True  # the keys in the window are cut out; False: all are attended to under a mask
+    sliced = True  # keys before the window are cut off; False: they are masked
 
     def __init__(self, model, prompt, room):
         super().__init__(model, prompt, room)
@@ -91,7 +91,7 @@ class GrowingCache(Decoder):
 
     @torch.no_grad()
     def _read(self, new):
-        """The logits after new (B, T), which go into the cache."""
+        """Put new (B, T) into the cache; the logits after them."""
         model = self.model
         x = model.wte(new)
         for layer, block in enumerate(model.blocks):
@@ -115,19 +115,16 @@ class GrowingCache(Decoder):
             k, v = torch.cat([self.keys[layer], k], dim=2), torch.cat([self.values[layer], v], dim=2)
         self.keys[layer], self.values[layer] = k, v
         window = config.layer_window(layer) or before + T
-        if self.sliced or T > 1:  # prompts are read in the cheaper way by both
+        if self.sliced or T > 1:  # both read prompts in the cheaper way
             k, v = k[:, :, -(window + T - 1) :], v[:, :, -(window + T - 1) :]
         S = k.shape[2]
-        mask = None
-        if T > 1 or S > window:  # one query sees all keys that are left to it
-            ones = torch.ones(T, S, dtype=torch.bool, device=x.device)
-            mask = ones.tril(S - T) & ones.triu(S - T - window + 1)
+        mask = visible_mask(T, S, window, x.device) if T > 1 or S > window else None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] < q.shape[1])
         return out.transpose(1, 2).reshape(B, T, C)
 
 
 class GrowingCacheMasked(GrowingCache):
-    """The same with a mask instead of a cut, as a model does that leaves the window to SDPA."""
+    """The same with a mask, as in a model that passes the window to SDPA."""
 
     sliced = False
 
@@ -141,18 +138,18 @@ class HuggingFace(Decoder):
 
         self.theirs = _starcoder2_of(model)
         self.cache = DynamicCache(config=self.theirs.config)
-        with torch.no_grad():  # in parts: all at once would need a mask of P x P
+        with torch.no_grad():  # in chunks: the whole prompt would need a mask of P x P
             for chunk in prompt[:, :-1].split(PREFILL_CHUNK, dim=1):
                 if chunk.shape[1]:
                     self.theirs(chunk, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.stamps = []
 
     def put(self, value):
-        """Called by generate with the prompt, and with every token when it is made."""
+        """`generate` calls this with the prompt and with every new token."""
         self.stamps.append(time.perf_counter())
 
     def end(self):
-        """Called by generate at the end."""
+        """`generate` calls this at the end."""
 
     def take(self, count):
         self.stamps.clear()
@@ -163,11 +160,11 @@ class HuggingFace(Decoder):
             do_sample=False,
             past_key_values=self.cache,
             pad_token_id=0,
-            streamer=self if len(self.tokens) == 1 else None,  # generate streams one row only
+            streamer=self if len(self.tokens) == 1 else None,  # generate streams single rows only
         )
 
     def seconds_a_token(self, count):
-        """Of a single row, what generate sets up before the first token of a call is left out."""
+        """For a single row, without the time that generate takes before its first token."""
         seconds = super().seconds_a_token(count)
         first, last = self.stamps[1:2], self.stamps[-1:]
         return (last[0] - first[0]) / (count - 1) if count > 1 and first else seconds
@@ -176,7 +173,9 @@ class HuggingFace(Decoder):
 @lru_cache(maxsize=1)
 def _starcoder2_of(model):
     """The model in Hugging Face's class: one for all positions."""
-    return starcoder2.starcoder2_of(model, LONGEST)
+    theirs = to_huggingface(model)
+    theirs.config.max_position_embeddings = 10**6  # rotary positions do not end; a smaller number makes it warn
+    return theirs
 
 
 def _synchronize(device):
@@ -194,16 +193,26 @@ DECODERS = {
 
 
 def why_not(name, config):
-    """Why the decoder of this name cannot write with a model of this config, in a few words; None if it can."""
-    return starcoder2.why_not(config) if name == "Hugging Face" else None
+    """Why the decoder of this name cannot run a model of this config, in a few words; None if it can."""
+    return why_not_starcoder2(config) if name == "Hugging Face" else None
+
+
+def why_not_starcoder2(config):
+    """Why Hugging Face's StarCoder2 cannot be this config, in a few words; None if it can."""
+    if missing := harness.not_installed("transformers"):
+        return missing
+    windows = {config.layer_window(layer) for layer in range(config.n_layer)}
+    if config.positions != "rope" or len(windows) > 1 or config.rotated != config.head_dim or config.rope_scaling:
+        return "StarCoder2 has rotary positions over the whole head, and one window for all layers"
+    return None
 
 
 @torch.no_grad()
 def objection(decoder_class, model, batch_size, tolerance, count=12):
-    """What the uncached plain model says against the tokens that a decoder chooses, in a few words; None for nothing.
+    """What the plain model without a cache finds wrong in a decoder's tokens, in a few words; None for nothing.
 
     Every token must be the likeliest after those before it, up to `tolerance` of its logit: rounding may break a tie.
-    The prompt is longer than the window, so that its oldest tokens have left it, unless the decoder then approximates.
+    The prompt is longer than the window, unless the decoder is not exact for such prompts.
     """
     config, device = model.config, model.wte.weight.device
     window = config.window or config.context_length

@@ -1,12 +1,12 @@
-"""Everything that only a GPU can show, in one command and under 10 minutes.
+"""Run everything that needs a GPU, in one command and under 10 minutes.
 
     make gpu-check                 # or, with a Python that has torch >= 2.11 and triton >= 3.6:
     python benchmarks/gpu_check.py
 
-Nothing is installed or downloaded. The tests marked gpu run first, then the other tests, whose tensors are on the card
-where there is one, then each benchmark's quick grid. All of it goes into docs/results/<card>.json, from which
-`python benchmarks/report.py` writes docs/benchmarks.md; the file is written after every step, so that whoever stops it
-keeps what was done. Exit status: 0, 1 if a step failed, 2 without a GPU or with packages that are too old.
+It installs and downloads nothing. It runs the tests marked gpu, then the other tests (whose tensors are on the card),
+then the quick grid of each benchmark. The results go into docs/results/<card>.json, from which `python
+benchmarks/report.py` writes docs/benchmarks.md. The file is written after every step: an interrupted check keeps its
+results. Exit status: 0, 1 if a step failed, 2 without a GPU or with packages that are too old.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -28,15 +29,15 @@ except ImportError as error:
     )
     sys.exit(2)
 
-LIMIT_SECONDS = 570  # of 600: starting up and the last write are not free
+LIMIT_SECONDS = 570  # of 600: the start and the last write take time too
 NEEDED = {"torch": (2, 11), "triton": (3, 6)}
 
 
 class Step(NamedTuple):
     name: str
     arguments: list[str]  # of Python
-    share: float  # of the time that is left, among the shares of the steps that are left
-    document: bool = False  # its last line is a benchmark's document
+    share: float  # of the time that is left, among the shares of the remaining steps
+    document: bool = False  # a benchmark, which writes its document with --json
 
 
 def _benchmark(name, share):
@@ -100,41 +101,26 @@ def check(facts, steps, path, limit):
 def run_step(step, seconds):
     """({name, command, status, seconds, summary, tail}, document or None) of a step that is stopped after `seconds`."""
     started = time.monotonic()
-    # a Triton interpreter that someone left switched on would be no check of a GPU
+    # with Triton's interpreter nothing would run on the GPU
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # a benchmark that is stopped says nothing: rather it leaves points out, those under way take a while to end
-    in_time = ["--deadline", f"{0.6 * seconds:.0f}"] if step.document else []
-    output, document, summary = "", None, ""
-    try:
-        done = subprocess.run(
-            [sys.executable, *step.arguments, *in_time],
-            cwd=harness.ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=max(1.0, seconds),
-        )
-        output, status = done.stdout, "passed" if done.returncode == 0 else "failed"
-        summary = f"exit status {done.returncode}"
-    except subprocess.TimeoutExpired as stopped:
-        output = stopped.stdout or ""
-        output = output.decode(errors="replace") if isinstance(output, bytes) else output
-        status, summary = "timed out", f"stopped after {seconds:.0f} s"
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "document.json"
+        extra = []
+        if step.document:  # a stopped benchmark writes no document: the deadline makes it leave out points in time
+            extra = ["--deadline", f"{0.6 * seconds:.0f}", "--json", str(file)]
+        output, status, summary = run_python([*step.arguments, *extra], environment, seconds)
+        document = json.loads(file.read_text()) if file.exists() and file.stat().st_size else None
     lines = [
         line.replace(f"{harness.ROOT}{os.sep}", "").replace(sys.executable, "python")
         for line in output.splitlines()
         if line.strip()
     ]
-    if step.document and status != "timed out":
-        document = document_of(lines)
+    if status != "timed out" and step.document:
         if document is None:
             status = "failed"
         else:
-            lines = [line for line in lines if not line.startswith("{")]
-            timed = sum("median_ms" in row for row in document["rows"])
-            summary = f"{timed} of {len(document['rows'])} rows timed; {len(document.get('failed', ()))} failed"
+            timed = harness.summary(document)
+            summary = f"{timed['timed']} of {timed['rows']} rows timed; {timed['failed']} failed"
     elif lines and status != "timed out":
         summary = lines[-1].strip("= ")
     facts = {
@@ -149,27 +135,36 @@ def run_step(step, seconds):
     return facts, document
 
 
-def document_of(lines):
-    """The document that is the last line starting with a brace (stderr may come after it), or None."""
-    for line in reversed(lines):
-        if line.startswith("{"):
-            try:
-                return json.loads(line)
-            except json.JSONDecodeError:
-                return None
-    return None
+def run_python(arguments, environment, seconds):
+    """(output, status, summary) of Python with these arguments, stopped after `seconds`."""
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=harness.ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=max(1.0, seconds),
+        )
+    except subprocess.TimeoutExpired as stopped:
+        output = stopped.stdout or ""
+        output = output.decode(errors="replace") if isinstance(output, bytes) else output
+        return output, "timed out", f"stopped after {seconds:.0f} s"
+    return done.stdout, "passed" if done.returncode == 0 else "failed", f"exit status {done.returncode}"
 
 
 def write(path, result):
     """The result file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(harness.as_json(result) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def slug(name):
-    """A card's name as a file's: "NVIDIA H100 80GB HBM3" is "nvidia-h100-80gb-hbm3"."""
+    """A card's name for a file: "NVIDIA H100 80GB HBM3" is "nvidia-h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -1,15 +1,15 @@
-"""What every benchmark shares: the import path, the command line, the header, and what is printed and written.
+"""What all benchmarks share: the import path, the command line, the header, and what is printed and written.
 
-A benchmark makes the parts of a document, which is plain JSON:
+A benchmark measures and returns the parts of a document, which is plain JSON:
 
-    rows     every figure that was measured, as dicts
+    rows     all measured figures, as dicts
     tables   [{"title", "columns", "rows": [[text]], "notes": [text]}], made of the rows; docs/benchmarks.md shows them
     plots    side by side in one PNG: [{"title", "x", "y", "series": {name: [[x, y], ...]}}] are lines, on log axes,
              [{"title", "x", "bars": {group: {name: x}}}] are bars
     left_out [text], points of the grid that were not measured, and why
-    failed   [text], what must not happen, such as a result of ours that the reference denies: exit status 1
+    failed   [text], errors of our own code: exit status 1. By default the rows of ours that were not timed
 
-The document is the last line on stdout. What goes on meanwhile is on stderr.
+--json FILE writes the document. The last line on stdout is a short summary in JSON. Progress goes to stderr.
 """
 
 import importlib.util
@@ -31,8 +31,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below, the profiler that counts memory announces itself
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # at lower levels PyTorch's profiler writes to stderr
 
+import drawing  # noqa: E402
 import torch  # noqa: E402
 
 from model.command import Parser, resolve_device  # noqa: E402
@@ -46,20 +47,31 @@ def name_of(dtype):
 
 
 class BadInput(ValueError):
-    """What the command line asks for cannot be had: one line on stderr, exit status 2."""
+    """The command line asks for something impossible: one line on stderr, exit status 2."""
 
 
 def parser(name, description):
-    """A parser with the flags that all benchmarks have. `name` is that of the script."""
+    """A parser with the flags that all benchmarks have; name: of the script."""
     flags = Parser(prog=f"python benchmarks/{name}.py", description=description)
     flags.add_argument("--quick", action="store_true", help="a small grid: under 2 minutes on two CPU cores")
     flags.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: a CUDA device if there is one)")
-    flags.add_argument("--seconds", type=float, help="time to measure in, for all points; no call runs under 3 times")
-    flags.add_argument("--deadline", type=float, metavar="S", help="begin no point of the grid after so many seconds")
-    flags.add_argument("--json", metavar="FILE", help="write the document to this file as well")
+    flags.add_argument(
+        "--seconds", type=float, help="measuring time for all points together; each call runs at least 3 times"
+    )
+    flags.add_argument("--deadline", type=float, metavar="S", help="begin no point of the grid after this many seconds")
+    flags.add_argument("--json", metavar="FILE", help="write the document to this file")
     flags.add_argument("--plot", metavar="FILE", default=f"runs/benchmarks/{name}.png", help="a PNG, or none")
     flags.set_defaults(benchmark=name)
     return flags
+
+
+def add_dtype(flags):
+    """The flag that `dtype_of` reads."""
+    flags.add_argument("--dtype", choices=DTYPES, help="fp32 on a CPU, bf16 on a GPU by default")
+
+
+def dtype_of(options, device):
+    return DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
 
 
 def add_only(flags, contestants):
@@ -68,7 +80,7 @@ def add_only(flags, contestants):
 
 
 def chosen(names, contestants):
-    """The contestants of these names, in their own order; all for None. Raises BadInput."""
+    """The contestants with these names, in their own order; all for None. Raises BadInput."""
     if unknown := [name for name in names or () if name not in contestants]:
         raise BadInput(f"--only names {unknown[0]!r}, wanted some of: {', '.join(contestants)}")
     return {name: value for name, value in contestants.items() if not names or name in names}
@@ -101,24 +113,51 @@ def run(flags, prepare, arguments=None):
     print_header(document)
     started = time.perf_counter()
     document |= measure()
+    if "failed" not in document:
+        document["failed"] = failed(document["rows"])
     document["seconds"] = round(time.perf_counter() - started, 1)
     document = without_nan(document)
     for table in document["tables"]:
         print("\n" + as_text(table))
     for line in document.get("left_out", ()):
         print(f"\nleft out: {line}")
-    for line in document.get("failed", ()):
+    for line in document["failed"]:
         print(f"\nFAILED: {line}")
     if plot:
-        print(f"\n{draw(document['plots'], plot)}")
+        print(f"\n{drawing.draw(document['plots'], plot, drawing.place(document))}")
     if options.json:
-        Path(options.json).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    print("\n" + json.dumps(document, allow_nan=False))
-    return 1 if document.get("failed") else 0
+        Path(options.json).write_text(as_json(document) + "\n", encoding="utf-8")
+    print("\n" + json.dumps(summary(document, options.json)))
+    return 1 if document["failed"] else 0
+
+
+def summary(document, path=None):
+    """The last line of a benchmark's output, as a dict."""
+    rows = document["rows"]
+    return {
+        "benchmark": document["benchmark"],
+        "device": document["machine"]["name"],
+        "rows": len(rows),
+        "timed": sum("median_ms" in row for row in rows),
+        "failed": len(document.get("failed", ())),
+        "left_out": len(document.get("left_out", ())),
+        "document": path,
+    }
+
+
+def as_json(document, indent=""):
+    """A document as text, each element of a list on one line: then a changed row is a changed line."""
+    if isinstance(document, dict) and any(isinstance(value, dict | list) for value in document.values()):
+        parts = [f"{indent} {json.dumps(key)}: {as_json(value, indent + ' ')}" for key, value in document.items()]
+        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+    if isinstance(document, list) and document:
+        parts = [f"{indent} {json.dumps(value, allow_nan=False)}" for value in document]
+        return "[\n" + ",\n".join(parts) + f"\n{indent}]"
+    return json.dumps(document, allow_nan=False)
 
 
 def without_nan(value):
-    """A document with None in the place of numbers that JSON does not have."""
+    """A document with None in place of numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -127,14 +166,14 @@ def without_nan(value):
 
 
 def progress(text):
-    """A line about what goes on now, on stderr."""
+    """A line about the work in progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Budget:
     """The points {label: point} of a grid, one after the other, each with its part of the measuring time.
 
-    No point is begun `deadline` seconds after the start: `left_out` has the labels of those that were not.
+    No point begins after `deadline` seconds: `left_out` has the labels of the points that did not begin.
     """
 
     def __init__(self, points, seconds, deadline=None):
@@ -153,8 +192,13 @@ class Budget:
             self._to_come -= 1
 
     def share(self):
-        """Seconds for the point of now: an equal part, with those to come, of what is left."""
+        """Seconds for the current point: what is left, divided by the points that are left."""
         return max(0.0, self._end - time.perf_counter()) / self._to_come
+
+
+def budget(options, points, seconds):
+    """The `Budget` that the command line asks for; seconds {"quick", "default"}: where it does not say."""
+    return Budget(points, options.seconds or seconds["quick" if options.quick else "default"], options.deadline)
 
 
 def in_a_line(failure):
@@ -163,7 +207,7 @@ def in_a_line(failure):
 
 
 def machine(device):
-    """What a figure depends on, beside the code: device, threads, versions, commit."""
+    """What a figure depends on besides the code: device, threads, versions, commit."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     facts = {
@@ -171,7 +215,7 @@ def machine(device):
         "name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),  # processes that wanted a core in the last minute: others' noise
+        "load": round(os.getloadavg()[0], 1),  # processes that wanted a core in the last minute: noise
         "memory_gb": round(
             (torch.cuda.get_device_properties(device).total_memory if cuda else _physical_memory()) / 1e9, 1
         ),
@@ -220,13 +264,13 @@ def commit():
 
 
 def numeric_columns(table):
-    """Whether each column holds numbers only, apart from gaps; the first one is a name in any case."""
+    """Whether each column holds only numbers and gaps; the first column is a name."""
     columns = range(1, len(table["columns"]))
     return [False] + [all(row[i][:1].isdigit() or row[i] in ("", "-") for row in table["rows"]) for i in columns]
 
 
 def as_text(table):
-    """A table for the terminal: the first column to the left, numbers to the right."""
+    """A table for the terminal; numbers are aligned to the right."""
     lines = [table["columns"], *table["rows"]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table["columns"]))]
     numeric = numeric_columns(table)
@@ -241,7 +285,7 @@ def as_text(table):
 
 
 def why_not_compile(device):
-    """Why torch.compile makes nothing for this device, in a few words; None if it can."""
+    """Why torch.compile does not work for this device, in a few words; None if it does."""
     if torch.device(device).type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
         return "torch.compile needs a C++ compiler"
     return None
@@ -253,7 +297,7 @@ def not_installed(module):
 
 
 def not_timed(rows):
-    """Lines for the rows that have a reason in `not_timed`; those of one reason together."""
+    """Lines for the rows that have a reason in `not_timed`; rows with the same reason share a line."""
     reasons, points = {}, {row["shape"] for row in rows}
     for row in rows:
         if row["not_timed"]:
@@ -263,54 +307,13 @@ def not_timed(rows):
     ]
 
 
-def draw(plots, path):
-    """Draw the plots into one PNG; returns a line that says where, or why not."""
-    try:
-        from matplotlib.figure import Figure  # no pyplot: it would look for a display
-    except ImportError:
-        return "no plot: matplotlib is not installed"
-    plots = [plot for plot in plots if plot.get("bars") or any(plot.get("series", {}).values())]
-    if not plots:
-        return "no plot: nothing was measured"
-    figure = Figure(figsize=(6.4 * len(plots), 4.8), layout="constrained")
-    for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
-        axes.set(title=plot["title"], xlabel=plot["x"])
-        (_draw_bars if "bars" in plot else _draw_lines)(axes, plot)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
-    return f"plot: {path}"
-
-
-def _draw_lines(axes, plot):
-    for name, points in plot["series"].items():
-        if points:
-            x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, marker="o", markersize=4, linewidth=2.5 if name.startswith("ours") else 1.3, label=name)
-    ticks = sorted({x for points in plot["series"].values() for x, _ in points})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_yscale("log")
-    axes.set_ylabel(plot["y"])
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
-
-
-def _draw_bars(axes, plot):
-    names = list(dict.fromkeys(name for bars in plot["bars"].values() for name in bars))
-    for i, name in enumerate(names):
-        rows = [
-            (group + i / (len(names) + 1), bars[name])
-            for group, bars in enumerate(plot["bars"].values())
-            if name in bars
-        ]
-        axes.barh([row for row, _ in rows], [value for _, value in rows], 1 / (len(names) + 1), label=name)
-    middle = (len(names) - 1) / 2 / (len(names) + 1)
-    axes.set_yticks(
-        [group + middle for group in range(len(plot["bars"]))], [name.replace(" (", "\n(") for name in plot["bars"]]
-    )
-    axes.invert_yaxis()
-    axes.grid(True, axis="x", alpha=0.3)
-    axes.figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+def failed(rows):
+    """The `failed` of a document: rows of ours that were not timed."""
+    return [
+        f"{row['contestant']} at {', '.join(row[key] for key in ('shape', 'pass') if key in row)}: {row['not_timed']}"
+        for row in rows
+        if row["contestant"].startswith("ours") and row["not_timed"]
+    ]
 
 
 def _device(name):

@@ -3,29 +3,30 @@
     python benchmarks/hf_prefill.py                      # prompts of 1,024 to 8,192 tokens, window 256; --quick: fewer
     python benchmarks/hf_prefill.py --lengths 16384 --window 1024 --dtype bf16
 
-A small model with random weights (4 layers, width 256, 8 heads on 2 KV heads), the same for all; the logits of the last
-64 tokens must agree with eager's before anybody is timed. Calls take turns. Columns:
+All models have the same small size (4 layers, width 256, 8 heads on 2 KV heads) and the same random weights. The logits
+of the last 64 tokens must agree with eager's before the timing. Calls take turns. Columns:
 
-    ms        a whole forward pass that fills the cache and gives the last token's logits (20th to 80th percentile)
-    host ms   on a GPU only: until the call returns to Python; "ms" is then the GPU's alone (gpu_timer.py)
+    ms        a forward pass that fills the cache and gives the last token's logits (20th to 80th percentile)
+    host ms   on a GPU only: until the call returns to Python; "ms" is then the GPU's alone (measure.py)
     tokens/s  of the prompt, by the slower of the two
     x sdpa    how many times as fast as transformers' default
-    MB        what a call allocates at its peak, the masks of T x T included
+    MB        what a call allocates at its peak, with any mask of T x T
 """
 
 import sys
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
-from measure import alternate, peak_memory, shown, three_digits, with_host_times
+from measure import alternate, peak_memory, ratio, shown, table, three_digits
 
 from kernels import resolve_backend
 from model.huggingface import register_attention
 
 LENGTHS = {"quick": [2048, 8192], "default": [1024, 2048, 4096, 8192]}
 SECONDS = {"quick": 30.0, "default": 90.0}
-COMPARED = 64  # logits of so many last tokens
+COMPARED = 64  # last tokens whose logits are compared
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 CONTESTANTS = {"ours (sliding_gqa)": "sliding_gqa", "sdpa": "sdpa", "eager": "eager"}
 SIZES = dict(
@@ -39,7 +40,7 @@ def main(arguments=None):
     flags.add_argument("--lengths", type=int, nargs="+", metavar="T", help="tokens of the prompt")
     flags.add_argument("--window", type=int, default=256, help="keys a query sees (default: 256)")
     flags.add_argument("--batch-size", type=int, default=1, help="prompts (default: 1)")
-    flags.add_argument("--dtype", choices=harness.DTYPES, help="fp32 on a CPU, bf16 on a GPU by default")
+    harness.add_dtype(flags)
     harness.add_only(flags, CONTESTANTS)
     return harness.run(flags, prepare, arguments)
 
@@ -51,32 +52,37 @@ def prepare(options, device):
     for name, value in (("lengths", min(lengths)), ("window", options.window), ("batch-size", options.batch_size)):
         if value < 1:
             raise harness.BadInput(f"--{name} is {value}, wanted at least 1")
-    dtype = harness.DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    dtype = harness.dtype_of(options, device)
     chosen = harness.chosen(options.only, CONTESTANTS)
-    seconds = options.seconds or SECONDS["quick" if options.quick else "default"]
     points = {f"{options.batch_size} x {length:,} tokens": length for length in lengths}
-    budget = harness.Budget(points, seconds, options.deadline)
+    budget = harness.budget(options, points, SECONDS)
     return partial(measure, budget, options.window, options.batch_size, dtype, device, chosen)
 
 
 def measure(budget, window, batch_size, dtype, device, chosen):
     models = make_models(window, dtype, device, chosen)
-    rows = []
-    for length in budget:
-        rows += measure_point(models, batch_size, length, device, budget)
+    rows = [row for length in budget for row in measure_point(models, batch_size, length, device, budget)]
+    series = drawing.series(rows, lambda row: row["length"], lambda row: row["median_ms"])
     backend, reason = resolve_backend("auto", device)
     return {
         "settings": {"window": window, "batch_size": batch_size, "dtype": harness.name_of(dtype), "backend": backend},
         "rows": rows,
-        "tables": [table(rows, f"Prompts read by a small Mistral, window {window}; ours on {backend}: {reason}")],
-        "plots": [plot(rows, window)],
-        "left_out": budget.left_out,
-        "failed": [
-            f"{row['contestant']} at {row['shape']}: {row['not_timed']}"
-            for row in rows
-            if row["contestant"].startswith("ours") and row["not_timed"]
+        "tables": [
+            table(f"Prompts read by a small Mistral, window {window}; ours on {backend}: {reason}", rows, COLUMNS)
         ],
+        "plots": [{"title": f"Reading a prompt, window {window}", "x": "tokens", "y": "ms", "series": series}],
+        "left_out": budget.left_out,
     }
+
+
+COLUMNS = {
+    "prompt": lambda row: row["shape"],
+    "attention": lambda row: row["contestant"],
+    "ms": shown,
+    "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+    "x sdpa": ratio("x_sdpa"),
+    "MB": lambda row: three_digits(row["peak_mb"]),
+}
 
 
 def make_models(window, dtype, device, chosen):
@@ -96,7 +102,7 @@ def make_models(window, dtype, device, chosen):
 
 @torch.inference_mode()
 def read(model, tokens, last=1):
-    """The logits of the last tokens; a cache is filled on the way, as `generate` does."""
+    """The logits of the last tokens; the call also fills a cache, as in `generate`."""
     return model(tokens, use_cache=True, logits_to_keep=last).logits
 
 
@@ -132,32 +138,6 @@ def measure_point(models, batch_size, length, device, budget):
             if "sdpa" in times:
                 row["x_sdpa"] = times["sdpa"].pace / time.pace
     return rows
-
-
-def table(rows, title):
-    lines = [
-        [
-            row["shape"],
-            row["contestant"],
-            shown(row),
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['x_sdpa']:.2f}" if "x_sdpa" in row else "",
-            three_digits(row["peak_mb"]),
-        ]
-        for row in rows
-        if "median_ms" in row
-    ]
-    columns = ["prompt", "attention", "ms", "tokens/s", "x sdpa", "MB"]
-    made = {"title": title, "columns": columns, "rows": lines, "notes": harness.not_timed(rows)}
-    return with_host_times(made, rows)
-
-
-def plot(rows, window):
-    series = {}
-    for row in rows:
-        if "median_ms" in row:
-            series.setdefault(row["contestant"], []).append([row["length"], row["median_ms"]])
-    return {"title": f"Reading a prompt, window {window}", "x": "tokens", "y": "ms", "series": series}
 
 
 if __name__ == "__main__":

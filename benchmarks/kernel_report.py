@@ -2,22 +2,27 @@
 
     python benchmarks/kernel_report.py                               # A100 and H100, bf16: 2 minutes on one core
     python benchmarks/kernel_report.py --arch sm_86,sm_120 --head-dim 128 --dtype fp16 --shape 1,32,8,32768,128,4096
+    python benchmarks/kernel_report.py --details                     # also instructions by pipe, published figures
     python benchmarks/kernel_report.py --arch gfx942 --features plain --keep cubins
-    python benchmarks/kernel_report.py --features every      # the worst of all their sets; 15 minutes
+    python benchmarks/kernel_report.py --features every              # the worst of all sets; 15 minutes
 
-No GPU is needed: Triton compiles for any architecture. The real launchers choose the tiles, for the shapes given.
-Everything about time is a MODEL, made of those instructions and the cards' data sheets (speed_of_light.py has each
-formula); nothing was run. delta has no kernel of its own: the dq kernel makes it.
+It needs no GPU: Triton compiles for any architecture. The launchers choose the tiles as they would on the card. All
+times are a MODEL, made of the instructions and the cards' data sheets (speed_of_light.py has each formula). Nothing was
+run. The dq kernel also makes delta. Columns, a line for each kernel and each shape of the model:
 
-    registers   a thread's; stack and spilled bytes should be 0
-    shared      kB that a block takes, of what the card gives one
+    tile        rows or keys that a program owns, width at the edge / in the interior, warps, stages
+    registers   of a thread
+    spilled B   bytes of registers that the code stores into memory, and of its stack: should be 0
+    shared kB   that a block takes
     blocks      that a multiprocessor holds at a time, and what allows no more
     matrix      the instruction that makes the products (HMMA, HGMMA, UTCHMMA, v_mfma)
-    loads       bytes a thread of the tiles' loads, and stores; 16 is the most there is
-    edge, interior   the loops over tiles that need a mask and that do not; instructions a thread issues in one turn
-    efficiency  pairs that are seen over pairs that are computed
-    serial, overlapped   the model's bounds: softmax and products in turns, or all beside each other
-    of peak     share of the matrix unit's rate by useful FLOPs, of the memory's bandwidth where memory bounds
+    loads B     bytes a thread of the tiles' loads, / of their stores; 16 is the most there is
+    loops       instructions that a thread issues in one step of the loop at the edge / in the interior
+    efficiency  visible pairs over computed pairs
+    ms          bounds of the model: all pipes at the same time - softmax and products one after the other
+    of peak     share of the matrix unit's rate by useful FLOPs, for the same bounds; of the memory's bandwidth where
+                memory bounds
+    bound by    the busiest pipe, and how much shorter the time would be if the next one were
 """
 
 import itertools
@@ -25,15 +30,17 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
-import kernel_tables
-import memory_bound
-import published
 import speed_of_light as model
 import torch
+from measure import three_digits
 from speed_of_light import CARDS, Shape
 
+from kernels import compiled
+from kernels.band import visible_pairs
+from kernels.compiled.machine_code import PIPES
 from model.command import Parser
 
 FEATURES = {
@@ -49,7 +56,8 @@ FEATURES = {
 PARTS = (("", "rope", "half-rope"), ("", "sinks"), ("", "softcap"), ("", "grad-lse"))
 EVERY = ["+".join(filter(None, chosen)) or "plain" for chosen in itertools.product(*PARTS)]
 SHAPE = "4,32,8,8192,{},1024"  # for each head size
-ATTENTION = published.BOTH
+FORWARD = ("attention_forward",)
+ATTENTION = ("attention_forward", "attention_dq", "attention_dkdv")
 
 
 def main(arguments=None):
@@ -62,30 +70,26 @@ def main(arguments=None):
         nargs="+",
         metavar="NAME",
         default=["rope"],
-        help=f"of: {', '.join(FEATURES)}, with + between those at once; or every: all {len(EVERY)} sets (rope)",
+        help=f"of: {', '.join(FEATURES)}; + joins some into one set; or every: all {len(EVERY)} sets (rope)",
     )
-    flags.add_argument(
-        "--shape", nargs="+", metavar="B,HQ,HKV,T,D,W",
-        help=f"what the model is asked, W none for no window ({SHAPE.format('D')})",
-    )  # fmt: skip
+    shapes = f"shapes for the model, W none for no window ({SHAPE.format('D')})"
+    flags.add_argument("--shape", nargs="+", metavar="B,HQ,HKV,T,D,W", help=shapes)
+    flags.add_argument("--details", action="store_true", help="more tables: pipes, source lines, published figures")
     flags.add_argument("--keep", metavar="DIR", help="write the machine code of every kernel into this directory")
-    flags.add_argument("--json", metavar="FILE", help="write the document to this file as well")
-    flags.add_argument("--plot", metavar="FILE", default="none", help="a PNG (none)")
+    flags.add_argument("--json", metavar="FILE", help="write the document to this file")
+    flags.add_argument("--plot", metavar="FILE", default="none", help="a PNG of the time on each pipe (none)")
     flags.set_defaults(benchmark="kernel_report", device="cpu", seconds=None, deadline=None)
     return harness.run(flags, prepare, arguments)
 
 
 def prepare(options, device):
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise harness.BadInput("TRITON_INTERPRET=1 is set, and what is interpreted cannot be compiled: unset it")
-    try:
-        from kernels import offline
-    except ImportError as error:
-        raise harness.BadInput(f"triton cannot be imported ({error}): pip install 'triton>=3.6'") from None
+        raise harness.BadInput("TRITON_INTERPRET=1 is set, and interpreted kernels cannot be compiled: unset it")
     shapes = [parse(shape) for shape in options.shape or ()]
+    targets = list(dict.fromkeys(options.arch.split(",")))
     try:
-        for target in options.arch.split(","):
-            offline.limits(target)
+        for target in targets:
+            compiled.card_of(target)
         dtypes = [harness.DTYPES[name] for name in options.dtype.split(",")]
         given = options.head_dim or ",".join(str(shape.D) for shape in shapes) or "64,128"
         head_dims = list(dict.fromkeys(int(word) for word in given.split(",")))
@@ -101,144 +105,282 @@ def prepare(options, device):
         raise harness.BadInput(f"--shape has a head size of {lost[0].D}, which --head-dim does not")
     if options.keep:
         Path(options.keep).mkdir(parents=True, exist_ok=True)
-    shapes = shapes or [parse(SHAPE.format(D)) for D in head_dims]
-    points = [
-        (target, D, dtype, name, settings)
-        for target in dict.fromkeys(options.arch.split(","))
-        for dtype in dtypes
-        for D in head_dims
-        for name, settings in features.items()
-    ]
-    return partial(report, points, shapes, options.keep)
+    points = list(itertools.product(targets, dtypes, head_dims, features.items()))
+    return partial(report, points, shapes or [parse(SHAPE.format(D)) for D in head_dims], options)
 
 
-def report(points, shapes, keep):
-    rows, estimates = [], []
-    for i, (target, D, dtype, name, settings) in enumerate(points, 1):
+def report(points, shapes, options):
+    rows, details, cycles = [], [], {}
+    for i, (target, dtype, D, (name, settings)) in enumerate(points, 1):
         harness.progress(f"[{i}/{len(points)}] {target}, head size {D}, {harness.name_of(dtype)}, {name}")
         fitting = [shape for shape in shapes if shape.D == D]
         for group in dict.fromkeys(shape.Hq // shape.Hkv for shape in fitting) or (4,):
             of_group = [shape for shape in fitting if shape.Hq // shape.Hkv == group]
-            for row, made in compiled(target, D, dtype, name, settings, group, keep):
+            for row, made in compile_point(target, D, dtype, name, settings, group, options.keep):
                 rows.append(row)
-                if made and target in CARDS:
-                    estimates += [estimate_row(row, made, shape, dtype) for shape in of_group]
-    estimates = [row for row in estimates if row]
-    checks, prototypes = check_published({target for target, D, *_ in points if D == published.SHAPE.D})
+                if made:
+                    details.append((row, made))
+                    found = {shape: estimate_of(made, shape, dtype.itemsize, name) for shape in of_group}
+                    row["estimates"] = [estimate_row(made, *one, dtype.itemsize) for one in found.items() if one[1]]
+                    if made.kernel in ATTENTION:
+                        cycles |= {(row["kernel"], target, shape): one.cycles for shape, one in found.items() if one}
+    if len({name for *_, (name, _) in points}) == len(EVERY):
+        tables = [worst(rows)]
+    else:
+        tables = [table_of(rows, target) for target in dict.fromkeys(row["target"] for row in rows)]
+    if options.details:
+        tables += [pipes_table(details), *lines_tables(details), published_table(dict.fromkeys(p[0] for p in points))]
     return {
         "modelled": True,
-        "settings": {"shapes": "; ".join(map(kernel_tables.shape_label, shapes))},
+        "settings": {"shapes": "; ".join(map(shape_label, shapes))},
         "rows": rows,
-        "estimates": estimates,
-        "published": checks,
-        "prototypes": prototypes,
-        "tables": tables_of(rows, estimates, checks, prototypes),
-        "plots": kernel_tables.plots(estimates),
+        "tables": tables,
+        "plots": [] if options.plot == "none" else [pipes_plot(cycles)],
         "failed": [f"{row['point']}, {row['kernel']}: {row['error']}" for row in rows if row["error"]],
     }
 
 
-def tables_of(rows, estimates, checks, prototypes):
-    """All tables for people; of every set of features the worst alone, which is what is asked then."""
-    if len({row["features"] for row in rows}) == len(EVERY):
-        return [kernel_tables.worst(rows)]
-    targets = list(dict.fromkeys(row["target"] for row in rows))
-    return [
-        *(kernel_tables.kernels(rows, target) for target in targets),
-        *(kernel_tables.loops(rows, target) for target in targets),
-        *(kernel_tables.lines(row) for row in rows if row["kernel"] == "attention_forward" and row["head_dim"] == 128),
-        *(kernel_tables.estimates(estimates, label) for label in dict.fromkeys(row["shape"] for row in estimates)),
-        kernel_tables.bounds(estimates),
-        kernel_tables.checks(checks),
-        kernel_tables.prototypes(prototypes),
-    ]
-
-
-def compiled(target, D, dtype, name, settings, group, keep):
-    """(row, Compiled or None) of every kernel at one point; a kernel that does not compile is a row with its error."""
-    from kernels import offline
-
-    head = {
-        "point": f"{target}, D {D}, {harness.name_of(dtype)}, {name}" + (f", G {group}" if group != 4 else ""),
-        "target": target, "head_dim": D, "dtype": harness.name_of(dtype), "features": name, "group": group,
-    }  # fmt: skip
-    for launch in offline.launches(target, head_dim=D, dtype=dtype, group=group, **settings):
-        row = {**head, "kernel": launch.name, "tile": launch.tile, "error": None}
+def compile_point(target, D, dtype, name, settings, group, keep):
+    """(row, Compiled or None) of every kernel at one point; a kernel that does not compile has a row with its error."""
+    point = f"{target}, D {D}, {harness.name_of(dtype)}, {name}" + (f", G {group}" if group != 4 else "")
+    for launch in compiled.launches(target, head_dim=D, dtype=dtype, group=group, **settings):
+        row = {"point": point, "target": target, "head_dim": D, "dtype": harness.name_of(dtype), "features": name}
+        row |= {"kernel": launch.name, "tile": launch.tile, "error": None, "estimates": []}
         try:
-            made = offline.compile_launch(launch, target)
-        except Exception as failure:  # Triton, LLVM and the assembler each fail in ways of their own
+            made = compiled.compile_launch(launch, target)
+        except Exception as failure:  # Triton, LLVM and the assembler raise whatever they like
             yield {**row, "error": harness.in_a_line(failure)}, None
             continue
-        facts = made._asdict()
         if keep:
             suffix = "cubin" if target.startswith("sm_") else "hsaco"
-            path = Path(keep) / f"{target}-{launch.name}-{D}-{head['dtype']}-{name}-g{group}.{suffix}"
+            path = Path(keep) / f"{target}-{launch.name}-{D}-{row['dtype']}-{name}-g{group}.{suffix}"
             path.write_bytes(made.binary)
-        row |= {key: facts[key] for key in facts if key not in ("kernel", "target", "tile", "binary")}
-        row["shared_limit"] = offline.LIMITS[target].shared_per_block
-        row["accesses"] = [access._asdict() for access in made.accesses]
-        row["loops"] = [loop._asdict() for loop in made.loops]
-        if launch.name != "attention_forward":  # the others' lines would make most of the document
-            for loop in row["loops"]:
-                del loop["lines"]
-        row["narrow_tile_loads"] = [access._asdict() for access in made.narrow_tile_loads]
+        kept = ("registers", "stack_bytes", "spilled_bytes", "shared_bytes", "blocks_per_multiprocessor", "limited_by")
+        row |= {key: getattr(made, key) for key in (*kept, "matrix")}
+        row |= {"loads": widths(made, "load", "copy"), "stores": widths(made, "store")}
+        row["loops"] = [{"masked": loop.masked, "instructions": loop.instructions} for loop in made.loops]
         yield row, made
 
 
-def estimate_row(row, made, shape, dtype):
-    """The model's figures for one kernel at one shape; None for kernels it says nothing of."""
-    card = CARDS[made.target]
+def widths(made, *kinds):
+    """Bytes a thread of the accesses to tiles; one number a row (lse, delta, lengths) is narrower by nature."""
+    return sorted({access.bytes for access in made.accesses if access.kind in kinds and not access.of_rows})
+
+
+def estimate_of(made, shape, element_bytes, features):
+    """The model's `Estimate` of a kernel at a shape; None for append and combine, which move few bytes."""
     if made.kernel in ATTENTION:
-        estimate = model.attention_estimate(
-            made, shape, dtype.itemsize, rope="rope" in str(settings_of(row["features"]))
-        )
-    elif made.kernel == "rope":
-        estimate = memory_bound.rope_estimate(made, shape, dtype.itemsize)
-    elif made.kernel == "decode":
-        estimate = memory_bound.decode_estimate(made, shape, dtype.itemsize)
-    else:  # append and combine move next to nothing
-        return None
-    if estimate is None:
-        return None
-    of_peak = [
-        estimate.useful_flops / (ms * 1e-3) / (card.flops / model.products_of(made.target)[dtype.itemsize])
-        if estimate.useful_flops else estimate.bytes / (ms * 1e-3) / card.bytes_per_second
-        for ms in (estimate.serial_ms, estimate.overlapped_ms)
-    ]  # fmt: skip
-    named = {key: row[key] for key in ("point", "target", "head_dim", "dtype", "features", "kernel")}
+        return model.attention_estimate(made, shape, element_bytes, rope="rope" in str(settings_of(features)))
+    by_memory = {"rope": model.rope_estimate, "decode": model.decode_estimate}.get(made.kernel)
+    return by_memory and by_memory(made, shape, element_bytes)
+
+
+def estimate_row(made, shape, estimate, element_bytes):
+    card = CARDS[made.target]
+    if estimate.useful_flops:
+        at_peak = estimate.useful_flops / (card.flops / model.products_of(made.target)[element_bytes]) * 1e3
+    else:
+        at_peak = estimate.memory_ms
+    kept = ("efficiency", "memory_ms", "overlapped_ms", "serial_ms", "bound_by", "runner_up", "margin")
     return {
-        **named, "shape": kernel_tables.shape_label(shape), "card": card.name, **estimate._asdict(),
-        "of_peak_serial": of_peak[0], "of_peak_overlapped": of_peak[1], "remedy": model.REMEDIES[estimate.bound_by],
+        "shape": shape_label(shape),
+        **{key: getattr(estimate, key) for key in kept},
+        "of_peak_overlapped": at_peak / estimate.overlapped_ms,
+        "of_peak_serial": at_peak / estimate.serial_ms,
+    }
+
+
+def table_of(rows, target):
+    """The table of one card."""
+    rows = [row for row in rows if row["target"] == target]
+    several = len({row["dtype"] for row in rows}) > 1 or len({row["features"] for row in rows}) > 1
+    columns = ["registers", "spilled B", "shared kB", "blocks", "matrix", "loads B", "loops", "efficiency", "ms"]
+    lines = []
+    for row in rows:
+        start = [row["point"] if several else f"D {row['head_dim']}", row["kernel"], tile_text(row["tile"])]
+        if row["error"]:
+            lines.append([*start, *["-"] * (len(columns) + 1), row["error"]])
+            continue
+        facts = [
+            str(row["registers"]),
+            str(row["spilled_bytes"] + row["stack_bytes"]),
+            f"{row['shared_bytes'] / 1024:.0f}",
+            f"{row['blocks_per_multiprocessor']} ({row['limited_by']})",
+            ", ".join(row["matrix"]) or "none",
+            " / ".join("+".join(map(str, row[key])) or "-" for key in ("loads", "stores")),
+            " / ".join(str(loop["instructions"]) for loop in row["loops"]) or "-",
+        ]
+        lines += [[*start, *facts, *estimate_cells(estimate)] for estimate in row["estimates"] or [None]]
+    card = compiled.CARDS[target]
+    labels = "; ".join(dict.fromkeys(estimate["shape"] for row in rows for estimate in row["estimates"]))
+    return {
+        "title": f"{target} ({card.name}, {card.shared_per_block >> 10} kB of shared memory a block)",
+        "columns": ["compiled for" if several else "heads", "kernel", "tile", *columns, "of peak", "bound by"],
+        "rows": lines,
+        "notes": [f"{rows[0]['dtype']}, features: {rows[0]['features']}"] * (not several)
+        + [f"efficiency, ms, of peak, bound by: a model, not a measurement, at {labels}"] * bool(labels),
+    }
+
+
+def estimate_cells(estimate):
+    if estimate is None:
+        return ["-"] * 4
+    shares = [f"{estimate[f'of_peak_{bound}']:.0%}" for bound in ("overlapped", "serial")]
+    return [
+        f"{estimate['efficiency']:.2f}",
+        f"{three_digits(estimate['overlapped_ms'])} - {three_digits(estimate['serial_ms'])}",
+        " - ".join(shares),
+        f"{estimate['bound_by']} ({1 - estimate['margin']:.0%}: {estimate['runner_up']})",
+    ]
+
+
+def worst(rows):
+    """The table of the worst of each kernel over all sets of features that it was compiled with."""
+    groups = {}
+    for row in rows:
+        if not row["error"]:
+            groups.setdefault((row["target"], row["head_dim"], row["dtype"], row["kernel"]), []).append(row)
+    keys = ("registers", "stack_bytes", "spilled_bytes")
+    return {
+        "title": "The worst over all sets of features",
+        "columns": ["compiled for", "kernel", "sets", "registers", "stack B", "spilled B", "shared kB", "blocks"],
+        "rows": [
+            [f"{target}, D {head_dim}, {dtype}", kernel, str(len(group))]
+            + [str(max(row[key] for row in group)) for key in keys]
+            + [f"{max(row['shared_bytes'] for row in group) / 1024:.0f}"]
+            + [str(min(row["blocks_per_multiprocessor"] for row in group))]
+            for (target, head_dim, dtype, kernel), group in groups.items()
+        ],
+        "notes": ["rope for whole or half heads, sinks, softcap and a gradient of lse; blocks: the fewest"],
+    }
+
+
+def pipes_table(details):
+    pipes = [pipe for pipe in PIPES if pipe != "global"] + ["global"]
+    return {
+        "title": "Instructions that a thread issues in one step of the innermost loops, by pipe",
+        "columns": ["compiled for", "kernel", "loop", "all", *pipes],
+        "rows": [
+            [row["point"], row["kernel"], "edge" if loop.masked else "interior", str(loop.instructions)]
+            + [str(loop.pipes.get(pipe, 0)) for pipe in pipes]
+            for row, made in details
+            for loop in made.loops
+        ],
+        "notes": [f"{pipe}: {remedy}" for pipe, remedy in model.REMEDIES.items()],
+    }
+
+
+def lines_tables(details):
+    """Which source lines the instructions of the forward's interior belong to, at the largest head size."""
+    largest = max((row["head_dim"] for row, _ in details), default=0)
+    for row, made in details:
+        if row["kernel"] in FORWARD and row["head_dim"] == largest:
+            counts = next((loop.lines for loop in made.loops if not loop.masked), {})
+            yield {
+                "title": f"{row['point']}: instructions of the forward's interior by source line",
+                "columns": ["source", "instructions"],
+                "rows": [[f"`{line}`", str(count)] for line, count in counts.items()],
+            }
+
+
+def pipes_plot(cycles):
+    """Of the largest head size, and of A100 and H100 or the first two cards: more bars would be unreadable."""
+    targets = list(dict.fromkeys(target for _, target, _ in cycles))
+    targets = [target for target in targets if target in ("sm_80", "sm_90")] or targets[:2]
+    largest = max((shape.D for *_, shape in cycles), default=0)
+    bars = {
+        f"{kernel.removeprefix('attention_')}, {target} ({shape_label(shape)})": {
+            pipe: count / 1e3 for pipe, count in of_pipes.items()
+        }
+        for (kernel, target, shape), of_pipes in cycles.items()
+        if target in targets and shape.D == largest
+    }
+    return {"title": "A model: a program's time on each pipe", "x": "thousand cycles", "bars": bars}
+
+
+# Published speeds of other kernels, to compare the model with. Shapes follow the papers: causal, 16 heads of 128,
+# T = 16,384; FLOPs of visible pairs, 2 products forward and 5 backward.
+
+
+class Published(NamedTuple):
+    target: str
+    kernels: tuple  # of ours that do the same work
+    tflops: float
+    whose: str
+
+
+PUBLISHED_SHAPE = Shape(1, 16, 16, 16384, 128, None)
+PUBLISHED = (
+    Published("sm_80", ATTENTION, 189, "FlashAttention-2 (arXiv:2307.08691)"),
+    Published("sm_90", ATTENTION, 328, "FlashAttention-2, HMMA (arXiv:2307.08691)"),
+    Published("sm_90", FORWARD, 335, "FlashAttention-2, HMMA (arXiv:2407.08608)"),
+    Published("sm_90", FORWARD, 378, "Triton's tutorial, HGMMA (arXiv:2407.08608)"),
+    Published("sm_90", FORWARD, 539, "cuDNN, warp-specialised (arXiv:2407.08608)"),
+    Published("sm_90", FORWARD, 616, "FlashAttention-3, warp-specialised (arXiv:2407.08608)"),
+)
+# Shares of the memory's bandwidth, where the model says 1
+BANDWIDTH = (("rotation of q and k", 0.80, 0.80, "Liger on an A100"), ("decoding", 0.54, 0.75, "published kernels"))
+
+
+def compare_published(estimates):
+    """Rows with the model's TFLOP/s and the published. estimates {(target, kernel): Estimate}, at PUBLISHED_SHAPE."""
+    rows = []
+    pairs = PUBLISHED_SHAPE.Hq * visible_pairs(PUBLISHED_SHAPE.T, PUBLISHED_SHAPE.T)
+    for published in PUBLISHED:
+        ours = [estimates.get((published.target, kernel)) for kernel in published.kernels]
+        if None in ours:
+            continue
+        forward_only = published.kernels == FORWARD
+        flops = (2 if forward_only else 7) * 2 * pairs * PUBLISHED_SHAPE.D
+        row = {"card": CARDS[published.target].name, "pass": "forward" if forward_only else "forward and backward"}
+        row |= {"whose": published.whose, "published_tflops": published.tflops}
+        for bound in ("serial", "overlapped"):
+            row[f"{bound}_tflops"] = flops / sum(getattr(one, f"{bound}_ms") for one in ours) / 1e9
+            row[f"{bound}_off"] = row[f"{bound}_tflops"] / published.tflops - 1
+        rows.append(row)
+    return rows
+
+
+def published_table(targets):
+    found = {}
+    for target in targets.keys() & {published.target for published in PUBLISHED}:
+        harness.progress(f"{target}: the shape of the published figures")
+        for launch in compiled.launches(target, head_dim=PUBLISHED_SHAPE.D, dtype=torch.bfloat16, group=1):
+            if launch.name in ATTENTION:
+                made = compiled.compile_launch(launch, target)
+                found[target, launch.name] = model.attention_estimate(made, PUBLISHED_SHAPE, 2, rope=False)
+    columns = ["card", "pass", "whose", "published TFLOP/s", "model serial", "off", "model overlapped", "off "]
+    return {
+        "title": "The model and published figures of other kernels (causal, 16 heads of 128, T = 16,384)",
+        "columns": columns,
+        "rows": [
+            [row["card"], row["pass"], row["whose"], f"{row['published_tflops']:.0f}", f"{row['serial_tflops']:.0f}",
+             f"{row['serial_off']:+.0%}", f"{row['overlapped_tflops']:.0f}", f"{row['overlapped_off']:+.0%}"]
+            for row in compare_published(found)
+        ],
+        "notes": [
+            f"{what}: published kernels reach {least:.0%} to {most:.0%} of the memory's bandwidth ({whose}), the model "
+            f"says 100%: {1 / most - 1:+.0%} to {1 / least - 1:+.0%} off"
+            for what, least, most, whose in BANDWIDTH
+        ],
     }  # fmt: skip
 
 
-def check_published(targets):
-    """Our kernels in the model at the shapes of published figures, beside those: (rows, rows of the prototype)."""
-    found, prototypes = {}, []
-    for target in sorted(targets & published.PROTOTYPE.keys()):
-        harness.progress(f"{target}: the shapes of the published figures")
-        made = by_kernel(target, group=1)
-        for kernel in ATTENTION:
-            found[target, kernel] = model.attention_estimate(made[kernel], published.SHAPE, 2, rope=False)
-        forward = by_kernel(target, group=4)["attention_forward"]
-        for W, share in published.PROTOTYPE[target].items():
-            shape = published.PROTOTYPE_SHAPE._replace(W=W)
-            estimate = model.attention_estimate(forward, shape, 2, rope=False, without=published.LEFT_OUT)
-            ours = estimate.useful_flops / estimate.serial_ms * 1e3 / CARDS[target].flops
-            prototypes.append({"card": CARDS[target].name, "W": W, "prototype": share, "ours": ours})
-    return published.compare(found), prototypes
+def tile_text(tile):
+    own, edge, step = ("BLOCK_N", "EDGE_M", "BLOCK_M") if "EDGE_M" in tile else ("BLOCK_M", "EDGE_N", "BLOCK_N")
+    own = next(tile[name] for name in (own, "BLOCK_T", "BLOCK_S") if name in tile)
+    steps = [tile[name] for name in (edge, step) if name in tile]
+    text = " x ".join([str(own), "/".join(map(str, steps))] if steps else [str(own)])
+    return f"{text}, {tile.get('num_warps', 4)}w" + (f" {tile['num_stages']}s" if "num_stages" in tile else "")
 
 
-def by_kernel(target, group):
-    """{kernel: Compiled} of the attention kernels in bf16 at the head size of the published figures."""
-    from kernels import offline
-
-    launches = offline.launches(target, head_dim=published.SHAPE.D, dtype=torch.bfloat16, group=group)
-    return {one.name: offline.compile_launch(one, target) for one in launches if one.name in ATTENTION}
+def shape_label(shape):
+    window = "no window" if shape.W is None else f"W {shape.W}"
+    return f"{shape.B} x {shape.Hq}/{shape.Hkv}, T {shape.T}, D {shape.D}, {window}"
 
 
 def settings_of(name):
-    """The arguments of `offline.launches` for features by name, several joined by +. Raises KeyError."""
+    """The arguments of `compiled.launches` for features by name, several joined by +. Raises KeyError."""
     return {key: value for part in name.split("+") for key, value in FEATURES[part].items()}
 
 
@@ -252,8 +394,8 @@ def parse(text):
     except (ValueError, TypeError, ZeroDivisionError):
         good = False
     if not good:
-        raise harness.BadInput(f"--shape has {text!r}, wanted B,HQ,HKV,T,D,W with HQ a multiple of HKV, such as "
-                               "4,32,8,8192,128,1024 (W none: no window)")  # fmt: skip
+        wanted = "B,HQ,HKV,T,D,W with HQ a multiple of HKV, such as 4,32,8,8192,128,1024 (W none: no window)"
+        raise harness.BadInput(f"--shape has {text!r}, wanted {wanted}")
     return shape
 
 

@@ -1,28 +1,52 @@
-"""Measuring calls fairly: in turns within one run, with their spread, and the memory that they take.
+"""Time and memory of calls: contestants take turns in one run, and each time is given with its spread.
 
-Shared machines get faster and slower while one looks at them. Contestants that take turns, call by call, meet the same
-machine; the median of their calls is compared, and the 20th and 80th percentiles say how much it was to be trusted.
+The speed of a shared machine changes during a run. Contestants that take turns, call by call, meet the same machine. We
+compare the medians; the 20th and 80th percentiles say how far to trust them.
+
+On a GPU, events around the launches measure the slower of host and device. A small call takes Python longer to launch
+than the GPU to run: then the GPU idles between its kernels, and the events report the time of Python. So `GpuTimer`
+makes the GPU wait until the whole call is in its queue:
+
+    host      clear  wait  begin  [launches of the call]  end
+    device    [clear][wait ........................... ][begin][the call][end]      begin to end: the device alone
+
+The wait is twice the longest host time seen. After every call we check it: if the GPU passed `begin` before the host
+queued `end`, the call is timed again behind a longer wait. The host time is measured apart, from an empty queue and
+without a synchronisation after the call.
+
+Other timers: triton.testing.do_bench clears the cache and records events, without a wait. torch.utils.benchmark gives
+the larger of host and device, with a warm cache. do_bench_cudagraph replays a CUDA graph, which hides the host; it
+cannot time calls that synchronise, and gives each contestant a memory pool that it does not have in use.
 """
 
 import gc
 import random
-import time
+import statistics
+from dataclasses import dataclass
+from time import perf_counter
 from typing import NamedTuple
 
+import harness  # first: it puts the root of the repository on the path, so that `train` is ours
 import numpy as np
 import torch
-from gpu_timer import GpuTimer
 from torch.profiler import ProfilerActivity, profile
+
+from train.metrics import peak_of
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 200
 TURN_SECONDS, MOST_CALLS_A_TURN = 0.02, 10  # short calls have several a turn
+L2_FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any card
+HOST_CALLS = 5
+MARGIN = 2  # the wait over the longest host time seen: the host may stall, and the clock rise, after that was measured
+TRIES = 3  # each behind a wait of twice the length
+CLOCK_CYCLES, CLOCK_TRIES = 2_000_000, 3  # about a millisecond each
 
 
 class Spread(NamedTuple):
-    """Seconds of one call: median, 20th and 80th percentile, and of how many calls.
+    """Seconds of one call: median, 20th and 80th percentile, and the number of calls.
 
-    On a GPU these are the device's, and host is the median time until the call returns to Python; if it is behind,
-    the device's may include some of it (`GpuTimer`). On a CPU, and from a timer of one's own, host is None.
+    On a GPU these are the device's, host is the median time until the call returns to Python, and behind says that the
+    device's time may include some of the host's (`GpuTimer`). On a CPU, and with a timer of the caller, host is None.
     """
 
     median: float
@@ -34,17 +58,18 @@ class Spread(NamedTuple):
 
     @property
     def pace(self):
-        """Seconds a call in a loop that waits for nothing: the slower of device and host."""
+        """Seconds a call in a loop that never synchronises: the slower of device and host."""
         return max(self.median, self.host or 0)
 
     def as_dict(self):
         """For a row of a document, in milliseconds."""
-        return {
+        row = {
             "median_ms": self.median * 1e3,
             "p20_ms": self.p20 * 1e3,
             "p80_ms": self.p80 * 1e3,
             "calls": self.calls,
-        } | ({} if self.host is None else {"host_ms": self.host * 1e3, "host_behind": self.behind})
+        }
+        return row if self.host is None else row | {"host_ms": self.host * 1e3, "host_behind": self.behind}
 
 
 def spread(seconds):
@@ -53,34 +78,28 @@ def spread(seconds):
     return Spread(float(median), float(p20), float(p80), len(seconds))
 
 
-def three_digits(x):
-    """A positive number with three digits and no exponent: "0.123", "1.23", "12.3", "123", "12300"."""
-    decimals = max(0, 2 - int(np.floor(np.log10(x)))) if x > 0 else 0
-    return f"{x:.{min(decimals, 6)}f}"
-
-
 def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, timer=None, turn_seconds=TURN_SECONDS):
     """Time the values of `calls` {name: function} in turns; {name: Spread}.
 
-    In a round each has a turn, of one call or as many as fit into turn_seconds, in an order that is drawn anew: nobody
-    always finds the caches as the same one left them. There are at least `least` rounds, then as many as fit into
-    `seconds`, at most `most`. timer(function) calls it and says how many seconds it took. The caller has called each of
-    them before: nothing warms up here.
+    In a round each has one turn: one call, or as many as fit into turn_seconds. Every round draws a new order, so that
+    nobody always runs after the same contestant. There are at least `least` and at most `most` rounds, in between as
+    many as fit into `seconds`. timer(function) calls it and returns seconds. There is no warm-up here: the caller has
+    called each function before.
     """
     timer = timer or (GpuTimer(device) if torch.device(device).type == "cuda" else _seconds_of)
-    names, times, dice = list(calls), {name: [] for name in calls}, random.Random(0)
-    started = time.perf_counter()
+    names, times, generator = list(calls), {name: [] for name in calls}, random.Random(0)
+    started = perf_counter()
     collecting = gc.isenabled()
-    gc.disable()  # a collection would be charged to whoever's turn it is
+    gc.disable()  # a collection would count as time of the current contestant
     try:
         for turn in range(most if names else 0):
-            dice.shuffle(names)
+            generator.shuffle(names)
             for name in names:
                 for _ in range(MOST_CALLS_A_TURN):
                     times[name].append(timer(calls[name]))
                     if sum(times[name][-MOST_CALLS_A_TURN:]) >= turn_seconds:
                         break
-            used = time.perf_counter() - started
+            used = perf_counter() - started
             if turn + 1 >= least and used + used / (turn + 1) > seconds:
                 break
     finally:
@@ -96,9 +115,94 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
 
 
 def _seconds_of(call):
-    started = time.perf_counter()
+    started = perf_counter()
     call()
-    return time.perf_counter() - started
+    return perf_counter() - started
+
+
+@dataclass
+class Host:
+    """Host time of a call in seconds, the median and the longest of a few calls; behind: see `GpuTimer`."""
+
+    median: float
+    longest: float
+    behind: bool = False
+
+
+class GpuTimer:
+    """timer(call): seconds that a call keeps the GPU, with a cold L2 cache. timer.host[call]: its `Host`.
+
+    A call that synchronises, or has more launches than a queue holds (about a thousand), cannot be queued while the
+    GPU waits. Its time may include time of the host, and its `Host` is marked `behind`.
+    """
+
+    def __init__(self, device):
+        self.rubbish = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+        self.cycles_per_second = self._clock()
+        self.host = {}
+
+    def __call__(self, call):
+        if call not in self.host:
+            self.host[call] = _host_of(call)
+        host = self.host[call]
+        for attempt in range(1 if host.behind else TRIES):
+            seconds, ahead = self._timed(call, MARGIN * host.longest * 2**attempt)
+            if ahead:
+                return seconds
+        host.behind = True
+        return seconds
+
+    def _timed(self, call, wait):
+        """(seconds from begin to end, whether all was queued before the GPU reached begin)."""
+        begin, end = _two_events()
+        self.rubbish.zero_()
+        torch.cuda._sleep(int(wait * self.cycles_per_second) + 1)
+        begin.record()
+        call()
+        end.record()
+        ahead = not begin.query()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3, ahead
+
+    def _clock(self):
+        """Cycles of the wait in a second. The highest of a few: an idle card raises its clock only under load."""
+        rates = []
+        for _ in range(CLOCK_TRIES):
+            begin, end = _two_events()
+            self.rubbish.zero_()  # takes longer than to queue the next three
+            begin.record()
+            torch.cuda._sleep(CLOCK_CYCLES)
+            end.record()
+            end.synchronize()
+            rates.append(CLOCK_CYCLES * 1e3 / begin.elapsed_time(end))
+        return max(rates)
+
+
+def _host_of(call):
+    """Each call starts with an empty queue and ends when it returns to Python."""
+    seconds = []
+    for _ in range(HOST_CALLS):
+        torch.cuda.synchronize()
+        started = perf_counter()
+        call()
+        seconds.append(perf_counter() - started)
+    torch.cuda.synchronize()
+    return Host(statistics.median(seconds), max(seconds))
+
+
+def _two_events():
+    return (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+
+def peak_of_device(device):
+    """The `Peak` of a GPU by its data sheet; None on a CPU, and for a card that the table does not have."""
+    return peak_of(torch.cuda.get_device_name(device)) if torch.device(device).type == "cuda" else None
+
+
+def three_digits(x):
+    """A positive number with three digits and no exponent: "0.123", "1.23", "12.3", "123", "12300"."""
+    decimals = max(0, 2 - int(np.floor(np.log10(x)))) if x > 0 else 0
+    return f"{x:.{min(decimals, 6)}f}"
 
 
 def shown(row):
@@ -107,31 +211,35 @@ def shown(row):
     return f"{median} ({p20}-{p80})"
 
 
-def with_host_times(table, rows):
-    """A table whose lines are of the timed `rows`, with "host ms" behind its milliseconds where rows have it: on a GPU.
+def table(title, rows, columns, notes=()):
+    """The table of the timed rows. columns: {heading: function of a row}, which returns text.
 
-    A star marks a call that the GPU caught up with.
+    Rows of a GPU get a column "host ms" after their milliseconds. Notes name the rows that were not timed, and why.
     """
-    rows = [row for row in rows if "median_ms" in row]
-    if not any("host_ms" in row for row in rows):
-        return table
-    after = 1 + next(i for i, column in enumerate(table["columns"]) if column in ("ms", "ms a step"))
-    cells = [three_digits(row["host_ms"]) + "*" * row["host_behind"] for row in rows]
-    notes = ["host ms: until the call returns to Python, the GPU not waited for; ms is the GPU's alone"]
-    if any(row["host_behind"] for row in rows):
-        notes.append("*: waits for the GPU itself or overfills its queue; its ms may include time of the host")
-    return table | {
-        "columns": [*table["columns"][:after], "host ms", *table["columns"][after:]],
-        "rows": [[*line[:after], cell, *line[after:]] for line, cell in zip(table["rows"], cells, strict=True)],
-        "notes": [*table["notes"], *notes],
-    }
+    timed = [row for row in rows if "median_ms" in row]
+    notes = [*notes, *harness.not_timed(rows)]
+    if any("host_ms" in row for row in timed):
+        names = list(columns)
+        after = 1 + next(i for i, name in enumerate(names) if name in ("ms", "ms a step"))
+        with_host = {**columns, "host ms": lambda row: three_digits(row["host_ms"]) + "*" * row["host_behind"]}
+        columns = {name: with_host[name] for name in [*names[:after], "host ms", *names[after:]]}
+        notes.append("host ms: until the call returns to Python, without waiting for the GPU; ms is the GPU's alone")
+        if any(row["host_behind"] for row in timed):
+            notes.append("*: waits for the GPU itself or overfills its queue; its ms may include time of the host")
+    lines = [[text(row) for text in columns.values()] for row in timed]
+    return {"title": title, "columns": list(columns), "rows": lines, "notes": notes}
+
+
+def ratio(key):
+    """A column of `table`: the row's number with two decimals, empty where it has none."""
+    return lambda row: f"{row[key]:.2f}" if row.get(key) is not None else ""
 
 
 def peak_memory(call, device):
     """Bytes that a call takes at its peak, its result included.
 
-    On a GPU what PyTorch's allocator reports; on a CPU the same, summed over the allocations that PyTorch's profiler
-    records. Memory that an operator gets elsewhere (a BLAS library's workspace) is in neither.
+    On a GPU what PyTorch's allocator reports; on a CPU the sum of the allocations that PyTorch's profiler records. An
+    operator's own allocations outside PyTorch (a BLAS library's workspace) are in neither.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -145,7 +253,7 @@ def peak_memory(call, device):
 
 
 def with_memory_held(make, device):
-    """(what make() returns, the bytes that are still held by it), such as a mask; counted as in `peak_memory`."""
+    """(what make() returns, the bytes that it still holds), such as a mask; counted as in `peak_memory`."""
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated(device)
         made = make()
@@ -164,8 +272,40 @@ def _with_allocations(function):
 
 
 def large_matmul(device, dtype):
-    """(call, FLOPs) of a product of two matrices that are large for the device: what it can reach at best."""
+    """(call, FLOPs) of a large matrix product: the most FLOP/s that this device reaches."""
     n = 8192 if torch.device(device).type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out), 2 * n**3
+
+
+def random_heads(problem, *heads, seed=0):
+    """Random tensors (B, H, T, D) for each H, as projections make them: views of (B, T, H, D).
+
+    problem has B, T, D, dtype and device.
+    """
+    generator = torch.Generator(problem.device).manual_seed(seed)
+    shapes = [(problem.B, problem.T, H, problem.D) for H in heads]
+    drawn = [torch.randn(shape, generator=generator, device=problem.device) for shape in shapes]
+    return [x.to(problem.dtype).transpose(1, 2) for x in drawn]
+
+
+def call_of(function, inputs, gradients, backward):
+    """What is timed: one forward, or one forward and backward, of function(*inputs). It returns all results.
+
+    gradients: those of the outputs, in a tuple. The inputs require a gradient if backward is true.
+    """
+
+    def forward():
+        with torch.no_grad():
+            return _as_tuple(function(*inputs))
+
+    def forward_and_backward():
+        out = _as_tuple(function(*inputs))
+        return (*out, *torch.autograd.grad(out, inputs, gradients))
+
+    return forward_and_backward if backward else forward
+
+
+def _as_tuple(out):
+    return tuple(out) if isinstance(out, tuple | list) else (out,)

@@ -1,23 +1,22 @@
-"""What does a training step take with AdamW, with our Muon and with torch's, where a step has few tokens?
+"""How long does a training step take with AdamW, with our Muon and with torch's, where a step has few tokens?
 
     python benchmarks/optimizer_speed.py                  # half a minute on two CPU cores
 
-The setting is nanoGPT's CPU example (context 64, 12 rows, 4 layers, width 128), in which the optimizer's own work is no
-small part of a step. Every contestant takes whole steps on a batch of its own: forward, backward, clipping, update.
-They take turns, so that whatever else the machine does meets all of them. Columns:
+The setting is nanoGPT's CPU example (context 64, 12 rows, 4 layers, width 128), in which the optimizer takes a large
+part of a step. Every contestant takes whole steps: forward, backward, clipping, update. They take turns. Columns:
 
     ms         the median step (20th to 80th percentile)
-    host ms    on a GPU only: until the step returns to Python; "ms" is then the GPU's alone (gpu_timer.py)
-    x GPT-2    its time (the slower of the two) over that of GPT-2 in plain PyTorch with AdamW, which nanoGPT's run is
-               made of
+    host ms    on a GPU only: until the step returns to Python; "ms" is then the GPU's alone (measure.py)
+    x GPT-2    its time (the slower of the two) over that of GPT-2 in plain PyTorch with AdamW, as in nanoGPT's example
 """
 
 import sys
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
-from measure import alternate, shown, three_digits, with_host_times
+from measure import alternate, ratio, shown, table
 
 from model import GPT, GPTConfig
 from train.optim import hidden_matrices, make_optimizer
@@ -39,8 +38,7 @@ def prepare(options, device):
     if options.d_model < 8 or options.d_model % 8:
         raise harness.BadInput(f"--d-model is {options.d_model}, wanted a multiple of 8: 4 heads of an even size")
     chosen = harness.chosen(options.only, CONTESTANTS)
-    seconds = options.seconds or SECONDS["quick" if options.quick else "default"]
-    return partial(measure, chosen, options.d_model, device, seconds)
+    return partial(measure, chosen, options.d_model, device, harness.budget(options, {"": None}, SECONDS))
 
 
 def step(architecture, fused_kernels, optimizer_of, d_model, device):
@@ -61,7 +59,7 @@ def step(architecture, fused_kernels, optimizer_of, d_model, device):
 
 
 def torchs_muon(model, *, learning_rate, weight_decay, betas):
-    """torch.optim.Muon for the same matrices as ours, with our scale, and AdamW beside it."""
+    """torch.optim.Muon for the same matrices as ours, with our scale, and AdamW for the other parameters."""
     taken = hidden_matrices(model)
     hidden = [parameter for parameter in model.parameters() if parameter in taken]
     others = [parameter for parameter in model.parameters() if parameter not in taken]
@@ -93,29 +91,23 @@ CONTESTANTS = {  # architecture, whether it runs the fused kernels, optimizer
 }
 
 
-def measure(chosen, d_model, device, seconds):
+def measure(chosen, d_model, device, budget):
     calls = {name: step(*made, d_model, device) for name, made in chosen.items()}
     for call in calls.values():
         call()
-    times = alternate(calls, device, seconds)
-    rows, table = [], []
-    for name, time in times.items():
-        against = time.pace / times[BASELINE].pace if BASELINE in times else None
-        rows.append({"contestant": name, "not_timed": None, "x_gpt2": against} | time.as_dict())
-        table.append([name, shown(rows[-1]), three_digits(against) if against else "-"])
-    bars = {"a step": {row["contestant"]: row["median_ms"] for row in rows}}
-    made = {
-        "title": f"A step of {ROWS} x {SIZES['context_length']} tokens",
-        "columns": ["contestant", "ms", "x GPT-2"],
-        "rows": table,
-        "notes": [],
-    }
+    times = alternate(calls, device, budget.seconds)
+    shape = f"a step of {ROWS} x {SIZES['context_length']} tokens"
+    rows = [
+        {"contestant": name, "shape": shape, "not_timed": None}
+        | time.as_dict()
+        | ({"x_gpt2": time.pace / times[BASELINE].pace} if BASELINE in times else {})
+        for name, time in times.items()
+    ]
+    columns = {"contestant": lambda row: row["contestant"], "ms": shown, "x GPT-2": ratio("x_gpt2")}
     return {
         "rows": rows,
-        "tables": [with_host_times(made, rows)],
-        "plots": [{"title": "a training step", "x": "ms", "bars": bars}],
-        "left_out": [],
-        "failed": [],
+        "tables": [table(shape, rows, columns)],
+        "plots": [{"title": shape, "x": "ms", "bars": drawing.bars(rows, lambda row: row["median_ms"])}],
     }
 
 

@@ -4,15 +4,17 @@
     make gpu-check                                                               # on a machine with a GPU
     python benchmarks/report.py
 
-A result is what a benchmark writes with --json, or what gpu_check.py writes. What stands under a GPU's name was
-measured on that GPU; figures that come from a compiler or a formula ("modelled" in their document) have their own page.
+A result is the file that a benchmark writes with --json, or that gpu_check.py writes. Figures under a GPU's name were
+measured on that GPU. Figures of a compiler or a formula ("modelled" in their document) have their own page.
 """
 
 import argparse
+import ast
 import json
 import sys
 from pathlib import Path
 
+import drawing
 import harness
 
 ORDER = ["attn_speed", "rope_speed", "train_speed", "decode_speed"]
@@ -20,7 +22,7 @@ TITLES = {
     "attn_speed": "Attention",
     "rope_speed": "Rotary positions",
     "train_speed": "Training",
-    "decode_speed": "Writing",
+    "decode_speed": "Generation",
     "kernel_report": "Compiled kernels",
 }
 HEAD = """\
@@ -28,12 +30,11 @@ HEAD = """\
 
 Written by `python benchmarks/report.py` from the files in [docs/results](results): change those, not this page.
 
-All times are medians, with the 20th and 80th percentile, of calls that took turns with those of the other contestants
-in one run. Every contestant had to agree with the reference before it was timed. On a GPU the time of a call is the
-device's alone, with a cold L2 cache and all launches in the queue before it starts, and *host ms* is the time until the
-call returns to Python ([gpu_timer.py](../benchmarks/gpu_timer.py) says how); of whole steps, tokens/s and ratios are of
-the slower of the two. Writing is timed by the wall clock, host and device together. What a column means is in the
-docstring of the benchmark: `python benchmarks/attn_speed.py --help`.
+All times are medians, with the 20th and 80th percentile. The contestants took turns in one run, call by call, and each
+had to agree with the reference before the timing. On a GPU, *ms* is the time of the device alone, with a cold L2 cache,
+and *host ms* is the time until the call returns to Python ([measure.py](../benchmarks/measure.py) says how); tokens/s
+and ratios of whole steps use the slower of the two. Generation is timed by the wall clock, host and device together.
+The docstring of a benchmark says what its columns mean: `python benchmarks/attn_speed.py --help`.
 """
 NO_GPU = """\
 ## GPUs
@@ -46,14 +47,15 @@ MODELLED_HEAD = """\
 
 Written by `python benchmarks/report.py` from the files in [results](results): change those, not this page.
 
-Compiled without a GPU. Registers, spills, load widths and instructions are facts about the code; *times and shares of
-peak are a model's: nothing on this page was run on a GPU.* `python benchmarks/kernel_report.py --help` says what the
-columns mean, `benchmarks/speed_of_light.py` has every formula of the model and its assumptions.
+These are the kernels that ship, in bf16 with rope, for heads of 64 and 128, one table a card. They were compiled
+without a GPU. Registers, spills, load widths and instructions are facts about the code; *times and shares of peak come
+from a model: nothing on this page was run on a GPU.* The commands below make the tables for other cards, head sizes,
+dtypes, features and shapes, and with `--details` the instructions by pipe and by source line.
 """
 
 
 class BadResult(ValueError):
-    """A file in docs/results that is no result."""
+    """A file in docs/results is not a result."""
 
 
 def main(arguments=None):
@@ -71,7 +73,10 @@ def main(arguments=None):
 
 
 def load(directory):
-    """[(name for its plot, document, steps of a check)] of all results, gpu_check's taken apart. Raises BadResult."""
+    """[(name for its plot, document, steps of a check)] of all results; gpu_check's file has several.
+
+    Raises BadResult.
+    """
     results = []
     for path in sorted(directory.glob("*.json")):
         try:
@@ -85,7 +90,7 @@ def load(directory):
                 _check(document)
             results += found
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise BadResult(f"{path} is no result of a benchmark ({type(error).__name__}: {error})") from None
+            raise BadResult(f"{path} is not a result of a benchmark ({type(error).__name__}: {error})") from None
     if not results:
         raise BadResult(f"{directory} holds no results: run a benchmark with --json {directory}/NAME.json")
     return results
@@ -101,7 +106,7 @@ def _check(document):
 
 
 def write_page(results, docs):
-    """Draw the plots beside the results and write the page; returns its path."""
+    """Draw the plots and write the pages; returns the path of benchmarks.md."""
     measured = [result for result in results if not result[1].get("modelled")]
     lines = [HEAD]
     for device, heading in (("cuda", "GPU"), ("cpu", "CPU: no figure below is a GPU's")):
@@ -118,11 +123,17 @@ def write_page(results, docs):
     if modelled := [result for result in results if result[1].get("modelled")]:
         lines.append("[What the compiler makes of the kernels](kernel-report.md), on cards that were not here.")
         sections = [line for name, document, _ in modelled for line in _section(name, document, docs)]
-        text = "\n".join([MODELLED_HEAD, *sections]).rstrip() + "\n"
+        text = "\n".join([MODELLED_HEAD, "```text", _docstring("kernel_report"), "```\n", *sections]).rstrip() + "\n"
         (docs / "kernel-report.md").write_text(text, encoding="utf-8")
     page = docs / "benchmarks.md"
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return page
+
+
+def _docstring(benchmark):
+    """What a benchmark's --help begins with; not imported, since kernel_report needs Triton."""
+    source = (harness.ROOT / "benchmarks" / f"{benchmark}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)).split("\n\n", 1)[1]
 
 
 def _place(result):
@@ -152,7 +163,7 @@ def _section(name, document, docs):
     for line in document.get("left_out", ()):
         yield f"Left out: {line}\n"
     plot = f"{name}.png"
-    drawn = harness.draw(document["plots"], docs / "results" / plot)
+    drawn = drawing.draw(document["plots"], docs / "results" / plot, drawing.place(document))
     if drawn.startswith("plot:"):
         yield f"![{TITLES.get(document['benchmark'], document['benchmark'])}](results/{plot})\n"
     for table in document["tables"]:
@@ -166,7 +177,7 @@ def _markdown(table):
     yield "|" + "|".join("---:" if right else "---" for right in numeric) + "|"
     before = None
     for row in table["rows"]:
-        # the first column is said once for the rows that share it
+        # rows with the same first column show it once
         first = "" if row[0] == before else _cell(row[0])
         before = row[0]
         yield "| " + " | ".join([first, *map(_cell, row[1:])]) + " |"

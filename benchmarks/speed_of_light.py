@@ -1,60 +1,57 @@
 """A model of how fast a compiled kernel can run: bounds from its instructions, its bytes and a card's data sheet.
 
-It is a model. Nothing here was measured on a GPU, and each formula is one function below. Two bounds are given:
+Nothing here was measured on a GPU. Each formula is one function. Attention has two bounds:
 
     overlapped   the busiest pipe is never idle:  max over all pipes, and memory
-    serial       a tile's products wait for its softmax and the softmax for the products:
+    serial       a tile's products wait for its softmax, and its softmax for the products:
                  max(matrix unit, shared memory) + max(issue, ALU, FMA, MUFU); or L2 or memory if that takes longer
 
-Code without warp specialisation, as Triton's is, should lie between them. Assumed throughout: clocks at their boost,
-latencies hidden by other warps (short loops, one program a multiprocessor: not so), all of the memory's bandwidth,
-inputs read once from memory and then from L2, no bank conflicts, and full waves of programs but for the last one.
+Triton's code has no warp specialisation and should lie between them. The model assumes boost clocks, latencies that
+other warps hide (wrong for short loops and for one program a multiprocessor), the full bandwidth of the memory, inputs
+that are read once from memory and then from L2, no bank conflicts, and full waves of programs except for the last one.
+
+Memory bounds the rotation and decoding. tune_tiles.py ranks the tiles of decoding by `decode_ms`, a model of latency: a
+memory reaches its bandwidth only with enough loads in flight.
 """
 
 import functools
 import re
 from typing import NamedTuple
 
-from cards import PEAKS
+import harness  # noqa: F401  # first: it puts the root of the repository on the path, so that `kernels` is ours
+from measure import peak_of
+
+from kernels import compiled
+from kernels.backends.triton.decode import split_count
+from kernels.band import visible_pairs
 
 ISSUE_SLOTS = 4  # warp instructions that a multiprocessor issues in a cycle
 SHARED_BYTES = 128  # that shared memory moves in a cycle
-L2_BYTES = 5120  # that L2 gives all multiprocessors in a cycle: an A100's (its white paper), taken for every card
-# How long products take, in those of 16-bit inputs: three TF32 products, each at half the rate; fp32's own on an MI300X
+# Time of a product over that of 16-bit inputs: three TF32 products, each at half the rate; plain fp32 on an MI300X
 PRODUCTS = {2: 1, 4: 6}
 AMD_PRODUCTS = {2: 1, 4: 8}
-# Until a load is there, under load: about twice the 470 to 540 cycles of an idle A100, H100 or 4090 (arXiv:2402.13499)
+# Of a load in a busy memory: about twice the 470 to 540 cycles of an idle A100, H100 or 4090 (arXiv:2402.13499)
 LATENCY_CYCLES = 1000
-# What HMMA reaches on cards whose full rate only the warp-group instructions get: 63 % on an H100 (arXiv:2402.13499);
-# a quarter on a B200 is a guess
+STARTING_READS = 3  # of a decode program, one after the other: lengths, q, the first tile of keys
+# Share of the full rate that HMMA reaches where only warp-group instructions reach all of it: 63 % on an H100
+# (arXiv:2402.13499); a quarter on a B200 is a guess
 HMMA_RATE = {"sm_90": 0.63, "sm_100": 0.25}
 
 
-class Card(NamedTuple):
-    """One card for each architecture; throughputs per multiprocessor and cycle.
+class Card(compiled.Card):
+    """A card of kernels.compiled, with the rates that follow from its data sheet."""
 
-    CUDA programming guide; for the MI300X AMD's CDNA 3 white paper, whose multiplications share the ALU's lanes.
-    """
-
-    name: str  # in cards.PEAKS, which has its matrix rate and its bandwidth
-    multiprocessors: int
-    gigahertz: float
-    fma: int = 128
-    alu: int = 64
-    mufu: int = 16
-    warp: int = 32  # lanes
-    l2: int = L2_BYTES
-    fma_in_alu: bool = False
+    __slots__ = ()
 
     @property
     def l2_bytes(self):
-        """That a multiprocessor gets from L2 in a cycle: its share of all, at most what its port takes."""
+        """Bytes that a multiprocessor gets from L2 in a cycle: its share of all, at most what its port takes."""
         return min(64, self.l2 / self.multiprocessors)
 
     @property
     def flops(self):
         """FLOP/s of the matrix unit, 16-bit inputs, fp32 sums."""
-        return PEAKS[self.name].tflops * 1e12
+        return peak_of(self.name).tflops * 1e12
 
     @property
     def flops_per_cycle(self):
@@ -63,18 +60,11 @@ class Card(NamedTuple):
 
     @property
     def bytes_per_second(self):
-        return PEAKS[self.name].gb_per_second * 1e9
+        """Of the memory."""
+        return peak_of(self.name).gb_per_second * 1e9
 
 
-CARDS = {
-    "sm_80": Card("A100", 108, 1.41, fma=64),
-    "sm_86": Card("A10", 72, 1.695),
-    "sm_89": Card("4090", 128, 2.52),
-    "sm_90": Card("H100", 132, 1.83),
-    "sm_100": Card("B200", 148, 1.85),
-    "sm_120": Card("5090", 170, 2.407),
-    "gfx942": Card("MI300X", 304, 2.1, fma=64, warp=64, l2=8 * 2048, fma_in_alu=True),
-}
+CARDS = {target: Card(*card) for target, card in compiled.CARDS.items()}
 
 
 class Shape(NamedTuple):
@@ -91,7 +81,7 @@ class Shape(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What the model says of one kernel at one shape. Cycles are a program's, all its loops together."""
+    """The model's figures for one kernel at one shape. Cycles are those of one program, all its loops together."""
 
     cycles: dict  # {pipe: cycles}
     efficiency: float  # visible pairs over computed pairs
@@ -101,14 +91,8 @@ class Estimate(NamedTuple):
     overlapped_ms: float
     serial_ms: float
     bound_by: str  # the pipe, or "memory"
-    runner_up: str  # what bounds next, and
-    margin: float  # how much shorter the time would be then: 1 for not at all
-
-
-def visible_pairs(T, W):
-    """(query, key) pairs that a head of T queries and keys sees: sum over i of min(i + 1, W) = W T - W (W - 1) / 2."""
-    W = min(W, T)
-    return W * T - W * (W - 1) // 2
+    runner_up: str  # what would bound next
+    margin: float  # the time of the runner-up over that of bound_by
 
 
 @functools.cache
@@ -157,11 +141,11 @@ def work_efficiency(T, W, own, edge, step, pack, tiles=row_tiles):
     else:
         edges, interior = key_tiles(T, W, own, edge // pack, step // pack)
         computed = own * (edges * edge + interior * step) // pack
-    return visible_pairs(T, W) / computed
+    return visible_pairs(T, T, W) / computed
 
 
 def products_of(target):
-    """{bytes an element: how long a product takes, in those of 16-bit inputs}."""
+    """{bytes an element: time of a product over that of 16-bit inputs}."""
     return AMD_PRODUCTS if target.startswith("gfx") else PRODUCTS
 
 
@@ -174,10 +158,10 @@ def matrix_cycles(rows, columns, depth, products, card, target, element_bytes, i
 
 
 def pipe_cycles(pipes, opcodes, warps, card):
-    """{pipe: cycles} for one turn of a loop: instructions x warps x lanes of a warp, over the lanes of the pipe."""
+    """{pipe: cycles} for one step of a loop: instructions x warps x lanes of a warp, over the lanes of the pipe."""
 
     def lanes(count, width):
-        return count * warps * card.warp / width
+        return count * warps * card.warp_size / width
 
     packed = sum(count for name, count in opcodes.items() if re.match(r"F(FMA|MUL|ADD)2\b", name))  # two in one
     multiplying = pipes.get("fma", 0) + packed
@@ -209,12 +193,12 @@ def _shared_bytes(name):
 
 
 def l2_cycles(rows, head_dim, element_bytes, card):
-    """Two tiles of `rows` rows (k and v, or q and do), which each program fetches for itself."""
+    """Two tiles of `rows` rows (k and v, or q and do); each program fetches its own."""
     return 2 * rows * head_dim * element_bytes / card.l2_bytes
 
 
 def serial_cycles(cycles):
-    """A tile's products, beside which operands are read, then its softmax; copies go on beside both."""
+    """A tile's products, during which operands are read, then its softmax; copies overlap with both."""
     softmax = max(cycles[pipe] for pipe in ("issue", "alu", "fma", "mufu"))
     return max(max(cycles["matrix"], cycles["shared"]) + softmax, cycles["l2"])
 
@@ -227,28 +211,28 @@ def overlapped_cycles(cycles):
 def between(serial, overlapped, resident):
     """A time to rank by: serial for one program a multiprocessor, nearer to overlapped for several.
 
-    Programs that share a multiprocessor fill each other's gaps; that n of them leave 1 / n of the gaps is a guess.
+    Programs on one multiprocessor fill each other's gaps. We guess that n of them leave 1 / n of the gaps.
     """
     return overlapped + (serial - overlapped) / resident
 
 
 def exposed_latency(num_stages):
-    """Cycles that a turn waits for its own loads: all of them where no second buffer lets the next tile come before."""
+    """Cycles that a step waits for its own loads: none with a second buffer, which receives the next tile early."""
     return LATENCY_CYCLES if num_stages < 2 else 0
 
 
 def padded(head_dim):
-    """Elements of a head as products have them: a power of two, 16 at least."""
+    """Elements of a head in a product: a power of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def wave_factor(programs, multiprocessors):
-    """How much longer the last, partly filled wave makes it. A multiprocessor's programs share its pipes: 1 a wave."""
+    """Time with the last, partly filled wave over the time without. A wave is one program a multiprocessor."""
     return -(-programs // multiprocessors) * multiprocessors / programs
 
 
 def attention_bytes(kernel, shape, element_bytes, rope):
-    """Bytes that must cross the memory's interface once: inputs and outputs (docs/kernels.md has the table)."""
+    """Bytes of inputs and outputs, which cross the memory's interface once (docs/kernels.md has the table)."""
     queries = shape.B * shape.Hq * shape.T * shape.D * element_bytes
     keys = shape.B * shape.Hkv * shape.T * shape.D * element_bytes
     rows = 4 * shape.B * shape.Hq * shape.T
@@ -262,11 +246,8 @@ def attention_bytes(kernel, shape, element_bytes, rope):
 PRODUCTS_A_TILE = {"attention_forward": 2, "attention_dq": 3, "attention_dkdv": 4}  # FlashAttention-2, Alg. 1 and 2
 
 
-def attention_estimate(made, shape, element_bytes, rope, without=()):
-    """The `Estimate` of an attention kernel, forward, dq or dk/dv, as compiled. None if its two loops were not found.
-
-    without: pipes that are taken to be free, to compare with models that leave them out.
-    """
+def attention_estimate(made, shape, element_bytes, rope):
+    """The `Estimate` of an attention kernel: forward, dq or dk/dv. None if its two loops were not found."""
     card, tile = CARDS[made.target], made.tile
     pack = tile["PACK"]
     loops = {loop.masked: loop for loop in made.loops}
@@ -279,7 +260,7 @@ def attention_estimate(made, shape, element_bytes, rope, without=()):
         programs = shape.B * shape.Hkv * -(-T // own)
         turns = shape.Hq // shape.Hkv // pack  # each program walks all packs of its group
     else:
-        own, edge, step, tiles = tile["BLOCK_M"], tile["EDGE_K"], tile["BLOCK_K"], row_tiles
+        own, edge, step, tiles = tile["BLOCK_M"], tile["EDGE_N"], tile["BLOCK_N"], row_tiles
         counts = row_tiles(T, W, own // pack, edge, step)
         programs = shape.B * shape.Hq // pack * -(-T // (own // pack))
         turns = 1
@@ -294,13 +275,12 @@ def attention_estimate(made, shape, element_bytes, rope, without=()):
             own, width, padded(shape.D), products, card, made.target, element_bytes, made.matrix
         )
         cycles["l2"] = l2_cycles(width, shape.D, element_bytes, card)
-        cycles |= dict.fromkeys(without, 0.0)
         total = {pipe: total[pipe] + times * cycles[pipe] for pipe in total}
         serial += times * (serial_cycles(cycles) + exposed_latency(tile["num_stages"]))
         overlapped += times * overlapped_cycles(cycles)
-    # what is in front of the loops, between and behind them runs once, and nothing of it beside them
+    # the code before, between and after the loops runs once and overlaps with nothing
     outside = (made.instructions - sum(loop.instructions for loop in made.loops)) * tile["num_warps"] / ISSUE_SLOTS
-    flops = products * 2 * shape.B * shape.Hq * visible_pairs(T, W) * shape.D
+    flops = products * 2 * shape.B * shape.Hq * visible_pairs(T, T, W) * shape.D
     efficiency = work_efficiency(T, W, own, edge, step, pack, tiles)
     moved = attention_bytes(made.kernel, shape, element_bytes, rope)
     factor = programs / card.multiprocessors * wave_factor(programs, card.multiprocessors) / (card.gigahertz * 1e6)
@@ -326,13 +306,91 @@ def estimate_of(cycles, efficiency, flops, moved, overlapped_ms, serial_ms, card
     )
 
 
+def rope_bytes(shape, element_bytes):
+    """q and k, read and written."""
+    return 2 * shape.B * shape.T * (shape.Hq + shape.Hkv) * shape.D * element_bytes
+
+
+def rope_estimate(made, shape, element_bytes):
+    """The `Estimate` of the rotation: every byte crosses the memory's interface once, every instruction runs once."""
+    card, cycles = CARDS[made.target], made.instructions * made.tile["num_warps"] / ISSUE_SLOTS
+    heads = -(-shape.Hq // made.tile["BLOCK_H"]) + -(-shape.Hkv // made.tile["BLOCK_H"])
+    programs = shape.B * -(-shape.T // made.tile["BLOCK_T"]) * heads
+    issue_ms = cycles * programs / card.multiprocessors / (card.gigahertz * 1e6)
+    return estimate_of({"issue": cycles}, 1.0, 0.0, rope_bytes(shape, element_bytes), issue_ms, issue_ms, card)
+
+
+def decode_bytes(shape, element_bytes):
+    """The keys and values of the window, for one new token of each row of the batch; q and out."""
+    return 2 * shape.B * shape.D * element_bytes * (shape.Hkv * shape.window + shape.Hq)
+
+
+def decode_cycles(made, shape, element_bytes):
+    """{pipe: cycles} of one interior tile of keys. None if its loop was not found."""
+    card, interior = CARDS[made.target], next((loop for loop in made.loops if not loop.masked), None)
+    if interior is None:
+        return None
+    rows, keys = made.tile["BLOCK_M"], made.tile["BLOCK_N"]
+    cycles = pipe_cycles(interior.pipes, interior.opcodes, made.tile["num_warps"], card)
+    cycles["matrix"] = matrix_cycles(rows, keys, padded(shape.D), 2, card, made.target, element_bytes, made.matrix)
+    cycles["l2"] = l2_cycles(keys, shape.D, element_bytes, card)
+    return cycles
+
+
+def decode_estimate(made, shape, element_bytes):
+    """The `Estimate` of a decode step, one new token a row, every tile of keys once."""
+    card, cycles = CARDS[made.target], decode_cycles(made, shape, element_bytes)
+    if cycles is None:
+        return None
+    tiles = shape.B * shape.Hkv * -(-shape.window // made.tile["BLOCK_N"])
+    factor = tiles / card.multiprocessors / (card.gigahertz * 1e6)
+    moved = decode_bytes(shape, element_bytes)
+    overlapped, serial = overlapped_cycles(cycles) * factor, serial_cycles(cycles) * factor
+    return estimate_of(cycles, 1.0, 0.0, moved, overlapped, serial, card)
+
+
+def decode_ms(made, shape, element_bytes):
+    """A time to rank by: the longer of two. The first is the memory's, at the bandwidth that the loads in flight reach.
+    The second is the chain of tiles in one program. `split_count`, the launcher's rule, gives the number of parts.
+    """
+    card, cycles = CARDS[made.target], decode_cycles(made, shape, element_bytes)
+    if cycles is None:
+        return float("inf")
+    keys, ahead = made.tile["BLOCK_N"], made.tile["num_stages"] - 1
+    rows, tiles = shape.B * shape.Hkv, -(-shape.window // keys)
+    splits = split_count(rows, tiles, card.multiprocessors)
+    places = made.blocks_per_multiprocessor * card.multiprocessors
+    resident = -(-min(rows * splits, places) // card.multiprocessors)
+    # memory: whole tiles, and the parts of the result written and read in fp32
+    tile_bytes = 2 * keys * shape.D * element_bytes
+    partial = 8 * shape.B * shape.Hq * splits * shape.D if splits > 1 else 0
+    in_flight = max(1, ahead) * tile_bytes * min(rows * splits, places) / card.multiprocessors
+    moved = rows * tiles * tile_bytes + partial
+    memory_ms = moved / (card.bytes_per_second * bandwidth_share(in_flight, card)) * 1e3
+    # programs: a tile a step, which waits for loads that were sent `ahead` steps before
+    waiting = LATENCY_CYCLES / ahead if ahead else LATENCY_CYCLES + serial_cycles(cycles)
+    step = max(serial_cycles(cycles), resident * overlapped_cycles(cycles), waiting)
+    waves = -(-rows * splits // places)
+    chain = waves * (-(-tiles // splits) * step + STARTING_READS * LATENCY_CYCLES)
+    return max(memory_ms, chain / (card.gigahertz * 1e6))
+
+
+def bandwidth_share(in_flight, card):
+    """The share of the memory's bandwidth that is reached with so many bytes in flight for each multiprocessor.
+
+    Little's law: bytes in flight = bandwidth x latency.
+    """
+    needed = card.bytes_per_second / (card.gigahertz * 1e9) * LATENCY_CYCLES / card.multiprocessors
+    return min(1.0, in_flight / needed)
+
+
 REMEDIES = {
-    "matrix": "fewer pairs computed in vain (narrower edges and row blocks) or fewer products; else a faster card",
+    "matrix": "fewer masked pairs (narrower edges and row blocks) or fewer products; else a faster card",
     "issue": "fewer instructions a score: a taller tile for each warp, wider interior tiles",
     "alu": "fewer maxima, conversions and pointer steps a score",
     "fma": "fewer multiplications a score: rescale less often (wider tiles), scale folded into the exponent",
-    "mufu": "fewer exponentials: none are spare, so part of them as polynomials on the FMA pipe",
+    "mufu": "part of the exponentials as polynomials on the FMA pipe",
     "shared": "more rows for each warp, so that a key tile is read by fewer warps",
     "l2": "taller tiles, or the same keys for neighbouring programs (clusters), so that fewer copies are fetched",
-    "memory": "fewer bytes: fuse with what makes or takes them, or a narrower dtype",
+    "memory": "fewer bytes: fuse with the producer or the consumer, or use a narrower dtype",
 }

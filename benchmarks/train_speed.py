@@ -1,16 +1,16 @@
-"""How many tokens a second does a training step take, with our kernels and without, and in Hugging Face's StarCoder2?
+"""How many tokens a second does training reach, with our kernels, without them, and in Hugging Face's StarCoder2?
 
     python benchmarks/train_speed.py                      # two minutes on two CPU cores; --quick: under one
     python benchmarks/train_speed.py --compile            # the same models under torch.compile as well
 
-A step is forward, backward, clipping and fused AdamW (optimizer_speed.py has what Muon adds). The three models have the
-same weights and see the same batches; their losses and gradients must agree before they are timed. They take turns:
+A step is forward, backward, clipping and fused AdamW (optimizer_speed.py compares Muon). The three models have the same
+weights and the same batches; their losses and gradients must agree before they are timed. They take turns:
 
-    tokens/s   of the median step (20th to 80th percentile of the step's milliseconds in the next column); on a GPU of
-               the slower of that, which is the device's alone, and "host ms", until the step returns (gpu_timer.py)
+    tokens/s   of the median step; on a GPU by the slower of the device's time and "host ms", until the step returns
+    ms a step  median (20th to 80th percentile)
     x plain    how many times as fast as the same model with --no-fused-kernels; x HF: as Hugging Face's
-    MB         what a step allocates at its peak beside weights, gradients and optimizer: activations, mostly
-    MFU        on a GPU: FLOPs that the step needs (visible pairs only), of the card's bf16 peak (cards.py)
+    MB         what a step allocates at its peak besides weights, gradients and optimizer: mostly activations
+    MFU        on a GPU: FLOPs that the step needs (visible pairs only), of the card's bf16 peak
 """
 
 import contextlib
@@ -18,18 +18,19 @@ import copy
 import sys
 from functools import partial
 
+import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
-import starcoder2
 import torch
 import torch.nn.functional as F
-from cards import peak_of
-from measure import alternate, peak_memory, shown, three_digits, with_host_times
+from decoders import why_not_starcoder2
+from measure import alternate, peak_memory, peak_of_device, ratio, shown, table, three_digits
 
 from model import GPT, GPTConfig, flops_per_token
+from model.huggingface import to_huggingface
 from train.config import RunConfig, TrainerConfig
 from train.optim import make_optimizer
 
-VOCABULARY = 76  # different characters of Shakespeare's plays, which `python -m train` trains on
+VOCABULARY = 76  # characters of Shakespeare's plays, the data of `python -m train`
 LONG_CONTEXT, LONG_WINDOW = 2048, 128
 SECONDS = {"quick": 15.0, "default": 90.0}
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -39,7 +40,7 @@ CARD_MODEL = dict(  # GPT-2's size, with grouped heads
 
 
 def workloads(device, quick):
-    """{name: (GPTConfig, rows of a batch)}; the defaults are asked of the trainer, so that they cannot disagree."""
+    """{name: (GPTConfig, rows of a batch)}; the defaults are those of the trainer."""
     run, trainer = RunConfig(), TrainerConfig()
     default = run.model_config(VOCABULARY)
     tokens = trainer.batch_size * run.context_size
@@ -72,7 +73,9 @@ def main(arguments=None):
         "d_model": "width",
         "batch_size": "rows of a batch",
     }.items():
-        flags.add_argument("--" + name.replace("_", "-"), type=int, help=f"{meaning}: one model of your own instead")
+        flags.add_argument(
+            "--" + name.replace("_", "-"), type=int, help=f"{meaning}, of one model in place of the grid"
+        )
     return harness.run(flags, prepare, arguments)
 
 
@@ -95,27 +98,19 @@ def prepare(options, device):
         chosen = workloads(device, options.quick)
     if options.compile and (reason := harness.why_not_compile(device)):
         raise harness.BadInput(f"--compile: {reason}")
-    seconds = options.seconds or SECONDS["quick" if options.quick else "default"]
     points = {name: (name, *workload) for name, workload in chosen.items()}
-    budget = harness.Budget(points, seconds, options.deadline)
-    return partial(measure, budget, device, precision, options.compile)
+    return partial(measure, harness.budget(options, points, SECONDS), device, precision, options.compile)
 
 
 def measure(budget, device, precision, compiled):
-    rows = []
-    for name, config, batch_size in budget:
-        rows += measure_point(name, config, batch_size, device, precision, compiled, budget.share())
+    rows = [row for point in budget for row in measure_point(*point, device, precision, compiled, budget.share())]
+    bars = drawing.bars(rows, lambda row: row["tokens_per_second"])
     return {
         "settings": {"precision": precision, "compile": compiled},
         "rows": rows,
-        "tables": [table(rows, device)],
-        "plots": [plot(rows)],
+        "tables": [table_of(rows, device)],
+        "plots": [{"title": "Training", "x": "tokens/s", "bars": bars}],
         "left_out": budget.left_out,
-        "failed": [
-            f"{row['contestant']} at {row['shape']}: {row['not_timed']}"
-            for row in rows
-            if row["contestant"].startswith("ours") and row["not_timed"]
-        ],
     }
 
 
@@ -128,11 +123,9 @@ def models(config, device):
         "ours, fused kernels": (fused, lambda model, x, y: model(x, y)[1]),
         "ours, --no-fused-kernels": (plain, lambda model, x, y: model(x, y)[1]),
     }
-    reason = starcoder2.why_not(config)
-    if reason is None:
-        theirs = starcoder2.starcoder2_of(fused, config.context_length)
-    # the loss of all three is the same call, which is cheaper than theirs: it keeps no fp32 copy of the logits
-    made["Hugging Face StarCoder2"] = reason or (theirs, hugging_face_loss)
+    # all three compute the loss by the same call: Hugging Face's own would keep an fp32 copy of the logits
+    reason = why_not_starcoder2(config)
+    made["Hugging Face StarCoder2"] = reason or (to_huggingface(fused), hugging_face_loss)
     return made
 
 
@@ -142,7 +135,7 @@ def hugging_face_loss(model, x, y):
 
 
 class Step:
-    """One step of training on the batch that it holds; calling it takes the step."""
+    """One training step on a fixed batch; calling it takes the step."""
 
     def __init__(self, model, loss_of, x, y, precision):
         self.model, self.loss_of, self.x, self.y = model.train(), loss_of, x, y
@@ -153,10 +146,10 @@ class Step:
         self.clip = config.grad_clip
         self.optimizer = make_optimizer(
             model, learning_rate=1e-5, weight_decay=config.weight_decay, betas=config.betas
-        )  # the models stay near each other: as many steps as one likes
+        )  # so small a rate keeps the models near each other for any number of steps
 
     def loss_and_gradient_norm(self):
-        """Of the batch, as two numbers; nothing is updated."""
+        """Two numbers of the batch; nothing is updated."""
         loss, norm = self._backward()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item(), norm.item()
@@ -201,31 +194,29 @@ def measure_point(name, config, batch_size, device, precision, compiled, seconds
         step = Step(*made, x, y, precision)
         try:
             row["loss"], row["gradient_norm"] = step.loss_and_gradient_norm()
-        except Exception as failure:  # a contestant may fail in any way of its own: its line says so
+        except Exception as failure:  # whatever a contestant raises: its line says it
             row["not_timed"] = f"failed the check: {harness.in_a_line(failure)}"
             continue
         if "--no-fused" in who and expected is None:
             expected = row
         calls[who] = step
-    for row in rows:  # all against plain PyTorch
+    for row in rows:  # all are compared with plain PyTorch
         if not row["not_timed"] and (objection := disagreement(row, expected, LOSS_TOLERANCE[precision])):
             row["not_timed"] = f"failed the check: {objection}"
             del calls[row["contestant"]]
     for row in rows:
         if row["contestant"] in calls:
-            calls[row["contestant"]]()  # the optimizer's state is made by the first step
+            calls[row["contestant"]]()  # the first step makes the optimizer's state
             row["peak_mb"] = peak_memory(calls[row["contestant"]], device) / 1e6
     times = alternate(calls, device, seconds)
-    # the peak is that of bf16 products
-    known = device.type == "cuda" and precision == "bf16"
-    add_figures(rows, times, config, peak_of(torch.cuda.get_device_name(device)) if known else None)
+    add_figures(rows, times, config, peak_of_device(device) if precision == "bf16" else None)
     return rows
 
 
 def disagreement(row, expected, tolerance):
-    """In a few words, how loss or gradient norm differ from those of plain PyTorch; None if they do not."""
+    """How loss or gradient norm differ from those of plain PyTorch, in a few words; None if they do not."""
     if expected is None:
-        return "plain PyTorch, which it is compared with, did not run"
+        return "plain PyTorch did not run, so there is nothing to compare with"
     for key, allowed in (("loss", tolerance), ("gradient_norm", 10 * tolerance)):
         if not abs(row[key] - expected[key]) <= allowed:
             return f"{key.replace('_', ' ')} {row[key]:.6f}, that of plain PyTorch is {expected[key]:.6f}"
@@ -245,35 +236,20 @@ def add_figures(rows, times, config, peak):
                 row["mfu"] = row["flops_per_second"] / (peak.tflops * 1e12)
 
 
-def table(rows, device):
-    cuda = device.type == "cuda"
-    lines = [
-        [
-            row["shape"],
-            row["contestant"],
-            f"{row['tokens_per_second']:.0f}",
-            shown(row),
-            f"{row['x_plain']:.2f}" if "x_plain" in row else "",
-            f"{row['x_hugging_face']:.2f}" if "x_hugging_face" in row else "",
-            three_digits(row["peak_mb"]),
-            *([f"{row['mfu']:.1%}" if "mfu" in row else "-"] if cuda else []),
-        ]
-        for row in rows
-        if "median_ms" in row
-    ]
-    columns = ["workload", "model", "tokens/s", "ms a step", "x plain", "x HF", "MB", *(["MFU"] if cuda else [])]
+def table_of(rows, device):
+    columns = {
+        "workload": lambda row: row["shape"],
+        "model": lambda row: row["contestant"],
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+        "ms a step": shown,
+        "x plain": ratio("x_plain"),
+        "x HF": ratio("x_hugging_face"),
+        "MB": lambda row: three_digits(row["peak_mb"]),
+    }
+    if device.type == "cuda":
+        columns["MFU"] = lambda row: f"{row['mfu']:.1%}" if "mfu" in row else "-"
     sizes = {row["shape"]: f"{row['parameters']:,} parameters, {row['tokens']:,} tokens a step" for row in rows}
-    notes = [f"{shape}: {size}" for shape, size in sizes.items()] + harness.not_timed(rows)
-    made = {"title": "Training steps", "columns": columns, "rows": lines, "notes": notes}
-    return with_host_times(made, rows)
-
-
-def plot(rows):
-    bars = {}
-    for row in rows:
-        if "median_ms" in row:
-            bars.setdefault(row["shape"], {})[row["contestant"]] = row["tokens_per_second"]
-    return {"title": "Training", "x": "tokens/s", "bars": bars}
+    return table("Training steps", rows, columns, [f"{shape}: {size}" for shape, size in sizes.items()])
 
 
 if __name__ == "__main__":

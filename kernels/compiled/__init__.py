@@ -3,6 +3,16 @@
 Nothing else in `kernels` imports this package.
 """
 
-from .compile import LIMITS, Compiled, Launch, Limits, compile_launch, launches, limits, recorded
+from .compile import CARDS, Card, Compiled, Launch, card_of, compile_launch, launches, recorded, resident_blocks
 
-__all__ = ["LIMITS", "Compiled", "Launch", "Limits", "compile_launch", "launches", "limits", "recorded"]
+__all__ = [
+    "CARDS",
+    "Card",
+    "Compiled",
+    "Launch",
+    "card_of",
+    "compile_launch",
+    "launches",
+    "recorded",
+    "resident_blocks",
+]

@@ -5,11 +5,11 @@
         made = compile_launch(launch, "sm_90")
         print(made.kernel, made.registers, made.spilled_bytes, made.shared_bytes, [loop.pipes for loop in made.loops])
 
-Tensors on the meta device go through the real launchers, which choose their tiles and arguments as they would on the
-card named; what they launch is recorded instead of run, then compiled by Triton with a driver that only knows a
-target. So what is reported is what would run. Triton's package carries the assembler and the disassemblers.
+Tensors on the meta device go through the real launchers, which choose tiles and arguments as they would on that card.
+Their launches are recorded instead of run. Triton compiles them with a driver that only knows the target, so the result
+is the code that would run. Triton's package has the assembler and the disassemblers.
 
-Not for a process that decorates kernels with TRITON_INTERPRET=1: interpreted functions cannot be compiled.
+A process with TRITON_INTERPRET=1 cannot use this: interpreted functions cannot be compiled.
 """
 
 import contextlib
@@ -33,28 +33,39 @@ from ..backends.triton import append, attend, attend_backward, attend_to_cache, 
 from . import machine_code
 
 
-class Limits(NamedTuple):
-    """What one multiprocessor has for its programs (CUDA programming guide, "compute capabilities"; AMD CDNA3 ISA)."""
+class Card(NamedTuple):
+    """One card of an architecture: what a multiprocessor holds, and what it executes in a cycle.
 
-    number: int  # as tile_configs counts architectures
-    cards: str
+    Sources: CUDA programming guide, "compute capabilities"; AMD's CDNA 3 ISA and white paper, for the MI300X.
+    """
+
+    name: str
+    number: int  # the architecture, as tile_configs counts them
     shared_per_block: int  # bytes
     shared_total: int
-    registers: int  # 32 bits each
     warps: int
     blocks: int
+    multiprocessors: int
+    gigahertz: float  # boost clock
+    registers: int = 65536  # 32 bits each
     warp_size: int = 32
+    fma: int = 128  # lanes of each pipe
+    alu: int = 64
+    mufu: int = 16
+    fma_in_alu: bool = False  # multiplications take the lanes of the ALU
+    l2: int = 5120  # bytes that L2 gives all multiprocessors in a cycle: an A100's (white paper), taken for every card
 
 
-LIMITS = {
-    "sm_80": Limits(80, "A100", 163 << 10, 164 << 10, 65536, 64, 32),
-    "sm_86": Limits(86, "A10, RTX 3090", 99 << 10, 100 << 10, 65536, 48, 16),
-    "sm_89": Limits(89, "L4, L40S, RTX 4090", 99 << 10, 100 << 10, 65536, 48, 24),
-    "sm_90": Limits(90, "H100, H200", 227 << 10, 228 << 10, 65536, 64, 32),
-    "sm_100": Limits(100, "B200", 227 << 10, 228 << 10, 65536, 64, 32),
-    "sm_120": Limits(120, "RTX 5090", 99 << 10, 100 << 10, 65536, 48, 24),
-    "gfx942": Limits(tile_configs.AMD, "MI300X", 64 << 10, 64 << 10, 4 * 512 * 64, 32, 32, 64),
-}
+CARDS = {
+    "sm_80": Card("A100", 80, 163 << 10, 164 << 10, 64, 32, 108, 1.41, fma=64),
+    "sm_86": Card("A10", 86, 99 << 10, 100 << 10, 48, 16, 72, 1.695),
+    "sm_89": Card("4090", 89, 99 << 10, 100 << 10, 48, 24, 128, 2.52),
+    "sm_90": Card("H100", 90, 227 << 10, 228 << 10, 64, 32, 132, 1.83),
+    "sm_100": Card("B200", 100, 227 << 10, 228 << 10, 64, 32, 148, 1.85),
+    "sm_120": Card("5090", 120, 99 << 10, 100 << 10, 48, 24, 170, 2.407),
+    "gfx942": Card("MI300X", tile_configs.AMD, 64 << 10, 64 << 10, 32, 32, 304, 2.1, registers=4 * 512 * 64,
+                   warp_size=64, fma=64, fma_in_alu=True, l2=8 * 2048),
+}  # fmt: skip
 RESERVED_SHARED = 1 << 10  # bytes that CUDA takes for itself from every block
 TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell multiprocessor
 
@@ -88,8 +99,8 @@ class Compiled(NamedTuple):
     stack_bytes: int
     spilled_bytes: int  # registers that the code stores into local memory, 4 bytes each
     shared_bytes: int  # a block's
-    blocks_per_multiprocessor: int  # 0: it does not fit
-    limited_by: str  # what allows no further block
+    blocks_per_multiprocessor: int  # resident at a time; 0: a block does not fit
+    limited_by: str  # the resource that allows no more blocks
     instructions: int  # of the whole kernel
     matrix: tuple  # the matrix instructions used, such as ("HGMMA",)
     accesses: tuple  # of machine_code.Access: global loads and stores with their widths
@@ -98,19 +109,19 @@ class Compiled(NamedTuple):
 
     @property
     def narrow_tile_loads(self):
-        """Loads of tiles (not of one number a row) that move under 16 bytes a thread."""
+        """Loads of tiles (not of one number a row) of under 16 bytes a thread."""
         return [
             access for access in self.accesses if not access.of_rows and access.kind != "store" and access.bytes < 16
         ]
 
 
-def limits(target):
-    """The `Limits` of a target. Raises ValueError for one that is unknown or that this Triton cannot assemble."""
-    known = [name for name in LIMITS if _assembles(name)]
+def card_of(target):
+    """The `Card` of a target. Raises ValueError for one that is unknown or that this Triton cannot assemble."""
+    known = [name for name in CARDS if _assembles(name)]
     if target not in known:
         raise ValueError(f"architecture {target!r} is not one that triton {triton.__version__} compiles for here: "
                          f"wanted one of {', '.join(known)}")  # fmt: skip
-    return LIMITS[target]
+    return CARDS[target]
 
 
 def launches(
@@ -155,14 +166,14 @@ def launches(
 
 @contextlib.contextmanager
 def recorded(target):
-    """A list that receives a `Launch` for every kernel that is launched inside, none of which runs.
+    """A list that receives a `Launch` for every kernel launched inside the block; none of them runs.
 
-    Launchers choose tiles as they would on `target`. Not for more than one thread at a time.
+    Launchers choose tiles as they would on `target`. Only one thread may use it at a time.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("kernels were decorated with TRITON_INTERPRET=1: record and compile in a process without it")
     found = []
-    number = limits(target).number
+    number = card_of(target).number
     run, architecture = JITFunction.run, tile_configs.architecture
     JITFunction.run = lambda kernel, *arguments, grid, warmup, **keywords: found.append(
         Launch(kernel, arguments, keywords, grid)
@@ -175,8 +186,8 @@ def recorded(target):
 
 
 def compile_launch(launch, target):
-    """The `Compiled` of a launch. Raises whatever Triton and its assembler raise for a kernel they do not take."""
-    card = limits(target)
+    """The `Compiled` of a launch. Errors of Triton and of its assembler pass through."""
+    card = card_of(target)
     with _compiling_for(target, card):
         code = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.keywords)
     read = machine_code.read_amd if "amdgcn" in code.asm else _read_cuda
@@ -204,7 +215,7 @@ def compile_launch(launch, target):
 
 
 def resident_blocks(card, registers, warps, shared, tensor_memory_columns=0):
-    """(blocks that a multiprocessor of `Limits` card holds at a time, what allows no more). registers: a thread's."""
+    """(blocks that a multiprocessor of a `Card` holds at a time, what allows no more). registers: a thread's."""
     if card.warp_size == 64:
         # registers of a SIMD: 512 a lane, handed out by 8; a block's waves are spread over 4 SIMDs
         waves = min(8, 512 // max(1, -(-registers // 8) * 8))
@@ -225,12 +236,12 @@ def resident_blocks(card, registers, warps, shared, tensor_memory_columns=0):
 
 
 class _TargetOnly(DriverBase):
-    """A driver for a card that is not there: enough for Triton to compile, nothing to launch with."""
+    """A driver for an absent card: Triton compiles with it, and cannot launch."""
 
     def __init__(self, target):
         super().__init__()
         self.target = target
-        self.get_current_device = lambda: target.arch  # what Triton keeps compiled kernels by
+        self.get_current_device = lambda: target.arch  # Triton's key for compiled kernels
         self.get_current_stream = lambda device: 0
 
     @classmethod
@@ -254,7 +265,7 @@ class _TargetOnly(DriverBase):
 def _compiling_for(target, card):
     cuda = target.startswith("sm_")
     wanted = GPUTarget("cuda" if cuda else "hip", card.number if cuda else target, card.warp_size)
-    before = driver._active  # `driver.active` would look for a GPU
+    before = driver._active  # `driver.active` would search for a GPU
     driver.set_active(_TargetOnly(wanted))
     try:
         yield
@@ -266,7 +277,7 @@ def _read_cuda(asm):
     return _disassembled(asm["cubin"], asm["ptx"])
 
 
-@functools.lru_cache(256)  # sets of features often make the same code of a kernel
+@functools.lru_cache(256)  # several sets of features often give the same code
 def _disassembled(cubin, ptx_text):
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
@@ -282,10 +293,10 @@ def _output(*command):
 
 @functools.cache
 def _assembles(target):
-    """Whether this installation of Triton has what it takes to make machine code of `target`."""
+    """Whether this installation of Triton can assemble for `target`."""
     if target.startswith("gfx"):
         return "amd" in backends
     if "nvidia" not in backends:
         return False
-    assembler = knobs.nvidia.ptxas_blackwell if LIMITS[target].number >= 100 else knobs.nvidia.ptxas
+    assembler = knobs.nvidia.ptxas_blackwell if CARDS[target].number >= 100 else knobs.nvidia.ptxas
     return re.search(rf"'{target}a?'", _output(assembler.path, "--help")) is not None

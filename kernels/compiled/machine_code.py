@@ -1,9 +1,9 @@
-"""Reads disassembled kernels: registers, spills, load widths, and what the innermost loops are made of.
+"""Reads disassembled kernels: registers, spills, load widths, and the instructions of the innermost loops.
 
-Triton writes the source line of every instruction into its output. A loop that has instructions of `tiles.visible` is
-an edge, one that has none is the interior; and `Loop.lines` says which line of our source each instruction serves.
-Widths of memory accesses are read before the assembler runs (it keeps them), where the whole chain of calls is named,
-so that `q`, `k` or `lse` can be told apart.
+Triton writes the source line of every instruction into its output. A loop with instructions of `tiles.visible` is an
+edge; a loop without them is the interior. `Loop.lines` counts the instructions of each line of our source. Widths of
+memory accesses are read from the assembler's input, which names the whole chain of calls, so that `q`, `k` and `lse`
+can be distinguished. The assembler does not change the widths.
 """
 
 import ast

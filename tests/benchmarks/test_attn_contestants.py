@@ -88,8 +88,7 @@ def test_contestants_are_right_or_say_why_they_are_not_there(name, shape, monkey
     oracle = Oracle(problem, inputs, contestant.windowed)
     for way, prepare in contestant.ways.items():
         error, objection = oracle.objection(prepare(problem))
-        assert objection is None, way
-        assert error < 1e-5
+        assert objection is None and error <= 1, way
 
 
 def test_one_wrong_way_is_not_taken():
@@ -113,7 +112,7 @@ def test_a_sampled_check_sees_errors_in_the_last_rows(monkeypatch):
     oracle = Oracle(PROBLEM, inputs)
     assert 4 * 16 - 5 <= len(oracle.rows) <= 4 * 16 and PROBLEM.T - 1 in oracle.rows
     assert oracle.objection(variant().ways[""](PROBLEM))[1] is None
-    assert " is off by 0.01 " in oracle.objection(late_error(PROBLEM))[1]
+    assert "is off by" in oracle.objection(late_error(PROBLEM))[1]
     assert oracle.objection(wrong_backward(PROBLEM))[1].startswith("dk is off by")
 
 
@@ -123,8 +122,28 @@ def test_the_oracle_is_sdpa_in_fp64():
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
     expected = (out, *torch.autograd.grad(out, exact, grad_out.double()))
-    for mine, theirs in zip(Oracle(problem, inputs).expected.values(), expected, strict=True):
+    for mine, theirs in zip(Oracle(problem, inputs).exact.values(), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 9), (torch.float16, 80), (torch.float32, 10_000)])
+def test_rounding_passes_and_a_window_off_by_one_does_not(dtype, least):
+    """In every dtype, for all four results, where a row of dq is a small difference of large terms."""
+    problem = Problem(T=1024, window=256, Hq=4, Hkv=2, D=64, backward=True, dtype=dtype)
+    inputs = problem.inputs()
+    oracle = Oracle(problem, inputs)
+    for name in ("ours", "SDPA masked"):
+        for prepare in CONTESTANTS[name].ways.values():
+            assert oracle.objection(prepare(problem))[1] is None, name
+    causal = Oracle(problem, inputs, windowed=False)
+    assert causal.objection(CONTESTANTS["SDPA causal"].ways["grouped heads"](problem))[1] is None
+    for window in (255, 257):
+        attend = variant(window=window).ways[""](problem)
+        assert oracle.error_of(attend)[0] > least
+        out, *gradients = attn_contestants.call_of(attend, oracle.inputs, (oracle.grad_out,), True)()
+        for result, (name, exact) in zip((out, *gradients), oracle.exact.items(), strict=True):
+            error = attn_contestants._by_block(result.detach().double() - exact) / oracle.budget[name]
+            assert error.max() > least / 2, name
 
 
 def test_only_visible_pairs_are_counted():
@@ -170,7 +189,7 @@ def test_a_wrong_result_of_ours_makes_the_exit_status_1(monkeypatch, capsys):
     assert attn_speed.main(arguments.split(" ")) == 1
     captured = capsys.readouterr()
     assert "FAILED: ours at 32, W 8" in captured.out
-    assert json.loads(captured.out.splitlines()[-1])["failed"]
+    assert json.loads(captured.out.splitlines()[-1])["failed"] == 1
 
 
 @pytest.mark.parametrize(
@@ -199,3 +218,14 @@ def test_the_shapes_that_were_promised_are_in_the_default_grid():
     for T, W in ((256, 25), (1024, 128), (2048, 128), (4096, 256), (8192, 256)):
         assert Problem(T=T, window=W, Hq=8, Hkv=2, D=64, B=1) in shapes
     assert max(shape.T for shape in shapes) == 32768
+
+
+def test_a_plot_of_one_length_has_bars_and_one_of_several_lines():
+    def row(who, T, ms):
+        fields = dict(contestant=who, shape=f"{T}, W 8", T=T, window=8, Hq=1, Hkv=1, D=8, B=1, median_ms=ms)
+        return {**fields, "pass": "fwd"}
+
+    (bars,) = attn_speed.plots([row("ours", 64, 1.0), row("SDPA masked", 64, 4.0)], ["fwd", "fwd+bwd"])
+    assert bars["bars"] == {"64, W 8": {"ours": 1.0, "SDPA masked": 4.0}} and "series" not in bars
+    (lines,) = attn_speed.plots([row("ours", 64, 1.0), row("ours", 128, 2.0)], ["fwd"])
+    assert lines["series"] == {"ours": [[64, 1.0], [128, 2.0]]} and "bars" not in lines

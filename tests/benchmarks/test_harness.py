@@ -4,11 +4,12 @@ import subprocess
 import sys
 import time
 
+import drawing
 import harness
 import pytest
 
 PARTS = {
-    "rows": [],
+    "rows": [{"contestant": "a", "median_ms": 1.0}, {"contestant": "bcd", "not_timed": "absent"}],
     "tables": [{"title": "Some", "columns": ["who", "ms"], "rows": [["a", "1.0"], ["bcd", "10"]], "notes": ["a note"]}],
     "plots": [{"title": "t", "x": "T", "y": "ms", "series": {"ours": [[2, 1.0], [1, 0.5]]}}],
 }
@@ -18,12 +19,16 @@ def run(arguments, parts=PARTS):
     return harness.run(harness.parser("some_speed", "Some."), lambda options, device: lambda: dict(parts), arguments)
 
 
-def test_the_last_line_is_the_document(capsys, tmp_path):
+def test_the_document_is_in_the_file_and_its_summary_is_the_last_line(capsys, tmp_path):
     file = tmp_path / "new" / "some.json"
     assert run(["--device", "cpu", "--json", str(file), "--plot", str(tmp_path / "some.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    document = json.loads(lines[-1])
-    assert document == json.loads(file.read_text())
+    document = json.loads(file.read_text())
+    assert json.loads(lines[-1]) == {
+        "benchmark": "some_speed", "device": document["machine"]["name"], "rows": 2, "timed": 1, "failed": 0,
+        "left_out": 0, "document": str(file),
+    }  # fmt: skip
+    assert document["rows"] == PARTS["rows"] and len(file.read_text().splitlines()) < 25  # one row on one line
     assert document["benchmark"] == "some_speed" and document["tables"] == PARTS["tables"]
     assert {"device", "name", "threads", "torch", "triton", "commit", "date"} <= set(document["machine"])
     assert {"Some", "who   ms", "bcd   10", "a note"} <= set(lines)
@@ -40,16 +45,28 @@ def test_what_failed_makes_the_exit_status_1(capsys):
     assert "FAILED: ours at 1: wrong" in capsys.readouterr().out
 
 
-def test_numbers_that_json_lacks_become_null(capsys):
-    run(["--plot", "none"], {**PARTS, "rows": [{"loss": float("nan"), "error": [float("inf"), 1.5]}]})
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == [{"loss": None, "error": [None, 1.5]}]
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    file = tmp_path / "some.json"
+    rows = [{"loss": float("nan"), "error": [float("inf"), 1.5]}]
+    run(["--plot", "none", "--json", str(file)], {**PARTS, "rows": rows, "failed": []})
+    assert json.loads(file.read_text())["rows"] == [{"loss": None, "error": [None, 1.5]}]
+
+
+def test_failures_are_those_of_ours():
+    rows = [
+        {"contestant": "ours", "shape": "64, W 8", "pass": "fwd", "not_timed": "wrong"},
+        {"contestant": "ours, compiled", "shape": "a", "not_timed": "slow"},
+        {"contestant": "SDPA", "shape": "a", "not_timed": "absent"},
+        {"contestant": "ours", "shape": "a", "not_timed": None},
+    ]
+    assert harness.failed(rows) == ["ours at 64, W 8, fwd: wrong", "ours, compiled at a: slow"]
 
 
 def test_bars_are_drawn(tmp_path):
     bars = {"small": {"ours": 2.0, "theirs": 1.0}, "large": {"ours": 3.0}}
     file = tmp_path / "bars.png"
-    assert harness.draw([{"title": "t", "x": "tokens/s", "bars": bars}], file) == f"plot: {file}"
-    assert harness.draw([{"title": "t", "x": "T", "y": "ms", "series": {"a": []}}], file).startswith("no plot")
+    assert drawing.draw([{"title": "t", "x": "tokens/s", "bars": bars}], file) == f"plot: {file}"
+    assert drawing.draw([{"title": "t", "x": "T", "y": "ms", "series": {"a": []}}], file).startswith("no plot")
 
 
 @pytest.mark.parametrize(

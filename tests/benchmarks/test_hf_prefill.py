@@ -9,14 +9,19 @@ import hf_prefill
 from model.huggingface import attention
 
 
-def run(capsys, *arguments):
-    status = hf_prefill.main([*arguments, "--device", "cpu", "--plot", "none", "--seconds", "0.1"])
-    shown = capsys.readouterr().out
-    return status, json.loads(shown.splitlines()[-1]), shown
+@pytest.fixture
+def run(capsys, tmp_path):
+    def run(*arguments):
+        file = tmp_path / "document.json"
+        common = ["--device", "cpu", "--plot", "none", "--seconds", "0.1", "--json", str(file)]
+        status = hf_prefill.main([*arguments, *common])
+        return status, json.loads(file.read_text()), capsys.readouterr().out
+
+    return run
 
 
-def test_every_attention_is_checked_and_timed(capsys):
-    status, document, shown = run(capsys, "--lengths", "80", "300", "--window", "9", "--batch-size", "2")
+def test_every_attention_is_checked_and_timed(run):
+    status, document, shown = run("--lengths", "80", "300", "--window", "9", "--batch-size", "2")
     assert status == 0 and "window 9" in shown
     assert [row["contestant"] for row in document["rows"]] == list(hf_prefill.CONTESTANTS) * 2
     for row in document["rows"]:
@@ -26,12 +31,12 @@ def test_every_attention_is_checked_and_timed(capsys):
     assert ours < eager  # which makes scores and a mask of T x T
 
 
-def test_an_attention_that_is_wrong_is_not_timed(capsys, monkeypatch):
+def test_an_attention_that_is_wrong_is_not_timed(run, monkeypatch):
     right = attention.sliding_gqa_attention
     monkeypatch.setattr(
         attention, "sliding_gqa_attention", lambda q, k, v, window, **o: right(q, k, v, window - 1, **o)
     )
-    status, document, shown = run(capsys, "--lengths", "40", "--window", "9")
+    status, document, shown = run("--lengths", "40", "--window", "9")
     assert status == 1 and "FAILED: ours (sliding_gqa) at 1 x 40: failed the check: logits differ by" in shown
     assert "median_ms" not in document["rows"][0] and "median_ms" in document["rows"][1]
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import harness
-import kernel_report
 import pytest
-import tune_tiles
 
 pytest.importorskip("triton")
 
-from kernels import offline
+import kernel_report
+import tune_tiles
+
+from kernels import compiled
 
 KERNELS = {"rope", "attention_forward", "attention_dq", "attention_dkdv", "append", "decode", "combine"}
 
@@ -26,7 +27,7 @@ def compiling(monkeypatch):
 
 def test_the_report_runs_end_to_end(tmp_path):
     files = {name: tmp_path / name for name in ("report.json", "plot.png", "cubins")}
-    arguments = ["--arch", "sm_90", "--head-dim", "64", "--features", "plain"]
+    arguments = ["--arch", "sm_90", "--head-dim", "64", "--features", "plain", "--details"]
     arguments += ["--json", files["report.json"], "--plot", files["plot.png"], "--keep", files["cubins"]]
     done = subprocess.run(
         [sys.executable, "benchmarks/kernel_report.py", *map(str, arguments)],
@@ -38,8 +39,8 @@ def test_the_report_runs_end_to_end(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "[1/1] sm_90, head size 64, bf16, plain" in done.stderr
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert document == json.loads(files["report.json"].read_text())
+    document = json.loads(files["report.json"].read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == harness.summary(document, str(files["report.json"]))
     assert document["modelled"] is True and document["failed"] == []
     assert files["plot.png"].read_bytes().startswith(b"\x89PNG")
     assert {row["kernel"] for row in document["rows"]} == KERNELS
@@ -49,18 +50,23 @@ def test_the_report_runs_end_to_end(tmp_path):
         assert cubin.read_bytes().startswith(b"\x7fELF")
     forward = next(row for row in document["rows"] if row["kernel"] == "attention_forward")
     assert forward["matrix"] == ["HGMMA"] and [loop["masked"] for loop in forward["loops"]] == [True, False]
-    assert sum(forward["loops"][1]["pipes"].values()) == forward["loops"][1]["instructions"]
-    by_kernel = {row["kernel"]: row for row in document["estimates"]}
+    assert forward["loads"] == forward["stores"] == [16]
+    by_kernel = {row["kernel"]: row["estimates"][0] for row in document["rows"] if row["estimates"]}
     assert set(by_kernel) == KERNELS - {"append", "combine"}
     for row in by_kernel.values():
         assert 0 < row["of_peak_serial"] <= row["of_peak_overlapped"] <= 1
-        assert row["memory_ms"] <= row["overlapped_ms"] <= row["serial_ms"] and row["remedy"]
+        assert row["memory_ms"] <= row["overlapped_ms"] <= row["serial_ms"]
     assert by_kernel["decode"]["bound_by"] == by_kernel["rope"]["bound_by"] == "memory"
+    titles = [table["title"] for table in document["tables"]]
+    assert titles[0].startswith("sm_90 (H100") and len(document["tables"][0]["rows"]) == len(KERNELS)
+    assert titles[2].startswith("sm_90, D 64, bf16, plain") and "published figures" in titles[3]
+    pipes = [row for row in document["tables"][1]["rows"] if row[1:3] == ["attention_forward", "interior"]]
+    assert int(pipes[0][3]) == sum(map(int, pipes[0][4:])) == forward["loops"][1]["instructions"]
     for table in document["tables"]:
         assert table["title"] in done.stdout and all(len(row) == len(table["columns"]) for row in table["rows"])
 
 
-def test_every_set_of_features_is_compiled_and_the_worst_is_shown(compiling, monkeypatch, capsys):
+def test_every_set_of_features_is_compiled_and_the_worst_is_shown(compiling, monkeypatch, tmp_path):
     """Three ways to rotate, and sinks, softcap and a gradient of lse or none: 24 sets, each once."""
     asked = []
 
@@ -73,16 +79,17 @@ def test_every_set_of_features_is_compiled_and_the_worst_is_shown(compiling, mon
 
     def compile_launch(launch, target):
         spilled = 28 if {"half_rope", "softcap"} <= asked[-1].keys() else 0
-        return offline.Compiled("append", target, launch.tile, 20, 0, spilled, 0, 8, "warps", 9, (), (), (), b"")
+        return compiled.Compiled("append", target, launch.tile, 20, 0, spilled, 0, 8, "warps", 9, (), (), (), b"")
 
-    monkeypatch.setattr(offline, "launches", launches)
-    monkeypatch.setattr(offline, "compile_launch", compile_launch)
-    monkeypatch.setattr(kernel_report, "check_published", lambda targets: ([], []))
-    assert kernel_report.main(["--arch", "sm_86", "--head-dim", "64", "--features", "every"]) == 0
+    monkeypatch.setattr(compiled, "launches", launches)
+    monkeypatch.setattr(compiled, "compile_launch", compile_launch)
+    file = tmp_path / "report.json"
+    arguments = ["--arch", "sm_86", "--head-dim", "64", "--features", "every", "--json", str(file)]
+    assert kernel_report.main(arguments) == 0
     assert len(asked) == 24 and len({tuple(sorted(settings)) for settings in asked}) == 24
     assert {"rope": True, "sinks": True, "softcap": 20.0, "grad_lse": True} in asked and {} in asked
-    (table,) = json.loads(capsys.readouterr().out.splitlines()[-1])["tables"]
-    assert table["rows"] == [["sm_86, D 64, bf16", "append", "24", "20", "0", "28", "0 of 99", "8"]]
+    (table,) = json.loads(file.read_text())["tables"]
+    assert table["rows"] == [["sm_86, D 64, bf16", "append", "24", "20", "0", "28", "0", "8"]]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,7 @@ def test_interpreted_kernels_are_refused(monkeypatch, capsys, script):
     assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
 
 
-def test_a_kernel_that_does_not_compile_is_a_row_with_its_error(compiling, monkeypatch, capsys):
+def test_a_kernel_that_does_not_compile_is_a_row_with_its_error(compiling, monkeypatch, capsys, tmp_path):
     class Launch:
         def __init__(self, name):
             self.name, self.tile = name, {"BLOCK_M": 16, "num_warps": 4}
@@ -121,13 +128,13 @@ def test_a_kernel_that_does_not_compile_is_a_row_with_its_error(compiling, monke
     def compile_launch(launch, target):
         if launch.name == "bad":
             raise RuntimeError("PassManager::run failed\nwith much more")
-        return offline.Compiled(launch.name, target, launch.tile, 20, 0, 0, 0, 8, "warps", 100, (), (), (), b"")
+        return compiled.Compiled(launch.name, target, launch.tile, 20, 0, 0, 0, 8, "warps", 100, (), (), (), b"")
 
-    monkeypatch.setattr(offline, "launches", lambda *_, **__: [Launch("bad"), Launch("append")])
-    monkeypatch.setattr(offline, "compile_launch", compile_launch)
-    status = kernel_report.main(["--arch", "sm_86", "--head-dim", "64"])
-    output = capsys.readouterr().out
-    document = json.loads(output.splitlines()[-1])
+    monkeypatch.setattr(compiled, "launches", lambda *_, **__: [Launch("bad"), Launch("append")])
+    monkeypatch.setattr(compiled, "compile_launch", compile_launch)
+    file = tmp_path / "report.json"
+    status = kernel_report.main(["--arch", "sm_86", "--head-dim", "64", "--json", str(file)])
+    output, document = capsys.readouterr().out, json.loads(file.read_text())
     assert status == 1
     assert [row["error"] for row in document["rows"]] == ["RuntimeError: PassManager::run failed", None]
     assert "FAILED: sm_86, D 64, bf16, rope, bad: RuntimeError: PassManager::run failed" in output

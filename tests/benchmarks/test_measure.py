@@ -4,7 +4,7 @@ import time
 import measure
 import pytest
 import torch
-from cards import peak_of
+from measure import peak_of
 
 
 def test_percentiles_of_known_times():
@@ -123,3 +123,189 @@ def test_a_gpu_is_timed_by_its_own_clock_and_memory_by_its_allocator():
     assert 2.5 < times["four"].median / times["one"].median < 6
     assert measure.peak_memory(lambda: x + 1, "cuda") == x.nbytes
     assert measure.with_memory_held(lambda: x + 1, "cuda")[1] == x.nbytes
+
+
+# The timer on a simulated GPU, whose times are known: one queue, a clock for it and one for the host
+CYCLES_PER_SECOND = 1.5e9
+CLEAR = 80e-6  # seconds: 256 MiB on an H100
+
+
+class SimulatedGpu:
+    """Stands in the place of torch.cuda: what is queued starts when the host has queued it and the GPU is free."""
+
+    def __init__(self, monkeypatch, clock=lambda: CYCLES_PER_SECOND):
+        self.host = self.free = 0.0
+        self.clock, self.log, self.waits = clock, [], []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                gpu.log.append("event")
+                self.time = max(gpu.host, gpu.free)
+
+            def query(self):
+                return gpu.host >= self.time
+
+            def synchronize(self):
+                gpu.host = max(gpu.host, self.time)
+
+            def elapsed_time(self, other):
+                return (other.time - self.time) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch, "empty", lambda *shape, **how: self)  # what is cleared
+        monkeypatch.setattr(measure, "perf_counter", lambda: self.host)
+
+    def queue(self, seconds):
+        self.free = max(self.host, self.free) + seconds
+
+    def zero_(self):
+        self.log.append("clear")
+        self.queue(CLEAR)
+
+    def sleep(self, cycles):
+        self.log.append("wait")
+        self.waits.append(cycles / CYCLES_PER_SECOND)
+        self.queue(cycles / self.clock())
+
+    def synchronize(self):
+        self.log.append("synchronize")
+        self.host = max(self.host, self.free)
+
+    def call(self, *, launches=4, host, device, synchronizes=False):
+        """A call of `launches` kernels, each `host` seconds of Python and `device` of the GPU."""
+
+        def run():
+            self.log.append("call")
+            for _ in range(launches):
+                self.host += host
+                self.queue(device)
+                if synchronizes:
+                    self.host = max(self.host, self.free)
+
+        return run
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return SimulatedGpu(monkeypatch)
+
+
+def test_cleared_then_waited_then_timed(gpu):
+    timer, call = measure.GpuTimer("cuda"), gpu.call(host=40e-6, device=5e-6)
+    timer(call)
+    gpu.log.clear()
+    timer(call)
+    assert gpu.log == ["clear", "wait", "event", "call", "event"]
+
+
+def test_a_call_that_the_host_is_slower_at_is_timed_by_the_device(gpu, monkeypatch):
+    call = gpu.call(host=43e-6, device=5e-6)  # 172 us of Python for 20 us of kernels
+    timer = measure.GpuTimer("cuda")
+    assert timer(call) == pytest.approx(20e-6)
+    assert timer.host[call].median == pytest.approx(172e-6) and not timer.host[call].behind
+    assert gpu.waits[-1] > 172e-6
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)  # the clear alone is too short
+    assert timer(call) == pytest.approx(97e-6) and timer.host[call].behind
+
+
+def test_host_time_is_not_the_devices(gpu):
+    timer, call = measure.GpuTimer("cuda"), gpu.call(host=10e-6, device=5e-3)
+    assert timer(call) == pytest.approx(20e-3)
+    assert timer.host[call].median == pytest.approx(40e-6)
+
+
+def test_the_wait_is_longer_than_the_longest_host_time_seen(gpu):
+    times = iter([1e-4, 9e-4, 1e-4, 1e-4, 1e-4, 1e-4])
+
+    def uneven():
+        gpu.host += next(times)
+        gpu.queue(1e-6)
+
+    timer = measure.GpuTimer("cuda")
+    assert timer(uneven) == pytest.approx(1e-6)
+    assert timer.host[uneven].median == pytest.approx(1e-4) and gpu.waits[-1] > 9e-4
+
+
+def test_a_host_that_stalls_once_is_timed_again_behind_a_longer_wait(gpu):
+    times = iter([1e-4] * measure.HOST_CALLS + [3.5e-4, 1e-4, 1e-4])
+
+    def stalling():
+        gpu.host += next(times)
+        gpu.queue(1e-6)
+
+    timer = measure.GpuTimer("cuda")
+    assert timer(stalling) == pytest.approx(1e-6)
+    first, second = gpu.waits[-2:]
+    assert second == pytest.approx(2 * first, rel=1e-4) and not timer.host[stalling].behind
+    timer(stalling)
+    assert gpu.waits[-1] == pytest.approx(first)
+
+
+def test_the_wait_follows_the_clock_of_the_card(monkeypatch):
+    """It idles at a third of its clock when it is measured first; later waits are in the cycles of the fastest."""
+    clocks = iter([CYCLES_PER_SECOND / 3] + [CYCLES_PER_SECOND] * 10)
+    gpu = SimulatedGpu(monkeypatch, lambda: next(clocks))
+    timer, call = measure.GpuTimer("cuda"), gpu.call(host=40e-6, device=5e-6)
+    assert timer.cycles_per_second == pytest.approx(CYCLES_PER_SECOND)
+    timer(call)
+    assert gpu.waits[-1] == pytest.approx(measure.MARGIN * 160e-6, rel=1e-4)
+
+
+def test_a_call_that_waits_for_the_gpu_itself_is_said_to(gpu):
+    timer, call = measure.GpuTimer("cuda"), gpu.call(host=40e-6, device=5e-6, synchronizes=True)
+    timer(call)
+    assert timer.host[call].behind
+    gpu.log.clear()
+    timer(call)
+    assert gpu.log.count("call") == 1  # longer waits are not tried again
+
+
+def test_contestants_rows_and_table_have_the_host_time(gpu):
+    calls = {
+        "triton": gpu.call(host=40e-6, device=5e-6),
+        "c++": gpu.call(host=4e-6, device=5e-6),
+        "waits": gpu.call(host=4e-6, device=5e-6, synchronizes=True),
+    }
+    times = measure.alternate(calls, "cuda", 0)
+    assert times["triton"].median == pytest.approx(times["c++"].median) == pytest.approx(20e-6)
+    assert times["triton"].host == pytest.approx(10 * times["c++"].host)
+    assert times["triton"].pace == pytest.approx(160e-6) and times["c++"].pace == pytest.approx(20e-6)
+    rows = [{"contestant": name} | time.as_dict() for name, time in times.items()] + [{"not_timed": "absent"}]
+    assert rows[0]["host_ms"] == pytest.approx(0.16)
+    columns = {"": lambda row: row["contestant"], "ms a step": measure.shown, "more": lambda row: "x"}
+    for row in rows:
+        row |= {"shape": "a", "contestant": row.get("contestant", "absent"), "not_timed": row.get("not_timed")}
+    table = measure.table("Steps", rows, columns)
+    assert table["columns"] == ["", "ms a step", "host ms", "more"]
+    assert [line[2] for line in table["rows"]] == ["0.160", "0.0160", "0.0360*"]
+    assert len(table["notes"]) == 3 and table["notes"][0] == "absent was not timed: absent"
+
+
+def test_a_cpu_has_no_host_time():
+    times = measure.alternate({"": lambda: None}, "cpu", 0)
+    row = times[""].as_dict()
+    assert set(row) == {"median_ms", "p20_ms", "p80_ms", "calls"} and times[""].pace == times[""].median
+    rows = [row | {"shape": "a", "not_timed": None}]
+    table = measure.table("Steps", rows, {"": lambda row: "b", "ms": measure.shown})
+    assert table["columns"] == ["", "ms"] and table["notes"] == []
+
+
+@pytest.mark.gpu
+def test_python_between_the_launches_is_not_the_gpus():
+    x = torch.randn(1024, 1024, device="cuda")
+
+    def slow_host():
+        started = time.perf_counter()
+        while time.perf_counter() - started < 1e-3:
+            pass
+        return x + 1
+
+    times = measure.alternate({"slow": slow_host, "fast": lambda: x + 1}, "cuda", 1)
+    assert times["slow"].host > 1e-3 > 10 * times["slow"].median and not times["slow"].behind
+    assert times["slow"].median == pytest.approx(times["fast"].median, rel=0.5)

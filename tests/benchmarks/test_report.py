@@ -82,7 +82,8 @@ def test_modelled_figures_have_their_own_page_and_are_said_to_be_a_models(tmp_pa
     assert "## Some Card (GPU)" not in page and "There is no result of a GPU yet" in page
     assert "kernel_report" not in page and "(kernel-report.md)" in page
     modelled_page = (tmp_path / "kernel-report.md").read_text()
-    assert "a model's: nothing on this page was run on a GPU" in modelled_page and "kernel_report" in modelled_page
+    assert "nothing on this page was run on a GPU" in modelled_page and "kernel_report" in modelled_page
+    assert "    registers   of a thread\n" in modelled_page  # the meaning of the columns
 
 
 def test_what_failed_is_on_the_page(tmp_path):
@@ -90,12 +91,12 @@ def test_what_failed_is_on_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"benchmark": "x"}', '{"benchmark": "gpu_check"}'])
-def test_a_file_that_is_no_result_is_named(tmp_path, capsys, content):
+def test_a_file_that_is_not_a_result_is_named(tmp_path, capsys, content):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "odd.json").write_text(content)
     assert report.main(["--docs", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "odd.json is no result of a benchmark" in error and error.count("\n") == 1
+    assert "odd.json is not a result of a benchmark" in error and error.count("\n") == 1
 
 
 def test_nothing_to_report_says_how_to_get_something(tmp_path, capsys):

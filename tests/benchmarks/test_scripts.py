@@ -30,14 +30,14 @@ def test_a_benchmark_runs_end_to_end(name, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert document == json.loads(file.read_text())
+    document, last = json.loads(file.read_text()), json.loads(done.stdout.splitlines()[-1])
+    assert last == harness.summary(document, str(file)) and last["timed"] > 0 and last["failed"] == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert document["benchmark"] == name and document["machine"]["device"] == "cpu"
     timed = [row for row in document["rows"] if "median_ms" in row]
     assert any(row["contestant"].startswith("ours") for row in timed)
     assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["calls"] >= 3 for row in timed)
-    for row in document["rows"]:  # whoever was not timed is named, with the reason
+    for row in document["rows"]:  # contestants that were not timed are named, with the reason
         assert ("median_ms" in row) != bool(row["not_timed"])
         assert row["not_timed"] is None or row["not_timed"] in done.stdout
     for table in document["tables"]:

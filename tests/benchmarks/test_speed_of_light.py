@@ -1,27 +1,18 @@
 """The model of a kernel's speed: its formulas against counting, hand calculation and published rooflines."""
 
-import memory_bound
-import published
+import kernel_report
 import pytest
 import speed_of_light as model
 import torch
 import triton
 import triton.language as tl
-import tune_tiles
-from kernels.machine_code import Loop
-from kernels.tuning import TileConfig
-from speed_of_light import CARDS, Shape
-from tile_candidates import candidates
+from speed_of_light import CARDS, LATENCY_CYCLES, Shape, bandwidth_share, decode_estimate, decode_ms, rope_estimate
 
-from kernels import tiles, tuning
+from kernels.backends.triton import tile_configs, tiles
+from kernels.band import visible_pairs
+from kernels.compiled.machine_code import Loop
 
 ROOFLINE = Shape(4, 32, 8, 8192, 128, 1024)
-
-
-@pytest.mark.parametrize(("T", "W"), [(1, 1), (7, 3), (7, 7), (7, 100), (64, 16)])
-def test_visible_pairs_are_those_of_the_definition(T, W):
-    seen = sum(1 for query in range(T) for key in range(T) if query - W < key <= query)
-    assert model.visible_pairs(T, W) == seen
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="one program at a time, in the interpreter")
@@ -49,8 +40,8 @@ def test_tiles_are_counted_as_the_kernels_count_them(T, W):
 @pytest.mark.parametrize(("W", "least"), [(128, 0.80), (256, 0.89), (1024, 0.97)])
 def test_the_shipped_band_is_tight(arch, W, least):
     for name in ("forward", "dq"):
-        tile = tuning.tile_config(name, 128, torch.bfloat16, arch)
-        assert round(model.work_efficiency(8192, W, tile.own, tile.edge, tile.step, pack=4), 2) >= least
+        tile = tile_configs.tile_config(name, 128, torch.bfloat16, arch)
+        assert round(model.work_efficiency(8192, W, tile.BLOCK_M, tile.EDGE_N, tile.BLOCK_N, pack=4), 2) >= least
 
 
 def test_work_efficiency_of_a_known_band():
@@ -107,12 +98,12 @@ def test_bounds_of_one_tile():
 )
 def test_rooflines(target, forward_ms, rope_ms, decode_ms):
     card = CARDS[target]
-    flops = 2 * 2 * ROOFLINE.B * ROOFLINE.Hq * model.visible_pairs(8192, 1024) * 128
+    flops = 2 * 2 * ROOFLINE.B * ROOFLINE.Hq * visible_pairs(8192, 8192, 1024) * 128
     assert flops / card.flops * 1e3 == pytest.approx(forward_ms, rel=0.01)
     assert model.attention_bytes("attention_forward", ROOFLINE, 2, rope=False) == pytest.approx(675e6, rel=0.01)
-    assert memory_bound.rope_bytes(ROOFLINE, 2) / card.bytes_per_second * 1e3 == pytest.approx(rope_ms, rel=0.02)
+    assert model.rope_bytes(ROOFLINE, 2) / card.bytes_per_second * 1e3 == pytest.approx(rope_ms, rel=0.02)
     step = Shape(64, 32, 8, 4096, 128, 4096)
-    assert memory_bound.decode_bytes(step, 2) / card.bytes_per_second * 1e3 == pytest.approx(decode_ms, rel=0.01)
+    assert model.decode_bytes(step, 2) / card.bytes_per_second * 1e3 == pytest.approx(decode_ms, rel=0.01)
 
 
 class Made:
@@ -125,7 +116,7 @@ class Made:
         self.loops = tuple(Loop(masked, sum(opcodes.values()), pipes, opcodes, {}) for masked in (True, False))
 
 
-FORWARD_TILE = {"PACK": 4, "BLOCK_M": 128, "EDGE_K": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+FORWARD_TILE = {"PACK": 4, "BLOCK_M": 128, "EDGE_N": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
 def test_the_busiest_pipe_bounds():
@@ -146,8 +137,8 @@ def test_every_pipe_has_a_remedy():
 
 def test_deviation_from_published_figures_is_that_of_the_same_flops():
     made = Made("attention_forward", {**FORWARD_TILE, "PACK": 1}, {"FMNMX": 1})
-    estimate = model.attention_estimate(made, published.SHAPE, 2, rope=False)
-    rows = published.compare({("sm_90", "attention_forward"): estimate})
+    estimate = model.attention_estimate(made, kernel_report.PUBLISHED_SHAPE, 2, rope=False)
+    rows = kernel_report.compare_published({("sm_90", "attention_forward"): estimate})
     assert {row["pass"] for row in rows} == {"forward"} and len(rows) == 4
     for row in rows:
         assert row["overlapped_off"] == pytest.approx(row["overlapped_tflops"] / row["published_tflops"] - 1)
@@ -155,91 +146,69 @@ def test_deviation_from_published_figures_is_that_of_the_same_flops():
         assert 0.9 * 989 < row["overlapped_tflops"] < 989
 
 
-CELL = tune_tiles.Cell("sm_90", "forward", torch.bfloat16, 128)
+# Decoding and the rotation: latency, bytes under way, programs that take turns
+H100 = CARDS["sm_90"]
+NEEDED = 3350 / 1.83 / 132 * LATENCY_CYCLES  # bytes for each multiprocessor
 
 
-def test_the_search_takes_the_best_of_those_that_do_not_spill(monkeypatch):
-    fast, good, slow = (TileConfig(128, 32, step, 8, 2) for step in (128, 64, 32))
-    ms = {fast: 1.0, good: 2.0, slow: 3.0}
+class MadeWithoutMask:
+    """A kernel as if compiled, with one loop."""
 
-    def spilled(config, features):  # the fastest spills only where there is everything
-        return 40 if config == fast and features.get("softcap") else 0
+    target, matrix = "sm_90", ("HMMA",)
 
-    class Compiled:
-        def __init__(self, config, features):
-            self.spilled_bytes, self.stack_bytes, self.blocks_per_multiprocessor = spilled(config, features), 0, 1
-
-    monkeypatch.setattr(tune_tiles, "candidates", lambda *cell: [fast, good])
-    monkeypatch.setattr(tune_tiles, "tile_config", lambda *cell: slow)  # what the table has
-    monkeypatch.setattr(tune_tiles, "weigh", lambda cell, config: tune_tiles.Candidate(config, 0, True, ms[config]))
-    monkeypatch.setattr(tune_tiles, "compiled", lambda cell, config, features: Compiled(config, features))
-    chosen, tried = tune_tiles.choose(CELL)
-    assert chosen.config == good and [one.config for one in tried] == [slow, fast, good]
-    ms[slow] = 2.4  # not a quarter worse: it stays
-    assert tune_tiles.choose(CELL)[0].config == slow
-    monkeypatch.setattr(tune_tiles, "weigh", lambda cell, config: tune_tiles.Candidate(config, 0, False, 1.0))
-    with pytest.raises(ValueError, match="no candidate fits Cell"):
-        tune_tiles.choose(CELL)
+    def __init__(self, tile, instructions=400, blocks=2):
+        self.tile, self.instructions, self.blocks_per_multiprocessor = tile, instructions, blocks
+        self.loops = (Loop(False, instructions, {"alu": instructions}, {"FMNMX": instructions}, {}),)
 
 
-def test_several_programs_on_a_multiprocessor_come_nearer_to_the_overlapped_bound():
-    one, four = (Made("attention_forward", FORWARD_TILE, {"FMNMX": 300}, blocks=blocks) for blocks in (1, 4))
-    assert tune_tiles.expected_ms(four, CELL) < tune_tiles.expected_ms(one, CELL)
+def decoding(keys=64, stages=3, blocks=2, instructions=300):
+    tile = {"BLOCK_M": 16, "BLOCK_N": keys, "num_warps": 4, "num_stages": stages}
+    return MadeWithoutMask(tile, instructions, blocks)
 
 
-@pytest.mark.parametrize("element_bytes", [2, 4])
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
-def test_candidates_can_be_tiles(head_dim, element_bytes):
-    for name in tune_tiles.KERNELS:
-        found = candidates(name, head_dim, element_bytes)
-        assert len(found) == len(set(found)) > 3
-        for config in found:
-            assert all(number & (number - 1) == 0 for number in config[:4]) and config.step % config.edge == 0
-            assert name == "rotary" or min(config.own, config.edge) >= 16  # what a matrix product takes
+def rotation(tokens=16, blocks=8, instructions=500):
+    return MadeWithoutMask({"BLOCK_T": tokens, "BLOCK_H": 4, "num_warps": 4}, instructions, blocks)
 
 
-def test_bad_entries_are_named():
-    with pytest.raises(ValueError, match="head size 257 is past 256"):
-        candidates("forward", 257, 2)
-    with pytest.raises(ValueError, match="there is no pass 'sideways'"):
-        candidates("sideways", 64, 2)
+def test_bandwidth_needs_bytes_under_way():
+    assert bandwidth_share(NEEDED, H100) == pytest.approx(1)
+    assert bandwidth_share(NEEDED / 4, H100) == pytest.approx(1 / 4) and bandwidth_share(9 * NEEDED, H100) == 1
 
 
-def test_a_decode_tile_is_checked_with_all_its_rows_and_both_16_bit_dtypes():
-    checks = tune_tiles.checks(CELL._replace(name="decode"))
-    assert {cell.dtype for cell, _ in checks} == {torch.bfloat16, torch.float16}
-    assert [features for cell, features in checks if cell.dtype == torch.bfloat16] == [tune_tiles.EVERYTHING, {}]
-    assert len(tune_tiles.checks(CELL._replace(target="sm_86", dtype=torch.float32))) == 1
+MANY, FEW = Shape(64, 32, 8, 4096, 128, 4096), Shape(1, 32, 8, 256, 128, 256)
 
 
-def test_the_table_is_rewritten_as_code():
-    row = {"target": "sm_90", "pass": "forward", "dtype": "bf16", "config": [64, 16, 32, 4, 5]}
-    rows = [{**row, "head_dim": 96}, {**row, "head_dim": 128}]
-    source = "before = 1\nCONFIGS = {\n    (1, 2): {},\n}\nafter = 2\n"
-    text = tune_tiles.rewritten(source, rows)
-    found = dict(vars(tuning))
-    exec(text, found)
-    assert found["before"] == 1 and found["after"] == 2
-    changed = found["CONFIGS"]["forward", 2][90]
-    assert changed[128] == TileConfig(64, 16, 32, 4, 5) and 96 not in changed  # the same as for 128
-    # whatever the rows did not name is looked up as before, for all families and head sizes
-    for key, by_family in tuning.CONFIGS.items():
-        for family in tuning.FAMILIES:
-            for head_dim in tune_tiles.HEAD_DIMS:
-                before = tune_tiles.in_table(by_family, family, head_dim)
-                after = tune_tiles.in_table(found["CONFIGS"][key], family, head_dim)
-                named = (*key, family) == ("forward", 2, 90) and head_dim in (96, 128)
-                assert after == (TileConfig(64, 16, 32, 4, 5) if named else before)
+def test_a_large_batch_decodes_at_the_memorys_speed():
+    best = model.decode_bytes(MANY, 2) / H100.bytes_per_second * 1e3
+    assert decode_estimate(decoding(), MANY, 2).memory_ms == pytest.approx(best)
+    assert decode_ms(decoding(), MANY, 2) == pytest.approx(best, rel=0.01)
+    # one program with one tile of 16 keys on its way has 8 kB, too few: 4 waves of 256 tiles, each after a latency
+    expected = 4 * (256 + model.STARTING_READS) * LATENCY_CYCLES / 1.83e6
+    too_few = decode_ms(decoding(keys=16, stages=2, blocks=1), MANY, 2)
+    assert too_few == pytest.approx(expected) and too_few > 1.5 * best
+    # and code that takes longer than its tile's bytes
+    assert decode_ms(decoding(instructions=30000), MANY, 2) > 3 * best
 
 
-def test_a_family_like_its_kin_has_no_tiles_of_its_own():
-    ampere = {head_dim: tune_tiles.in_table(tuning.CONFIGS["dq", 2], 80, head_dim) for head_dim in tune_tiles.HEAD_DIMS}
-    rows = [
-        {"target": target, "pass": "dq", "dtype": "bf16", "config": list(ampere[head_dim]), "head_dim": head_dim}
-        for target in ("sm_90", "sm_100") for head_dim in ampere
-    ]  # fmt: skip
-    found = dict(vars(tuning))
-    exec(tune_tiles.rewritten("CONFIGS = {\n}\n", rows), found)
-    assert not {90, 100} & found["CONFIGS"]["dq", 2].keys()
-    with pytest.raises(ValueError, match="has no table"):
-        tune_tiles.rewritten("CONFIG = 1", rows)
+def test_a_single_sequence_decodes_in_latencies():
+    """One program for each KV head and part, far fewer than places: each waits for its reads, one after the other."""
+    ms = decode_ms(decoding(), FEW, 2)
+    at_least = model.STARTING_READS * LATENCY_CYCLES / 1.83e6
+    assert at_least < ms < 3 * at_least
+    assert decode_estimate(decoding(), FEW, 2).memory_ms < ms / 5
+    # without a second buffer every tile waits for itself
+    assert decode_ms(decoding(stages=1), FEW, 2) > ms
+
+
+def test_a_loop_that_was_not_found_ranks_last():
+    made = decoding()
+    made.loops = ()
+    assert decode_ms(made, FEW, 2) == float("inf") and decode_estimate(made, FEW, 2) is None
+
+
+def test_the_rotation_moves_q_and_k_twice():
+    shape = Shape(4, 32, 8, 8192, 128, None)
+    best = 4 * 8192 * 40 * 128 * 2 * 2 / H100.bytes_per_second * 1e3
+    assert rope_estimate(rotation(), shape, 2).memory_ms == pytest.approx(best)
+    assert rope_estimate(rotation(), shape, 2).bound_by == "memory"
+    assert rope_estimate(rotation(instructions=50000), shape, 2).bound_by == "issue"

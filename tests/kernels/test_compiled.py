@@ -1,6 +1,6 @@
 """Kernels as machine code, without a GPU: no shipped tile spills, products are matrix instructions, loads are wide.
 
-They are compiled in one process of its own, since those of this one are interpreted.
+They are compiled in a separate process, since this one interprets kernels.
 """
 
 import json
@@ -153,12 +153,12 @@ def test_the_forwards_interior_is_short(shipped, target, most):
     forward = [m for m in shipped if named(m) == (target, "attention_forward", 128, "plain")]
     assert [made["tile"]["BLOCK_M"] for made in forward] == [128]
     interior = forward[0]["loops"][1]
-    assert forward[0]["tile"]["BLOCK_K"] == 64 and interior["instructions"] <= most
+    assert forward[0]["tile"]["BLOCK_N"] == 64 and interior["instructions"] <= most
 
 
 def test_an_unknown_architecture_is_named_with_those_possible():
     with pytest.raises(ValueError, match=r"architecture 'sm_70' is not one .* wanted one of sm_80, .*sm_90"):
-        compiled.limits("sm_70")
+        compiled.card_of("sm_70")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
@@ -180,7 +180,7 @@ def test_interpreted_kernels_are_refused():
     ],
 )
 def test_resident_blocks(target, registers, warps, shared, expected):
-    assert compiled.resident_blocks(compiled.LIMITS[target], registers, warps, shared) == expected
+    assert compiled.resident_blocks(compiled.CARDS[target], registers, warps, shared) == expected
 
 
 def test_a_jump_back_from_code_behind_the_end_is_no_loop():
@@ -209,7 +209,7 @@ SASS = """
         /*0050*/                   EXIT ;
 """
 PTX = """
-	.loc	1 {load} 5                         // attention_fwd.py:{load}:5
+	.loc	1 {load} 5                         // attention_forward.py:{load}:5
 	@%p1 ld.global.v4.b32 {{ %r1, %r2, %r3, %r4 }}, [ %rd1 + 0 ];
 	cp.async.ca.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x4, %r5;
 	st.global.b16 [ %rd1 + 0 ], {{ %rs1 }};
@@ -223,7 +223,7 @@ def test_machine_code_is_read(masked):
         return next(i for i, line in enumerate(lines, 1) if text in line)
 
     line = line_of("tiles.py", "return (k_pos <= q_pos)" if masked else "rescale = tl.exp2(")
-    load = line_of("attention_fwd.py", "q = load_rotated(")
+    load = line_of("attention_forward.py", "q = load_rotated(")
     sass = SASS.format(file="tiles.py", line=line)
     found = machine_code.read_cuda(sass, "REG:40 STACK:8 SHARED:16 LOCAL:0", PTX.format(load=load))
     assert (found.registers, found.stack_bytes, found.static_shared_bytes, found.instructions) == (40, 8, 16, 6)
