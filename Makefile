@@ -11,7 +11,7 @@ train: $(VENV)/.installed
 	$(BIN)/python -m train --fused-kernels
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
