@@ -70,6 +70,7 @@ def test_a_run_directory_writes_with_its_best_checkpoint(capsys, checkpoint, tmp
 
 def test_every_sampling_parameter_has_its_flag(capsys, checkpoint):
     flags = ("--min-p", "0.05", "--repetition-penalty", "1.4", "--top-p", "0.9", "--temperature", "2", "--seed", "4")
+    flags += ("--device", "cpu")
     status, out, _ = run(capsys, "--checkpoint", checkpoint, "--prompt", "ABC", "--max-new-tokens", "60", *flags)
     loaded, _ = from_pretrained(checkpoint)
     options = dict(min_p=0.05, repetition_penalty=1.4, top_p=0.9, temperature=2.0, seed=4)
