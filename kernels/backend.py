@@ -9,6 +9,7 @@ from .backends import triton
 
 MODULES = {"triton": "triton", "banded": "banded", "reference": "reference"}  # name: module in kernels/backends
 BACKENDS = ("auto", *MODULES)
+PLAIN_PYTORCH = "banded"  # runs on every device and needs nothing else
 
 
 @functools.cache
@@ -56,9 +57,9 @@ def _resolve(backend, device, dtype, large_head):
             raise ValueError(f"backend {backend!r} cannot run on {device}: {reason}; use backend='auto' or 'banded'")
         return backend, "named by the caller"
     if device.type != "cuda":
-        return "banded", f"Triton has no {device.type} backend"
+        return PLAIN_PYTORCH, f"Triton has no {device.type} backend"
     reason = "TRITON_INTERPRET=1 is set" if triton.interpreted() else triton.why_not(device, dtype, large_head)
-    return ("triton", "it runs on this GPU") if reason is None else ("banded", reason)
+    return ("triton", "it runs on this GPU") if reason is None else (PLAIN_PYTORCH, reason)
 
 
 def autocast_dtype(device_type: str):

@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import append_to_cache, resolve_backend, sliding_gqa_attention, sliding_gqa_decode
-from kernels.backend import check_backend
+from kernels.backend import PLAIN_PYTORCH, check_backend
 from kernels.band import visible_pairs
 
 from .rotary import RopeTables
 from .sdpa import BandMasks, sdpa_attention
-
-PLAIN_CACHE_BACKEND = "banded"  # without fused kernels too: it is plain PyTorch on every device
 
 
 def attention_backend(device, fused_kernels=True, backend="auto") -> tuple[str, str] | None:
@@ -71,7 +69,7 @@ class Attention(nn.Module):
     def attend_to_cache(self, q, k, v, rope, cache):
         """Write the new keys and values into this layer's ring, then attend to it: (B, Hq, T, D)."""
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
-        backend = self.backend if self.fused_kernels else PLAIN_CACHE_BACKEND
+        backend = self.backend if self.fused_kernels else PLAIN_PYTORCH
         append_to_cache(k, v, k_cache, v_cache, cache.lengths, rope=rope, backend=backend)
         return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, rope=rope, backend=backend)
 

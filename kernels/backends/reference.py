@@ -12,6 +12,8 @@ this file and this file to PyTorch's SDPA; nothing here is meant to be fast, and
 import torch
 from einops import rearrange, reduce, repeat
 
+from ..band import visible_mask
+
 READS_LENGTHS = True
 BACKWARD_READS_LSE = False
 
@@ -19,14 +21,6 @@ BACKWARD_READS_LSE = False
 def why_not(device, dtype=None, head_dim=None):
     """It runs everywhere: None."""
     return None
-
-
-def visible(num_queries, num_keys, window=None, device=None):
-    """(T, S) bool: which keys each query sees. Queries are the last T of S positions."""
-    q_pos = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    k_pos = torch.arange(num_keys, device=device)[None, :]
-    seen = k_pos <= q_pos
-    return seen if window is None else seen & (k_pos > q_pos - window)
 
 
 def rotated(x, cos, sin, interleaved=False):
@@ -63,7 +57,7 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
 def attention(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None):
     """(out, lse) of `sliding_gqa_attention`, by its definition; differentiable by PyTorch."""
     qw, kw, vw = _widened(q, k, v, rope)
-    seen = visible(q.shape[2], k.shape[2], window, q.device)
+    seen = visible_mask(q.shape[2], k.shape[2], window, q.device)
     scores = _scores(qw @ kw.mT, seen, scale, softcap)
     return _average(scores, vw, _lse(scores, sinks), q.dtype)
 
@@ -121,7 +115,7 @@ def attend_backward(grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale
     """
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     qw, kw, vw = _widened(q, k, v, rope)
-    scores = _scores(qw @ kw.mT, visible(T, S, window, q.device), scale, softcap)
+    scores = _scores(qw @ kw.mT, visible_mask(T, S, window, q.device), scale, softcap)
     lse = _lse(scores, sinks)[..., None]
     p = _probabilities(scores, lse)
     do = grad_out.to(qw.dtype)

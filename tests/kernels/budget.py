@@ -3,6 +3,7 @@
 import torch
 
 from kernels.backends import reference
+from kernels.band import visible_mask
 
 
 def eager(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None):
@@ -15,7 +16,7 @@ def eager(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None):
     scores = (q * scale) @ k.mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~reference.visible(T, S, window, q.device), float("-inf"))
+    scores = scores.masked_fill(~visible_mask(T, S, window, q.device), float("-inf"))
     columns = scores
     if sinks is not None:
         columns = torch.cat([scores, sinks.to(scores)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)

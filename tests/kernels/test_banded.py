@@ -8,6 +8,7 @@ from kernels.backends import reference
 from kernels.backends.banded import attention as banded
 from kernels.backends.banded import plan as banded_plan
 from kernels.backends.banded import rope as banded_rope
+from kernels.band import visible_mask
 
 B, D = 2, 16
 SHAPES = {  # T, S, Hq, Hkv, window
@@ -168,7 +169,7 @@ def test_low_precision_stays_within_its_error_budget(dtype):
     """At most twice the error of the same mathematics in the same dtype, plus one rounding."""
     (q, k, v, window), _ = inputs((100, 100, 4, 2, 24), {}, dtype)
     exact, _ = reference.attention(q.double(), k.double(), v.double(), window, scale=D**-0.5)
-    seen = reference.visible(100, 100, window)
+    seen = visible_mask(100, 100, window)
     p = (q @ k.repeat_interleave(2, 1).mT * D**-0.5).masked_fill(~seen, float("-inf")).softmax(-1)
     naive = p @ v.repeat_interleave(2, 1)
     ours = sliding_gqa_attention(q, k, v, window, backend="banded")

@@ -10,8 +10,8 @@ from kernels.backends.triton.tile_configs import DecodeTile
 
 # {fault: (file, text, replacement)}
 MUTATIONS = {
-    "slot off by one": ("decode.py", "slot = oldest_slot + key", "slot = oldest_slot + key + 1"),
-    "end of the ring off by one": ("decode.py", "tl.where(slot < num_slots", "tl.where(slot <= num_slots"),
+    "slot off by one": ("tiles.py", "slot = oldest_slot + key", "slot = oldest_slot + key + 1"),
+    "end of the ring off by one": ("tiles.py", "tl.where(slot < num_slots", "tl.where(slot <= num_slots"),
     "written beside its slot": ("decode.py", "position % num_slots", "(position + 1) % num_slots"),
     "padding is written": ("decode.py", "(in_rows & (position >= 0))", "in_rows"),
     "wrong group map": ("decode.py", "kv_head * GROUP + row % GROUP", "kv_head + row % GROUP"),

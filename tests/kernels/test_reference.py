@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from kernels import rope_tables, sliding_gqa_attention
 from kernels.backends import reference
+from kernels.band import visible_mask
 
 
 def draw(seen):
@@ -13,8 +14,8 @@ def draw(seen):
 
 
 def test_the_mask_is_the_one_in_the_docstring():
-    assert draw(reference.visible(3, 5, window=3)) == ["1 1 1 . .", ". 1 1 1 .", ". . 1 1 1"]
-    assert draw(reference.visible(3, 3)) == ["1 . .", "1 1 .", "1 1 1"]
+    assert draw(visible_mask(3, 5, window=3)) == ["1 1 1 . .", ". 1 1 1 .", ". . 1 1 1"]
+    assert draw(visible_mask(3, 3)) == ["1 . .", "1 1 .", "1 1 1"]
 
 
 def test_window_counts_the_query_itself():
@@ -28,7 +29,7 @@ def test_reference_is_sdpa_with_the_mask(T, S, window, group):
     q = torch.randn(2, 2 * group, T, 8, dtype=torch.float64)
     k, v = torch.randn(2, 2, 2, S, 8, dtype=torch.float64)
     expected = F.scaled_dot_product_attention(
-        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), reference.visible(T, S, window), scale=0.3
+        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), visible_mask(T, S, window), scale=0.3
     )
     out = sliding_gqa_attention(q, k, v, window, scale=0.3, backend="reference")
     torch.testing.assert_close(out, expected)
@@ -39,7 +40,7 @@ def test_a_sink_takes_probability_and_gives_no_value():
     q, k, v = torch.randn(3, 1, 2, 4, 8, dtype=torch.float64)
     sinks = torch.tensor([0.5, -1.0], dtype=torch.float64)
     out, lse = reference.attention(q, k, v, scale=1.0, sinks=sinks)
-    scores = (q @ k.mT).masked_fill(~reference.visible(4, 4), float("-inf"))
+    scores = (q @ k.mT).masked_fill(~visible_mask(4, 4), float("-inf"))
     scores = torch.cat([scores, sinks.view(1, 2, 1, 1).expand(1, 2, 4, 1)], -1)
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     torch.testing.assert_close(out, scores.softmax(-1)[..., :-1] @ v)
@@ -49,7 +50,7 @@ def test_softcap_bounds_the_scores():
     q, k, v = torch.randn(3, 1, 1, 4, 8, dtype=torch.float64)
     _, lse = reference.attention(1e4 * q, k, v, scale=1.0, softcap=5.0)
     assert lse.max() <= 5.0 + torch.log(torch.tensor(4.0))
-    capped = (5.0 * torch.tanh(q @ k.mT / 5.0)).masked_fill(~reference.visible(4, 4), float("-inf"))
+    capped = (5.0 * torch.tanh(q @ k.mT / 5.0)).masked_fill(~visible_mask(4, 4), float("-inf"))
     torch.testing.assert_close(reference.attention(q, k, v, scale=1.0, softcap=5.0)[1], capped.logsumexp(-1))
 
 

@@ -16,7 +16,7 @@ from budget import eager
 from kernels import rope_tables
 from kernels.backends import reference
 from kernels.backends.triton import decode as decode_kernels
-from kernels.backends.triton import tile_configs
+from kernels.backends.triton import tile_configs, tiles
 from kernels.backends.triton.decode import append, attend_to_cache, split_count
 from kernels.backends.triton.tile_configs import DecodeTile
 
@@ -235,7 +235,7 @@ def test_slots_go_round_the_ring_once(device):
     @triton.jit
     def slots_kernel(out_ptr, oldest_slot, num_slots):
         key = tl.arange(0, 8)
-        tl.store(out_ptr + key, decode_kernels.ring_slot(oldest_slot, key, num_slots))
+        tl.store(out_ptr + key, tiles.ring_slot(oldest_slot, key, num_slots))
 
     for oldest_slot in range(11):
         slots = torch.empty(8, dtype=torch.int32, device=device)

@@ -17,58 +17,20 @@ from .rope import rotary_tables, rotate
 from .tiles import (
     LN_2,
     LOG2_E,
-    dot,
+    attend_tiles,
     head_block,
     head_columns,
     in_elements,
     key_spans,
     load_rotated,
-    load_tile,
     packed_heads,
     packed_rows,
     row_offset,
     row_program,
     softmax_scales,
-    softmax_step,
     strides_of,
-    tanh,
-    visible,
-    walk_start,
-    walk_step,
     wide_dtype,
-    wide_stride,
 )
-
-
-@triton.jit
-def _attend(
-    state, q, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The walk of one row block over the key tiles of `span`."""
-    PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
-    element, in_head = head_columns(HEAD_DIM)
-    start = walk_start(span, MASKED)
-    key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
-    # pointers are carried, not computed: a 64-bit product a tile costs 10 to 20 instructions
-    k_ptrs = k_ptr + key[None, :] * k_stride + element[:, None]
-    v_ptrs = v_ptr + key[:, None] * v_stride + element[None, :]
-    for _ in range(span[3]):
-        k_pos = start + tl.arange(0, BLOCK_N)
-        in_keys = k_pos < num_keys
-        k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
-        scores = dot(q, k, None, PRECISION)
-        if cap_scale is not None:
-            scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
-        if MASKED:
-            scores = tl.where(visible(q_pos[:, None], k_pos[None, :], window), scores, float("-inf"))
-        v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
-        state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
-        step = walk_step(start, span, BLOCK_N, MASKED)
-        start += step
-        k_ptrs += step * wide_stride(k_stride)
-        v_ptrs += step * wide_stride(v_stride)
-    return state
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
@@ -105,13 +67,13 @@ def attention_forward_kernel(
     row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
     state = (acc, row_sum, row_max)
-    state = _attend(
-        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window, scale_log2, cap_scale,
-        HEAD_DIM, EDGE_N, PRECISION, True,
+    state = attend_tiles(
+        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, None, None, window, scale_log2,
+        cap_scale, HEAD_DIM, EDGE_N, PRECISION, True,
     )  # fmt: skip
-    state = _attend(
-        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window, scale_log2, cap_scale,
-        HEAD_DIM, BLOCK_N, PRECISION, False,
+    state = attend_tiles(
+        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, None, None, window, scale_log2,
+        cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
 

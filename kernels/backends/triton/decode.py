@@ -36,21 +36,15 @@ from . import tile_configs
 from .rope import rotary_tables
 from .tiles import (
     LOG2_E,
-    dot,
+    attend_tiles,
     head_block,
     head_columns,
     in_elements,
     key_spans,
     load_rotated,
-    load_tile,
     row_offset,
     softmax_scales,
-    softmax_step,
     strides_of,
-    tanh,
-    visible,
-    walk_start,
-    walk_step,
     wide_dtype,
 )
 
@@ -90,41 +84,6 @@ def append_kernel(
     k = load_rotated(k_rows, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
     tl.store(k_slots + element[None, :], k, mask=ok)
     tl.store(v_slots + element[None, :], tl.load(v_rows + element[None, :], mask=ok, other=0.0), mask=ok)
-
-
-@triton.jit
-def ring_slot(oldest_slot, key, num_slots):
-    """The slot of each key; they go over the end of the ring once at most, in any tile."""
-    slot = oldest_slot + key
-    return tl.where(slot < num_slots, slot, slot - num_slots)
-
-
-@triton.jit
-def _attend(
-    state, q, q_key, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, oldest_slot, num_slots, window,
-    scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The walk of one row block over the key tiles of `span`; q_key is where each row's query is among the keys."""
-    PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
-    element, in_head = head_columns(HEAD_DIM)
-    start = walk_start(span, MASKED)
-    for _ in range(span[3]):
-        key = start + tl.arange(0, BLOCK_N)
-        in_keys = key < num_keys
-        slot = ring_slot(oldest_slot, key, num_slots).to(tl.int64)
-        k_ptrs = k_ptr + slot[None, :] * k_stride + element[:, None]
-        k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
-        scores = dot(q, k, None, PRECISION)
-        if cap_scale is not None:
-            scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
-        if MASKED:
-            scores = tl.where(visible(q_key[:, None], key[None, :], window), scores, float("-inf"))
-        v_ptrs = v_ptr + slot[:, None] * v_stride + element[None, :]
-        v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
-        state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
-        start += walk_step(start, span, BLOCK_N, MASKED)
-    return state
 
 
 @triton.jit(
@@ -195,11 +154,11 @@ def decode_kernel(
     state = (acc, row_sum, row_max)
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
-    state = _attend(
+    state = attend_tiles(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, oldest % num_slots,
         num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
-    state = _attend(
+    state = attend_tiles(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, oldest % num_slots,
         num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip

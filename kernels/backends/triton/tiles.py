@@ -297,6 +297,54 @@ def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: 
     return acc, row_sum, new_max
 
 
+@triton.jit
+def ring_slot(oldest_slot, key, num_slots):
+    """The slot of each key; they go over the end of the ring once at most, in any tile."""
+    slot = oldest_slot + key
+    return tl.where(slot < num_slots, slot, slot - num_slots)
+
+
+@triton.jit
+def attend_tiles(
+    state, q, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, oldest_slot, num_slots, window,
+    scale_log2, cap_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The walk of one row block over the key tiles of `span`; q_pos is the position of each row's query among the keys.
+
+    num_slots: keys lie in a ring, from oldest_slot on; None where they lie in order.
+    """
+    PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
+    element, in_head = head_columns(HEAD_DIM)
+    start = walk_start(span, MASKED)
+    if num_slots is None:
+        key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
+        # pointers are carried, not computed: a 64-bit product a tile costs 10 to 20 instructions
+        k_ptrs = k_ptr + key[None, :] * k_stride + element[:, None]
+        v_ptrs = v_ptr + key[:, None] * v_stride + element[None, :]
+    for _ in range(span[3]):
+        k_pos = start + tl.arange(0, BLOCK_N)
+        in_keys = k_pos < num_keys
+        if num_slots is not None:
+            slot = ring_slot(oldest_slot, k_pos, num_slots).to(tl.int64)
+            k_ptrs = k_ptr + slot[None, :] * k_stride + element[:, None]
+            v_ptrs = v_ptr + slot[:, None] * v_stride + element[None, :]
+        k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
+        scores = dot(q, k, None, PRECISION)
+        if cap_scale is not None:
+            scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
+        if MASKED:
+            scores = tl.where(visible(q_pos[:, None], k_pos[None, :], window), scores, float("-inf"))
+        v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
+        state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
+        step = walk_step(start, span, BLOCK_N, MASKED)
+        start += step
+        if num_slots is None:
+            k_ptrs += step * wide_stride(k_stride)
+            v_ptrs += step * wide_stride(v_stride)
+    return state
+
+
 def strides_of(*tensors):
     """(UNIT, a tuple of the first three strides of each tensor, in units of UNIT elements); of None they are 0.
 
