@@ -85,7 +85,7 @@ class _Band:
         # oneDNN takes overlapping slices of the keys only by copying them, transposed: a plain copy is faster
         self.copy_keys = q.is_cpu and (self.dtype == torch.bfloat16 or onednn_is_exact()) and self.dtype.itemsize <= 4
         self.steps = steps_of(q, k, window, threads or torch.get_num_threads())
-        self.k, self.v = k.to(self.dtype), v.to(self.dtype)
+        self.k, self.v, self.views = k.to(self.dtype), v.to(self.dtype), {}
         if rope is not None:
             self.rotation = rotation_of(rope, self.S, self.wide)
             if rotated_k is None:
@@ -94,7 +94,11 @@ class _Band:
             self.k = rotated_k
 
     def scratch(self, name, *shape, wide=False):
-        return _scratch(name, shape, self.wide if wide else self.dtype, self.device)
+        view = self.views.get((name, shape, wide))
+        if view is None:
+            view = _scratch(name, shape, self.wide if wide else self.dtype, self.device)
+            self.views[name, shape, wide] = view
+        return view
 
     def widened(self, x):
         """x in the wide dtype: itself, or a copy in scratch."""
