@@ -229,7 +229,8 @@ def _backward(
         kept = ()
     band = _Band(q, k, v, window, scale, softcap, rope, threads, kept[-1] if kept else None)
     G, dq = band.G, torch.empty_like(q)
-    dk, dv = (torch.zeros_like(x, dtype=band.wide) for x in (k, v))
+    # head by head, so that the keys of a block are one run of memory
+    dk_sums, dv_sums = (band.scratch(name, *k.shape, wide=True).zero_() for name in ("dk", "dv"))
     for index, step in enumerate(band.steps):
         do = band.rows(step, grad_out, band.row_buffer("do", step))
         slope = None
@@ -244,7 +245,7 @@ def _backward(
             else:
                 s.sub_(step.numbers(lse, G)).exp_()
             p = p if p is s else p.copy_(s)
-        step.add_to_keys(dv, band.widened(band.product("sums", p.mT, do)))
+        step.add_to_keys(dv_sums, band.widened(band.product("sums", p.mT, do)))
         ds = band.product("ds", do, band.keys(step, band.v).mT)
         # p * (dp - sum(p * dp)) in one pass; the sum is do . o
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
@@ -252,22 +253,25 @@ def _backward(
             ds.addcmul_(p, step.numbers(grad_lse, G))
         if slope is not None:
             ds.mul_(slope)
-        step.add_to_keys(dk, band.widened(band.product("sums", ds.mT, rows, scale)))
+        step.add_to_keys(dk_sums, band.widened(band.product("sums", ds.mT, rows, scale)))
         target = step.rows(dq, G)
         step_dq = band.product("o", ds, band.keys(step, band.k), scale).view(target.shape)
         if rope is None:
             target.copy_(step_dq)
         else:
             rotate_pairs_back(band.widened(step_dq), band.step_rotation(step), target)
-    if rope is not None:
-        dk = rotate_pairs_back(dk, band.rotation, torch.empty_like(k))
+    dk, dv = torch.empty_like(k), torch.empty_like(v).copy_(dv_sums)
+    if rope is None:
+        dk.copy_(dk_sums)
+    else:
+        rotate_pairs_back(dk_sums, band.rotation, dk)
     dsinks = None
     if sinks is not None:
         # the sink's probability times its ds, whose do . v is zero
         delta = (grad_out * out).sum(-1, dtype=lse.dtype)
         ds = (sinks.to(lse.dtype)[:, None] - lse).exp_() * (-delta if grad_lse is None else grad_lse - delta)
         dsinks = ds.sum((0, 2)).to(sinks.dtype)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+    return dq, dk, dv, dsinks
 
 
 def attend(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None, with_lse=True):
