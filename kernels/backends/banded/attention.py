@@ -34,7 +34,7 @@ from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
 from ...band import attention_flops
-from ...cpu import has_bf16_products, onednn, onednn_is_exact
+from ...cpu import has_bf16_products, onednn_is_exact, through_onednn
 from .plan import steps_of
 from .rope import rotate_pairs, rotate_pairs_back, rotation_of
 from .short import is_short, short_backward, short_forward
@@ -43,7 +43,7 @@ KEPT_KEYS = 8  # what is kept for the backward pass takes at most about 8 times 
 
 
 class _Scratch(threading.local):
-    """A thread's buffers, which all steps of all its calls share: the system would map and clear new ones every time."""
+    """A thread's buffers, shared by all steps of all its calls: the system would map and clear new ones every time."""
 
     LARGEST = 2**24  # bytes; a larger buffer, which some long windows need, is freed with its last use
 
@@ -185,6 +185,11 @@ def _forward(q, k, v, window, scale, softcap, sinks, rope, with_lse, threads=0):
     """
     if softcap is None and sinks is None and is_short(q, k):
         return short_forward(q, k, v, window, scale, rope, with_lse, threads)
+    return _forward_in_blocks(q, k, v, window, scale, softcap, sinks, rope, with_lse, threads)
+
+
+@through_onednn
+def _forward_in_blocks(q, k, v, window, scale, softcap, sinks, rope, with_lse, threads):
     band = _Band(q, k, v, window, scale, softcap, rope, threads)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3] if with_lse else 0, dtype=band.wide, device=q.device)
@@ -227,6 +232,15 @@ def _backward(
         if grad_lse is None:
             return *short_backward(grad_out, q, k, v, out, kept, window, scale, rope), None
         kept = ()
+    return _backward_in_blocks(
+        grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope, kept, threads
+    )
+
+
+@through_onednn
+def _backward_in_blocks(
+    grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope, kept, threads
+):  # fmt: skip
     band = _Band(q, k, v, window, scale, softcap, rope, threads, kept[-1] if kept else None)
     G, dq = band.G, torch.empty_like(q)
     # head by head, so that the keys of a block are one run of memory
@@ -276,14 +290,12 @@ def _backward(
 
 def attend(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None, with_lse=True):
     """(out, lse): see kernels/backends/__init__.py."""
-    with onednn:
-        return _forward(q, k, v, window, scale, softcap, sinks, rope, with_lse)[:2]
+    return _forward(q, k, v, window, scale, softcap, sinks, rope, with_lse)[:2]
 
 
 def attend_backward(grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale, softcap=None, sinks=None, rope=None):
     """(dq, dk, dv, dsinks) from recomputed probabilities: see kernels/backends/__init__.py."""
-    with onednn:
-        return _backward(grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope)
+    return _backward(grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope)
 
 
 # Attention that keeps its probabilities for the backward pass: operators of the same kind as those of
@@ -316,7 +328,7 @@ library.define(
 @library.impl("sliding_gqa::banded_forward", "default")
 def _forward_op(q, k, v, cos, sin, window, scale, with_lse, threads):
     rope = None if cos is None else (cos, sin)
-    with onednn, torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         return _forward(q, k, v, window, scale, None, None, rope, with_lse, threads)
 
 
@@ -340,7 +352,7 @@ def _kept_shapes(q, k, window, rope, threads):
 @library.impl("sliding_gqa::banded_backward", "default")
 def _backward_op(grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, window, scale, threads):
     rope = None if cos is None else (cos, sin)
-    with onednn, torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         return _backward(grad_out, grad_lse, q, k, v, out, lse, window, scale, None, None, rope, kept, threads)[:3]
 
 
