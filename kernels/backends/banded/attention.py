@@ -11,8 +11,13 @@ Each block meets the keys that it sees, one slice of them, in two dense products
     block 2       1 1 1
                     1 1 1
 
-Full key slices lie L keys apart, so those of many blocks are one overlapping view of the keys: no copy, and one batched
-product. The scores of one step, a batch of blocks, fit a core's cache, which is where the speed comes from.
+Full key slices lie L keys apart, so those of many blocks are one overlapping view of the keys, and one batched product.
+A step is one batch of blocks. Its scores stay in a core's caches, which is where the speed comes from.
+
+What is rounded: fp32, fp16 and fp64 inputs are computed in fp32 or fp64, and results are rounded once. On CPUs that
+multiply bf16, the factors and results of products are bf16 for bf16 inputs: rotated q and k, the scaled scores before
+the mask, probabilities, their gradients before and after the softmax's derivative, and a step's share of dk and dv. The
+softmax, lse and the sums of dk and dv over steps and blocks are fp32.
 
 The backward pass needs the probabilities again. Where the window is short compared with the head size, they take little
 memory, linear in T. The forward pass then keeps them, and the stacked queries: that saves one of seven products, a
@@ -45,7 +50,7 @@ KEPT_KEYS = 8  # what is kept for the backward pass takes at most about 8 times 
 class _Scratch(threading.local):
     """A thread's buffers, shared by all steps of all its calls: the system would map and clear new ones every time."""
 
-    LARGEST = 2**24  # bytes; a larger buffer, which some long windows need, is freed with its last use
+    KEPT_BYTES = 2**22  # a thread of PyTorch: larger buffers, which only long windows need, are freed after the call
 
     def __init__(self):
         self.buffers = {}
@@ -57,7 +62,7 @@ class _Scratch(threading.local):
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
                 buffer = torch.empty(size, dtype=dtype, device=device)
-            if device.type == "cpu" and buffer.nbytes <= self.LARGEST:
+            if device.type == "cpu" and buffer.nbytes <= self.KEPT_BYTES * torch.get_num_threads():
                 self.buffers[key] = buffer
         return buffer[:size].view(shape)
 
@@ -66,7 +71,7 @@ _scratch = _Scratch()
 
 
 def product_dtype(q):
-    """The dtype of the factors of products: bf16 for bf16 on CPUs that multiply it faster, else at least fp32."""
+    """The dtype of the factors and results of products: bf16 for bf16 on CPUs that multiply it, else at least fp32."""
     if q.dtype == torch.bfloat16 and q.is_cpu and has_bf16_products():
         return q.dtype
     return torch.promote_types(q.dtype, torch.float32)
@@ -75,7 +80,7 @@ def product_dtype(q):
 class _Band:
     """What forward and backward share: the steps, the rotated keys, and one step's rows and scores.
 
-    Factors of products have the product dtype, and so have the products; all else is in the wide dtype.
+    Products are in `dtype`, see `product_dtype`; all else is in `wide`, fp32 or fp64.
     """
 
     def __init__(self, q, k, v, window, scale, softcap, rope, threads, rotated_k=None):
@@ -181,7 +186,7 @@ def _forward(q, k, v, window, scale, softcap, sinks, rope, with_lse, threads=0):
     """(out, lse, kept) of `sliding_gqa_attention`: out in q's dtype and layout, lse (B, Hq, T) fp32.
 
     Sums and lse are fp64 for fp64 inputs. Without with_lse, which sinks need, lse has no elements: the backward pass
-    does without. threads: for how many the work is cut, if what `kept_shapes` lists is to be kept; 0 if nothing is.
+    does without. threads: for how many the work is cut, if what `_kept_shapes` lists is to be kept; 0 if nothing is.
     """
     if softcap is None and sinks is None and is_short(q, k):
         return short_forward(q, k, v, window, scale, rope, with_lse, threads)

@@ -10,8 +10,8 @@ Six queries, L=2, window=3:
     block 2       1 1 1
                     1 1 1
 
-A step is a batch of products: some blocks of one region, in some sequences and KV heads, so many that their scores fit
-a core's cache.
+A step is a batch of products: some blocks of one region, in some sequences and KV heads, so many that their scores stay
+in a core's caches.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ from itertools import product
 from typing import NamedTuple
 
 BLOCK_LENGTHS = (16, 32, 64, 128)  # L: short blocks compute few masked scores, long ones need fewer and larger products
-STEP_SCORES_PER_THREAD = 512 * 1024  # fp32 scores of one step: 1 MB, a core's L2 cache; smaller steps cost calls
+STEP_SCORES_PER_THREAD = 512 * 1024  # scores of one step: 2 MB in fp32; smaller steps cost calls, larger ones caches
 # What a cut is weighed by, in multiply-adds: measured on two cores of an AMD EPYC (Zen 4)
 STEP_WORK = 2**23  # the calls of one step, forward and backward
 ROW_WORK = 9  # what a score costs besides its products, over the rows of its block: adding its keys' gradients
