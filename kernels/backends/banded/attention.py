@@ -11,8 +11,13 @@ Each block meets the keys that it sees, one slice of them, in two dense products
     block 2       1 1 1
                     1 1 1
 
-Full key slices lie L keys apart, so those of many blocks are one overlapping view of the keys: no copy, and one batched
-product. The scores of one step, a batch of blocks, fit a core's cache, which is where the speed comes from.
+Full key slices lie L keys apart, so those of many blocks are one overlapping view of the keys, and one batched product.
+A step is one batch of blocks. Its scores stay in a core's caches, which is where the speed comes from.
+
+What is rounded: fp32, fp16 and fp64 inputs are computed in fp32 or fp64, and results are rounded once. On CPUs that
+multiply bf16, the factors and results of products are bf16 for bf16 inputs: rotated q and k, the scaled scores before
+the mask, probabilities, their gradients before and after the softmax's derivative, and a step's share of dk and dv. The
+softmax, lse and the sums of dk and dv over steps and blocks are fp32.
 
 The backward pass needs the probabilities again. Where the window is short compared with the head size, they take little
 memory, linear in T. The forward pass then keeps them, and the stacked queries: that saves one of seven products, a
@@ -25,6 +30,8 @@ them. That changes no score, and it is two to six times as fast as rotating halv
 plan.py cuts the rows into blocks. short.py takes sequences of a few dozen tokens.
 """
 
+import math
+import threading
 from functools import lru_cache
 
 import torch
@@ -32,6 +39,7 @@ from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
 from ...band import attention_flops
+from ...cpu import has_bf16_products, onednn_is_exact, through_onednn
 from .plan import steps_of
 from .rope import rotate_pairs, rotate_pairs_back, rotation_of
 from .short import is_short, short_backward, short_forward
@@ -39,37 +47,67 @@ from .short import is_short, short_backward, short_forward
 KEPT_KEYS = 8  # what is kept for the backward pass takes at most about 8 times the memory of q
 
 
-class _Scratch:
-    """Buffers that all steps of a call share: new ones would be mapped and cleared by the system at every step."""
+class _Scratch(threading.local):
+    """A thread's buffers, shared by all steps of all its calls: the system would map and clear new ones every time."""
 
-    def __init__(self, dtype, device):
-        self.buffers, self.dtype, self.device = {}, dtype, device
+    KEPT_BYTES = 2**22  # a thread of PyTorch: larger buffers, which only long windows need, are freed after the call
 
-    def __call__(self, name, *shape):
-        size = 1
-        for n in shape:
-            size *= n
-        buffer = self.buffers.get(name)
+    def __init__(self):
+        self.buffers = {}
+
+    def __call__(self, name, shape, dtype, device):
+        size = math.prod(shape)
+        key = name, dtype, device
+        buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+            with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
+                buffer = torch.empty(size, dtype=dtype, device=device)
+            if device.type == "cpu" and buffer.nbytes <= self.KEPT_BYTES * torch.get_num_threads():
+                self.buffers[key] = buffer
         return buffer[:size].view(shape)
 
 
+_scratch = _Scratch()
+
+
+def product_dtype(q):
+    """The dtype of the factors and results of products: bf16 for bf16 on CPUs that multiply it, else at least fp32."""
+    if q.dtype == torch.bfloat16 and q.is_cpu and has_bf16_products():
+        return q.dtype
+    return torch.promote_types(q.dtype, torch.float32)
+
+
 class _Band:
-    """What forward and backward share: the steps, the rotated keys, and one step's rows and scores."""
+    """What forward and backward share: the steps, the rotated keys, and one step's rows and scores.
+
+    Products are in `dtype`, see `product_dtype`; all else is in `wide`, fp32 or fp64.
+    """
 
     def __init__(self, q, k, v, window, scale, softcap, rope, threads, rotated_k=None):
         self.T, self.S, self.D, self.G = q.shape[2], k.shape[2], q.shape[3], q.shape[1] // k.shape[1]
-        self.scale, self.softcap, self.rotation = scale, softcap, None
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.scale, self.softcap, self.rotation, self.device = scale, softcap, None, q.device
+        self.dtype, self.wide = product_dtype(q), torch.promote_types(q.dtype, torch.float32)
+        # oneDNN takes overlapping slices of the keys only by copying them, transposed: a plain copy is faster
+        self.copy_keys = q.is_cpu and (self.dtype == torch.bfloat16 or onednn_is_exact()) and self.dtype.itemsize <= 4
         self.steps = steps_of(q, k, window, threads or torch.get_num_threads())
-        self.scratch = _Scratch(self.dtype, q.device)
-        self.k, self.v = k.to(self.dtype), v.to(self.dtype)
+        self.k, self.v, self.views = k.to(self.dtype), v.to(self.dtype), {}
         if rope is not None:
-            self.rotation = rotation_of(rope, self.S, self.dtype)
+            self.rotation = rotation_of(rope, self.S, self.wide)
             if rotated_k is None:
-                rotated_k = rotate_pairs(self.k, self.rotation, torch.empty(k.shape, dtype=self.dtype, device=k.device))
+                rotated_k = torch.empty(k.shape, dtype=self.wide, device=k.device)
+                rotated_k = rotate_pairs(k.to(self.wide), self.rotation, rotated_k).to(self.dtype)
             self.k = rotated_k
+
+    def scratch(self, name, *shape, wide=False):
+        view = self.views.get((name, shape, wide))
+        if view is None:
+            view = _scratch(name, shape, self.wide if wide else self.dtype, self.device)
+            self.views[name, shape, wide] = view
+        return view
+
+    def widened(self, x):
+        """x in the wide dtype: itself, or a copy in scratch."""
+        return x if x.dtype == self.wide else self.scratch("wide", *x.shape, wide=True).copy_(x)
 
     def step_rotation(self, step):
         """The rotation of the step's query rows, to go with its (b, h, n, L, G, R / 2)."""
@@ -78,7 +116,7 @@ class _Band:
         return part.view(step.blocks, step.region.rows, 1, -1)
 
     def rows(self, step, x, out):
-        """The step's rows of x (B, Hq, T, D), stacked, into `out` (b * h * n, L * G, D) of the wide dtype."""
+        """The step's rows of x (B, Hq, T, D), stacked, into `out` (b * h * n, L * G, D)."""
         x = step.rows(x, self.G)
         out.view(x.shape).copy_(x)
         return out
@@ -87,9 +125,18 @@ class _Band:
         """The same, rotated."""
         if self.rotation is None:
             return self.rows(step, q, out)
-        q = step.rows(q, self.G)
-        rotate_pairs(q.to(self.dtype), self.step_rotation(step), out.view(q.shape))
-        return out
+        q = self.widened(step.rows(q, self.G))
+        rotated = out if out.dtype == self.wide else self.scratch("rotated", *out.shape, wide=True)
+        rotate_pairs(q, self.step_rotation(step), rotated.view(q.shape))
+        return out if out is rotated else out.copy_(rotated)
+
+    def keys(self, step, x):
+        """The step's key slices of x (B, Hkv, S, D), as a factor (b * h * n, N, D)."""
+        if not self.copy_keys:
+            return step.keys(x)
+        slices = step.pieces(x, 0, step.region.keys)
+        out = self.scratch("keys", *slices.shape)
+        return out.copy_(slices).view(step.products, step.region.keys, -1)
 
     def row_buffer(self, name, step):
         return self.scratch(name, step.products, step.region.rows * self.G, self.D)
@@ -100,15 +147,18 @@ class _Band:
         return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
     def scores(self, step, q, out):
-        """Masked scores (b * h * n, L * G, N) of stacked rows q, in `out`; with a softcap, also their derivative."""
+        """Masked scores (b * h * n, L * G, N) of stacked rows q, wide; with a softcap, also their derivative.
+
+        Their product is written to `out`, which the result is too if that is wide.
+        """
         region, slope = step.region, None
-        s = torch.baddbmm(out, q, step.keys(self.k).mT, beta=0, alpha=self.scale, out=out)
+        s = self.widened(torch.baddbmm(out, q, self.keys(step, self.k).mT, beta=0, alpha=self.scale, out=out))
         if self.softcap is not None:
             s.div_(self.softcap).tanh_()
-            slope = torch.mul(s, s, out=self.scratch("slope", *s.shape)).neg_().add_(1.0)
+            slope = torch.mul(s, s, out=self.scratch("slope", *s.shape, wide=True)).neg_().add_(1.0)
             s.mul_(self.softcap)
         corners = s.view(-1, region.rows, self.G, region.keys)
-        left, right = _triangles(region.rows, region.left, self.dtype, s.device)
+        left, right = _triangles(region.rows, region.left, self.wide, s.device)
         if region.left:
             corners[..., : region.left].add_(left)
         if region.rows > 1:
@@ -136,26 +186,32 @@ def _forward(q, k, v, window, scale, softcap, sinks, rope, with_lse, threads=0):
     """(out, lse, kept) of `sliding_gqa_attention`: out in q's dtype and layout, lse (B, Hq, T) fp32.
 
     Sums and lse are fp64 for fp64 inputs. Without with_lse, which sinks need, lse has no elements: the backward pass
-    does without. threads: for how many the work is cut, if what `kept_shapes` lists is to be kept; 0 if nothing is.
+    does without. threads: for how many the work is cut, if what `_kept_shapes` lists is to be kept; 0 if nothing is.
     """
     if softcap is None and sinks is None and is_short(q, k):
         return short_forward(q, k, v, window, scale, rope, with_lse, threads)
+    return _forward_in_blocks(q, k, v, window, scale, softcap, sinks, rope, with_lse, threads)
+
+
+@through_onednn
+def _forward_in_blocks(q, k, v, window, scale, softcap, sinks, rope, with_lse, threads):
     band = _Band(q, k, v, window, scale, softcap, rope, threads)
     out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3] if with_lse else 0, dtype=band.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3] if with_lse else 0, dtype=band.wide, device=q.device)
     kept = []
     for step in band.steps:
-        s, rows = band.score_buffer(step), band.row_buffer("q", step)
+        p, rows = band.score_buffer(step), band.row_buffer("q", step)
         if threads:
             # tensors a step, not one for all: the system would map and clear a large one at every call
-            s, rows = torch.empty_like(s), torch.empty_like(rows)
-            kept += [s, rows]
-        band.scores(step, band.queries(step, q, rows), s)
+            p, rows = torch.empty_like(p), torch.empty_like(rows)
+            kept += [p, rows]
+        s, _ = band.scores(step, band.queries(step, q, rows), p)
         if with_lse:
             largest = s.amax(-1)
         torch.softmax(s, dim=-1, out=s)
+        p = p if p is s else p.copy_(s)
         target = step.rows(out, band.G)
-        target.copy_(band.product("o", s, step.keys(band.v)).view(target.shape))
+        target.copy_(band.product("o", p, band.keys(step, band.v)).view(target.shape))
         if with_lse:  # from the largest score and its probability: no second pass of exponentials
             target = step.rows(lse[..., None], band.G)
             target.copy_(largest.sub_(s.amax(-1).log_()).view(target.shape))
@@ -181,9 +237,19 @@ def _backward(
         if grad_lse is None:
             return *short_backward(grad_out, q, k, v, out, kept, window, scale, rope), None
         kept = ()
+    return _backward_in_blocks(
+        grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope, kept, threads
+    )
+
+
+@through_onednn
+def _backward_in_blocks(
+    grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope, kept, threads
+):  # fmt: skip
     band = _Band(q, k, v, window, scale, softcap, rope, threads, kept[-1] if kept else None)
     G, dq = band.G, torch.empty_like(q)
-    dk, dv = (torch.zeros_like(x) for x in (band.k, band.v))
+    # head by head, so that the keys of a block are one run of memory
+    dk_sums, dv_sums = (band.scratch(name, *k.shape, wide=True).zero_() for name in ("dk", "dv"))
     for index, step in enumerate(band.steps):
         do = band.rows(step, grad_out, band.row_buffer("do", step))
         slope = None
@@ -191,35 +257,40 @@ def _backward(
             p, rows = kept[2 * index : 2 * index + 2]
         else:
             rows = band.queries(step, q, band.row_buffer("q", step))
-            p, slope = band.scores(step, rows, band.score_buffer(step))
+            p = band.score_buffer(step)
+            s, slope = band.scores(step, rows, p)
             if sinks is None:
-                torch.softmax(p, dim=-1, out=p)
+                torch.softmax(s, dim=-1, out=s)
             else:
-                p.sub_(step.numbers(lse, G)).exp_()
-        step.add_to_keys(dv, band.product("sums", p.mT, do))
-        ds = band.product("ds", do, step.keys(band.v).mT)
+                s.sub_(step.numbers(lse, G)).exp_()
+            p = p if p is s else p.copy_(s)
+        step.add_to_keys(dv_sums, band.widened(band.product("sums", p.mT, do)))
+        ds = band.product("ds", do, band.keys(step, band.v).mT)
         # p * (dp - sum(p * dp)) in one pass; the sum is do . o
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         if grad_lse is not None:
             ds.addcmul_(p, step.numbers(grad_lse, G))
         if slope is not None:
             ds.mul_(slope)
-        step.add_to_keys(dk, band.product("sums", ds.mT, rows, scale))
+        step.add_to_keys(dk_sums, band.widened(band.product("sums", ds.mT, rows, scale)))
         target = step.rows(dq, G)
-        step_dq = band.product("o", ds, step.keys(band.k), scale).view(target.shape)
+        step_dq = band.product("o", ds, band.keys(step, band.k), scale).view(target.shape)
         if rope is None:
             target.copy_(step_dq)
         else:
-            rotate_pairs_back(step_dq, band.step_rotation(step), target)
-    if rope is not None:
-        dk = rotate_pairs_back(dk, band.rotation, torch.empty_like(k))
+            rotate_pairs_back(band.widened(step_dq), band.step_rotation(step), target)
+    dk, dv = torch.empty_like(k), torch.empty_like(v).copy_(dv_sums)
+    if rope is None:
+        dk.copy_(dk_sums)
+    else:
+        rotate_pairs_back(dk_sums, band.rotation, dk)
     dsinks = None
     if sinks is not None:
         # the sink's probability times its ds, whose do . v is zero
         delta = (grad_out * out).sum(-1, dtype=lse.dtype)
         ds = (sinks.to(lse.dtype)[:, None] - lse).exp_() * (-delta if grad_lse is None else grad_lse - delta)
         dsinks = ds.sum((0, 2)).to(sinks.dtype)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks
+    return dq, dk, dv, dsinks
 
 
 def attend(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None, with_lse=True):
@@ -268,13 +339,9 @@ def _forward_op(q, k, v, cos, sin, window, scale, with_lse, threads):
 
 @library.register_fake("sliding_gqa::banded_forward")
 def _forward_fake(q, k, v, cos, sin, window, scale, with_lse, threads):
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_empty(q.shape[:3] if with_lse else 0, dtype=wide)
-    return (
-        torch.empty_like(q),
-        lse,
-        [q.new_empty(shape, dtype=wide) for shape in _kept_shapes(q, k, window, cos, threads)],
-    )
+    lse = q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.promote_types(q.dtype, torch.float32))
+    shapes = _kept_shapes(q, k, window, cos, threads)
+    return torch.empty_like(q), lse, [q.new_empty(shape, dtype=product_dtype(q)) for shape in shapes]
 
 
 def _kept_shapes(q, k, window, rope, threads):

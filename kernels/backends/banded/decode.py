@@ -12,7 +12,10 @@ masked. On other devices nothing waits for `lengths`, and the mask is always mad
 
 import torch
 
+from ...cpu import through_onednn
 from .rope import rotate_into, rows_of
+
+MANY_ROWS = 64  # of queries that share their keys: from there on oneDNN is faster than MKL
 
 
 def append(k, v, k_cache, v_cache, lengths, *, rope=None):
@@ -61,12 +64,13 @@ def attend_to_cache(q, k_cache, v_cache, lengths, window=None, *, scale, softcap
         unseen, v_cache = _unseen(lengths, T, window, v_cache, shortest)
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     rows = q.reshape(B * Hkv, Hq // Hkv * T, D)  # the heads of a group share their keys
-    out = attend_rows(rows, keys, values, (B, Hq, T), scale, unseen, softcap=softcap, sinks=sinks, padding=shortest < T)
+    attend = attend_rows if rows.shape[1] < MANY_ROWS else through_onednn(attend_rows)
+    out = attend(rows, keys, values, (B, Hq, T), scale, unseen, softcap, sinks, shortest < T)
     out = out.view(B, Hq, T, D)
     return out if lost is None else out.masked_fill(lost, float("nan"))
 
 
-def attend_rows(rows, keys, values, queries, scale, unseen=None, *, softcap=None, sinks=None, padding=False):
+def attend_rows(rows, keys, values, queries, scale, unseen=None, softcap=None, sinks=None, padding=False):
     """(B * Hkv, G * T, D), in the dtype of the values: rows of this shape attend to keys and values (B * Hkv, N, D).
 
     queries   (B, Hq, T), which the rows are

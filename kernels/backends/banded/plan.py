@@ -10,8 +10,8 @@ Six queries, L=2, window=3:
     block 2       1 1 1
                     1 1 1
 
-A step is a batch of products: some blocks of one region, in some sequences and KV heads, so many that their scores fit
-a core's cache.
+A step is a batch of products: some blocks of one region, in some sequences and KV heads, so many that their scores stay
+in a core's caches.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ from itertools import product
 from typing import NamedTuple
 
 BLOCK_LENGTHS = (16, 32, 64, 128)  # L: short blocks compute few masked scores, long ones need fewer and larger products
-STEP_SCORES_PER_THREAD = 256 * 1024  # fp32 scores of one step: 1 MB, a core's L2 cache; smaller steps cost calls
+STEP_SCORES_PER_THREAD = 512 * 1024  # scores of one step: 2 MB in fp32; smaller steps cost calls, larger ones caches
 # What a cut is weighed by, in multiply-adds: measured on two cores of an AMD EPYC (Zen 4)
 STEP_WORK = 2**23  # the calls of one step, forward and backward
 ROW_WORK = 9  # what a score costs besides its products, over the rows of its block: adding its keys' gradients
@@ -72,12 +72,16 @@ class Step(NamedTuple):
 
     def add_to_keys(self, x, summands):
         """x (B, Hkv, S, D) += summands (b * h * n, N, D), each at its block's keys."""
-        keys = self.region.keys
-        summands = summands.view(*self.pairs, self.blocks, keys, -1)
+        L, (b, h, t, d) = self.region.rows, x.stride()
         # the key slices of blocks overlap, but their first L keys do not, nor do the next L
-        width = self.region.rows if self.blocks > 1 else keys
-        for first in range(0, keys, width):
-            self.pieces(x, first, width).add_(summands[:, :, :, first : first + width])
+        width = L if self.blocks > 1 else self.region.keys
+        pieces = self.region.keys // width
+        offset = self.batch.start * b + self.heads.start * h + (self.region.first_key + self.first * L) * t
+        size = (pieces, *self.pairs, self.blocks, width, x.shape[3])
+        targets = x.as_strided(size, (width * t, b, h, L * t, t, d), x.storage_offset() + offset)
+        summands = summands.view(*self.pairs, self.blocks, pieces, width, -1)
+        for target, summand in zip(targets.unbind(0), summands.unbind(3), strict=True):
+            target.add_(summand)
 
     @property
     def pairs(self):

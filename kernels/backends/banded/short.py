@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from ...band import visible_mask
+from ...cpu import through_mkl
 from .rope import rotate_pairs, rotate_pairs_back, rotation_of
 
 SHORT = 64  # tokens; from there on the band is faster
@@ -33,6 +34,7 @@ def _short_options(q, window, scale):
     return (0.0, False), {"attn_mask": mask, "scale": scale}
 
 
+@through_mkl  # PyTorch's kernel makes small products, which take three times as long by oneDNN
 def short_forward(q, k, v, window, scale, rope, with_lse, threads):
     """The forward pass without softcap and sinks; it keeps lse, and q and k if they are rotated."""
     plain, options = _short_options(q, window, scale)
@@ -48,6 +50,7 @@ def short_forward(q, k, v, window, scale, rope, with_lse, threads):
     return out, lse if with_lse else lse.new_empty(0), kept
 
 
+@through_mkl
 def short_backward(grad_out, q, k, v, out, kept, window, scale, rope):
     """(dq, dk, dv) from what the forward pass kept."""
     plain, options = _short_options(q, window, scale)
