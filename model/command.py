@@ -1,10 +1,12 @@
-"""The command line of every command: flags and devices."""
+"""What every command shares: flags, devices, and the arithmetic that a device is fast at."""
 
 import argparse
 import re
 import sys
 
 import torch
+
+from kernels import cpu
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +35,22 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def fast_precision(device: torch.device) -> tuple[str, str]:
+    """("bf16" or "fp32", why): bf16 where the device has units for products of bf16 matrices."""
+    if device.type == "cuda":
+        ampere = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        return ("bf16", "this GPU has units for it") if ampere else ("fp32", "this GPU is too old for bf16")
+    if device.type == "cpu" and cpu.has_bf16_products():
+        return "bf16", "this CPU has units for it"
+    return "fp32", f"this {device.type} has no units for bf16"
+
+
+def use_fast_products(device: torch.device) -> None:
+    """Compute fp32 products of this process with the faster library, where that loses nothing (`kernels.cpu`)."""
+    if device.type == "cpu":
+        cpu.use_onednn()
 
 
 def _with_hyphens(argument: str) -> str:

@@ -22,7 +22,7 @@ import torch
 
 from model import GPT, CharTokenizer, attention_backend, from_pretrained
 from model.checkpoint import resolve_checkpoint
-from model.command import Parser, resolve_device
+from model.command import Parser, resolve_device, use_fast_products
 
 from .checkpoint import checkpoint_to_resume, read_record, recall_flags
 from .config import RunConfig, TrainerConfig, add_flags, from_flags, random_config, random_config_flags, stated_flags
@@ -79,6 +79,7 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     stated: names of the flags that the command line has; --init-from and --random-config need them.
     """
     device = resolve_device(local_device(config.parallel, config.device))
+    use_fast_products(device)
     # rank 0 checks, and all processes stop or none: one that went on would wait for the others
     join_processes(config.parallel, device).run_on_main(refuse_if_written, config.out_dir)
     backend = attention_backend(device, run.fused_kernels, run.backend)
@@ -196,7 +197,8 @@ def _first_lines(run, trainer, backend, data, estimate):
     else:
         yield "attention", "plain PyTorch (--fused-kernels runs ours)"
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
-    yield "device", f"{trainer.device}{threads}, {config.precision}" + (", compiled" if config.compile else "")
+    compiled = ", compiled" if config.compile else ""
+    yield "device", f"{trainer.device}{threads}, {trainer.precision} ({trainer.why_precision}){compiled}"
     if config.parallel != "none":
         processes = trainer.processes
         part = f"{processes.local_batch_size(config.batch_size)} of {config.batch_size} examples of a batch each"

@@ -64,7 +64,9 @@ class TrainerConfig:
     betas: tuple[float, float] = option((0.9, 0.99), "AdamW's averages of gradients and of their squares")
     grad_clip: float | None = option(1.0, "norm that a step's gradient is clipped to (none: no clipping)")
     ema_decay: float | None = option(None, "decay of a weight average to evaluate and save as best, such as 0.99")
-    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "arithmetic of the forward pass; weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "arithmetic of the forward pass; weights stay fp32. auto: bf16 where the device has units for it"
+    )
     activation_checkpointing: bool = option(False, "recompute the blocks: less memory, a third more time", True)
     overfit_one_batch: bool = option(False, "train on the first batch only; its loss must fall to almost 0")
     compile: bool = option(False, "torch.compile the model: faster steps after a minute or so", True)

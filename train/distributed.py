@@ -122,8 +122,9 @@ class Processes:
         return outcome[0]
 
     def leave(self) -> None:
-        """Ends the process group."""
+        """Ends the process group, when all processes have come here: gloo aborts one whose peer is gone."""
         if self.parallel != "none" and dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
 

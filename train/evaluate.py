@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from model import CharTokenizer, from_pretrained
 from model.checkpoint import resolve_checkpoint
-from model.command import Parser, resolve_device
+from model.command import Parser, resolve_device, use_fast_products
 
 from .checkpoint import read_facts
 from .config import add_flags, from_flags, option
@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = from_flags(EvaluateConfig, flags)
         device, checkpoint = resolve_device(config.device), resolve_checkpoint(config.checkpoint)
+        use_fast_products(device)
         model, tokenizer = from_pretrained(checkpoint, fused_kernels=config.fused_kernels, device=device)
         if tokenizer is None:
             raise ValueError(f"checkpoint {checkpoint} has no tokenizer.json, which turns text into tokens")

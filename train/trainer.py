@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from model import GPT, flops_per_token
-from model.command import resolve_device
+from model.command import fast_precision, resolve_device
 
 from .checkpoint import (
     checkpoint_to_resume,
@@ -68,6 +68,9 @@ class Trainer:
     def __init__(self, model, train_dataset, test_dataset=None, config: TrainerConfig | None = None, record=None):
         self.config = config = config or TrainerConfig()
         self.device = resolve_device(local_device(config.parallel, config.device))
+        self.precision, self.why_precision = config.precision, "asked for"
+        if config.precision == "auto":
+            self.precision, self.why_precision = fast_precision(self.device)
         if config.precision == "fp16" and self.device.type != "cuda":
             raise ValueError(f"precision fp16 needs a CUDA device, not {self.device}: take bf16 or fp32")
         if config.tensorboard:
@@ -91,8 +94,8 @@ class Trainer:
             betas=config.betas,
         )
         self.average = None if config.ema_decay is None else AverageWeights(self.model, config.ema_decay)
-        self.scaler = GradientScaler(self.optimizer, config.precision)
-        self.peak_flops = peak_flops(self.device, config.precision) if isinstance(model, GPT) else None  # of a device
+        self.scaler = GradientScaler(self.optimizer, self.precision)
+        self.peak_flops = peak_flops(self.device, self.precision) if isinstance(model, GPT) else None  # of a device
 
         self.tokens_per_step = config.batch_size * config.grad_accumulation * len(train_dataset[0][0])
         self.total_steps = config.total_steps(len(train_dataset))
@@ -376,9 +379,9 @@ class Trainer:
         return [tensor.to(self.device) for tensor in tensors]
 
     def _autocast(self):
-        if self.config.precision == "fp32":
+        if self.precision == "fp32":
             return contextlib.nullcontext()
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
 
 

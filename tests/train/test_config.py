@@ -112,7 +112,7 @@ def test_the_schedule_is_in_tokens_however_the_warm_up_is_given():
         ("learning_rate", float("nan"), "learning_rate is nan"),
         ("grad_clip", 0.0, "grad_clip is 0.0, wanted a norm above 0, or None"),
         ("betas", (0.9, 1.0), "betas is .*, wanted two numbers from 0 to below 1"),
-        ("precision", "fp8", "precision is 'fp8', expected one of 'fp32', 'bf16', 'fp16'"),
+        ("precision", "fp8", "precision is 'fp8', expected one of 'auto', 'fp32', 'bf16', 'fp16'"),
         ("weight_decay", -0.1, "weight_decay is -0.1, wanted at least 0"),
         ("optimizer", "sgd", "optimizer is 'sgd', expected one of 'muon', 'adamw'"),
         ("schedule", "step", "schedule is 'step', expected one of 'cosine', 'linear', 'wsd'"),

@@ -23,7 +23,7 @@ def tiny_trainer(seed=0, held_out=True, dataset=None, record=None, **settings):
     train_set = dataset or CharDataset(TEXT[:1500], block_size=16)
     test_set = CharDataset(TEXT[1500:], block_size=16, tokenizer=train_set.tokenizer) if held_out else None
     model = GPT(GPTConfig(vocab_size=train_set.vocab_size, **TINY), seed=seed)
-    defaults = {"max_steps": 20, "batch_size": 4, "log_every": 1, "eval_every": 5, "device": "cpu"}
+    defaults = {"max_steps": 20, "batch_size": 4, "precision": "fp32", "log_every": 1, "eval_every": 5, "device": "cpu"}
     settings = defaults | {"sample_tokens": 0} | settings
     return Trainer(model, train_set, test_set, TrainerConfig(seed=seed, **settings), record)
 
@@ -396,3 +396,12 @@ def test_dropout_repeats_with_the_seed_whatever_was_drawn_before():
         trainer.train()
         found.append(losses(trainer))
     assert found[0] == found[1]
+
+
+def test_auto_precision_is_bf16_where_the_cpu_has_units_for_it(monkeypatch):
+    for has_units, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("kernels.cpu.has_bf16_products", lambda has_units=has_units: has_units)
+        trainer = tiny_trainer(precision="auto", max_steps=2)
+        assert trainer.precision == precision and "units" in trainer.why_precision
+        trainer.train()
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
