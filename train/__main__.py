@@ -28,7 +28,7 @@ from .checkpoint import checkpoint_to_resume, read_record, recall_flags
 from .config import RunConfig, TrainerConfig, add_flags, from_flags, random_config, random_config_flags, stated_flags
 from .corpus import given_tokenizer
 from .data import TextData, TokenDataset, load_data
-from .distributed import is_main_process, join_processes, local_device
+from .distributed import exit_process, is_main_process, join_processes, local_device
 from .lock import refuse_if_written
 from .memory import describe_estimate
 from .metrics import SAMPLE_TEMPERATURE, sample_text
@@ -230,7 +230,7 @@ def _about_data(data):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        exit_process(main())
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C: the first one stops the run in good order
         print("\npython -m train: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -13,6 +13,7 @@ NCCL sends GPU tensors.
 
 import contextlib
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -122,10 +123,21 @@ class Processes:
         return outcome[0]
 
     def leave(self) -> None:
-        """Ends the process group, when all processes have come here: gloo aborts one whose peer is gone."""
+        """Ends the process group."""
         if self.parallel != "none" and dist.is_initialized():
-            dist.barrier()
             dist.destroy_process_group()
+
+
+def exit_process(status: int) -> None:
+    """Ends this process; one of several without the interpreter's clean-up.
+
+    There PyTorch's threads abort now and then, after all work is done ("terminate called without an active exception"),
+    and torchrun calls the whole run a failure.
+    """
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

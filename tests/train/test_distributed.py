@@ -20,7 +20,7 @@ from train import CharDataset, Trainer, TrainerConfig
 from train.__main__ import main
 from train.checkpoint import checkpoints, damage
 from train.data import training_batches
-from train.distributed import Processes
+from train.distributed import Processes, exit_process
 
 TEXT = "When are you going? I am going to the play, and you are coming to the play with me. " * 20
 SIZES = {"context_length": 16, "window": 8, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32}
@@ -208,3 +208,4 @@ if __name__ == "__main__":
         trainer = trainer_of(Path(sys.argv[1]), name, resume=run.endswith("+"))
         stop_at(trainer, int(step)) if step else trainer.train()
     trainer.processes.leave()
+    exit_process(0)
