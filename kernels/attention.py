@@ -6,10 +6,9 @@ implementations, FLOP formulas and autograd stand here once; a backend is the fu
 
 import torch
 from torch import library
-from torch.utils.flop_counter import register_flop_formula
 
 from .backend import autocast_dtype, backend_module, backward_reads_lse, resolve_backend
-from .band import attention_flops
+from .band import attention_flops, count_flops
 from .checks import check_heads, check_options, check_rope, check_tensor
 
 
@@ -105,14 +104,17 @@ def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, windo
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
 
 
-@register_flop_formula(torch.ops.sliding_gqa.attention_forward)
 def _forward_flops(q_shape, k_shape, v_shape, sinks, cos, sin, window, *args, **kwargs):
     return attention_flops(q_shape, k_shape, window, products=2)
 
 
-@register_flop_formula(torch.ops.sliding_gqa.attention_backward)
 def _backward_flops(grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, sinks, cos, sin, window, *args, **kwargs):
     return attention_flops(q_shape, k_shape, window, products=5)
+
+
+backend_module("banded")  # has operators of its own, which a FLOP counter must know before their first call
+ops = torch.ops.sliding_gqa
+count_flops({ops.attention_forward: _forward_flops, ops.attention_backward: _backward_flops})
 
 
 class _Attention(torch.autograd.Function):

@@ -29,9 +29,8 @@ from functools import lru_cache
 
 import torch
 from torch import library
-from torch.utils.flop_counter import register_flop_formula
 
-from ...band import attention_flops
+from ...band import attention_flops, count_flops
 from .plan import steps_of
 from .rope import rotate_pairs, rotate_pairs_back, rotation_of
 from .short import is_short, short_backward, short_forward
@@ -299,14 +298,16 @@ def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, window
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-@register_flop_formula(torch.ops.sliding_gqa.banded_forward)
 def _forward_flops(q_shape, k_shape, v_shape, cos, sin, window, *args, **kwargs):
     return attention_flops(q_shape, k_shape, window, products=2)
 
 
-@register_flop_formula(torch.ops.sliding_gqa.banded_backward)
 def _backward_flops(grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, kept, cos, sin, window, *args, **kwargs):
     return attention_flops(q_shape, k_shape, window, products=5)
+
+
+ops = torch.ops.sliding_gqa
+count_flops({ops.banded_forward: _forward_flops, ops.banded_backward: _backward_flops})
 
 
 class _KeepingAttention(torch.autograd.Function):
