@@ -45,8 +45,20 @@ def make_parser():
     )
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
     prompt.add_argument("-i", "--interactive", action="store_true", help="read prompts, and answer each")
-    add("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to generate (500); may exceed the context")
-    add("--temperature", type=float, default=1.0, metavar="T", help="above 1 more varied, below 1 less, 0 greedy (1)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=500,
+        metavar="N",
+        help="tokens to generate (default 500); may exceed the context",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="above 1 more varied, below 1 less, 0 greedy (default 1)",
+    )
     add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
     add("--top-p", type=float, metavar="P", help="draw from the fewest tokens that together have probability P")
     add("--min-p", type=float, metavar="P", help="draw from tokens with a share P of the largest probability")
@@ -55,7 +67,7 @@ def make_parser():
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1 makes tokens of the prompt and the text less likely (1)",
+        help="above 1 makes tokens of the prompt and the text less likely (default 1)",
     )
     add("--greedy", action="store_true", help="take the most likely token every time")
     add("--seed", type=int, metavar="S", help="same text every time; sample i is drawn with seed S + i")
@@ -72,7 +84,7 @@ def make_parser():
         action="store_true",
         help="print one line a token, not the text: natural log of the model's probability for it, a tab, the token",
     )
-    add("--num-samples", type=int, default=1, metavar="N", help="texts to generate, one after the other (1)")
+    add("--num-samples", type=int, default=1, metavar="N", help="texts to generate, one after the other (default 1)")
     add("--device", default="auto", help="cpu, cuda, ... (auto: cuda if there is one, else cpu)")
     add("--backend", default="auto", help="of the kernels: auto, triton, banded, reference")
     add(
@@ -262,6 +274,7 @@ def _interact(writer, options) -> int:
 def _command(words, writer, options):
     """Carry out a line such as `/temperature 0.8`; returns what to say. Raises ValueError for a wrong value."""
     name, *values = words or ["help"]
+    name = name.replace("_", "-")
     if name not in SETTINGS:
         problem = "" if name == "help" else f"there is no /{name}: "
         return problem + "  ".join([*(_setting(options, name) for name in SETTINGS), "/help  /quit"])

@@ -269,7 +269,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_interactive_program(checkpoint):
         process.stdin.flush()
         os.read(process.stdout.fileno(), 20)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(b"/max-new-tokens 0\nABC\n", timeout=60)
+        out, err = process.communicate(b"/max_new_tokens 0\nABC\n", timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0 and out.endswith(b"\n\n\n") and b"/max-new-tokens 0" in err
