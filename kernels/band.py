@@ -52,7 +52,7 @@ def count_flops(operators):
 
 
 class _AfterImport:
-    """A finder of modules that finds the FLOP counter, once, and calls `then` at the end of its import."""
+    """A finder of modules that finds the FLOP counter, and calls `then` once, at the end of its import."""
 
     def __init__(self, then):
         self.then = then
@@ -60,12 +60,14 @@ class _AfterImport:
     def find_spec(self, name, path=None, target=None):
         if name != COUNTER:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # for the other finders
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
+            sys.meta_path.remove(self)
             self.then()
 
         spec.loader.exec_module = exec_module

@@ -21,6 +21,7 @@ from .checks import check_heads, check_options, check_reach, check_rope, check_t
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
     """Write k, v (B, Hkv, T_new, D) into the rings at positions lengths - T_new .. lengths - 1, in place.
 
+    lengths (B,) int32 or int64, on k's device, counts the tokens of each row, with those of this call.
     rope=(cos, sin) rotates k for its positions first (half-split); the tables must reach the largest of them. Not
     differentiable. Returns None.
 
@@ -57,9 +58,9 @@ def sliding_gqa_decode(
 ):
     """Attention of the newest tokens q (B, Hq, T_new, D) over the rings that `append_to_cache` filled.
 
-    Query i of row b is at position lengths[b] - T_new + i and sees the `window` newest positions up to its own. The
-    other arguments are those of `sliding_gqa_attention`; rope rotates q only, since the keys were rotated when they
-    were written. Slots never written are never read. Not differentiable. Returns (B, Hq, T_new, D) in q's dtype and
+    lengths are those of `append_to_cache`. Query i of row b is at position lengths[b] - T_new + i and sees the `window`
+    newest positions up to its own. The other arguments are those of `sliding_gqa_attention`; rope rotates q only, since
+    the keys were rotated when they were written. Slots never written are never read. Not differentiable. Returns (B, Hq, T_new, D) in q's dtype and
     memory layout.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a ring that is too small: C must be at

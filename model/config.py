@@ -57,10 +57,10 @@ class GPTConfig:
 
     def __new__(cls, *values, **named):
         """Raises TypeError that says what to write, for values without a name and for other libraries' words."""
-        if values:
-            raise TypeError("GPTConfig takes named fields: GPTConfig(vocab_size=..., context_length=..., ...)")
-        if others := [f"{word} is {OTHER_WORDS[word]} here" for word in named if word in OTHER_WORDS]:
-            raise TypeError("GPTConfig: " + ", ".join(others))
+        problems = ["give names: vocab_size=..., context_length=... (others' block_size), ..."] if values else []
+        problems += [f"{word} is {OTHER_WORDS[word]} here" for word in named if word in OTHER_WORDS]
+        if problems:
+            raise TypeError("GPTConfig: " + "; ".join(problems))
         return super().__new__(cls)
 
     def __post_init__(self):

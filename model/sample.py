@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,10 @@ SETTINGS = {  # options that interactive mode changes, by /temperature 0.8, and 
     "max-new-tokens": int,
     "seed": int,
 }
+SAME_ARGUMENTS = (  # options that are arguments of `generate`
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "greedy"),
+    *("log_probabilities", "compile"),
+)
 
 
 def make_parser():
@@ -198,21 +203,9 @@ class Writer:
         options, self.held = self.options, ""
         prompt = self.tokenizer.encode(prompt or self.start)
         stop_strings = [_unescaped(string) for string in options.stop_strings]
-        stream = generate(
-            self.model,
-            [prompt],
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            greedy=options.greedy,
-            seed=None if options.seed is None else options.seed + number,
-            stop_strings=stop_strings,
-            log_probabilities=options.log_probabilities,
-            compile=options.compile,
-        )
+        seed = None if options.seed is None else options.seed + number
+        same = {name: getattr(options, name) for name in SAME_ARGUMENTS}
+        stream = generate(self.model, [prompt], seed=seed, stop_strings=stop_strings, **same)
         stream = self._counted(stream)
         if options.log_probabilities:
             return self._lines(stream, prompt)
@@ -301,4 +294,6 @@ def _setting(options, name):
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # model/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

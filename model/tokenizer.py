@@ -102,11 +102,11 @@ class CharTokenizer:
         return cls(sorted(vocab, key=vocab.get))
 
 
-def with_pad_token(text, number) -> tuple[str, str]:
-    """(content of tokenizer.json with a token for padding, of this number; its text)."""
+def with_pad_token(text, number) -> str:
+    """The content of tokenizer.json with the token PAD, of this number."""
     description = json.loads(text)
     description["added_tokens"] = [*(description.get("added_tokens") or []), _special(number, PAD)]
-    return json.dumps(description, indent=1, ensure_ascii=False), PAD
+    return json.dumps(description, indent=1, ensure_ascii=False)
 
 
 def _without_pad_token(text):

@@ -81,8 +81,10 @@ def test_the_first_function_costs_little_more_than_torch():
 def test_flops_are_counted_from_the_first_call_whatever_is_imported_first(imports):
     names = {"kernels": "sliding_gqa_attention", "torch.utils.flop_counter": "FlopCounterMode"}
     code = f"""
+import importlib.util
 import torch
 from {imports[0]} import {names[imports[0]]}
+importlib.util.find_spec("torch.utils.flop_counter")  # as some ask whether it is there
 from {imports[1]} import {names[imports[1]]}
 q = torch.randn(1, 2, 8, 16, requires_grad=True)
 with FlopCounterMode(display=False) as counter:

@@ -25,7 +25,7 @@ from ..checkpoint import (
     write_weights,
 )
 from ..gpt import GPT
-from ..tokenizer import END_OF_TEXT, with_pad_token
+from ..tokenizer import END_OF_TEXT, PAD, with_pad_token
 from ..tokenizer import FILE as TOKENIZER
 from .attention import register_attention
 from .key_maps import (
@@ -127,15 +127,15 @@ def export_pretrained(gpt, directory, tokenizer=None, pad_token=True):
         if end is not None:
             settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         if pad_token:
-            settings["pad_token"] = END_OF_TEXT
+            settings["pad_token"] = PAD if end is None else END_OF_TEXT
             if end is None:
-                text, settings["pad_token"] = with_pad_token(text, tokenizer.vocab_size)
+                text = with_pad_token(text, tokenizer.vocab_size)
                 if tokenizer.vocab_size == gpt.config.vocab_size:
                     values, weights = with_pad_row(values, weights)
-        texts |= {TOKENIZER: text, TOKENIZER_CONFIG: _json(settings)}
-        if unused := [*range(tokenizer.vocab_size, values["vocab_size"])]:  # `generate` must not draw them
-            ends = {name: values[name] for name in ("bos_token_id", "eos_token_id")}
-            texts[GENERATION_CONFIG] = _json({"suppress_tokens": unused, **ends})
+        generation = {name: values[name] for name in ("bos_token_id", "eos_token_id")}
+        # what the tokenizer does not decode must not be drawn
+        generation["suppress_tokens"] = [*range(tokenizer.vocab_size, values["vocab_size"])] or None
+        texts |= {TOKENIZER: text, TOKENIZER_CONFIG: _json(settings), GENERATION_CONFIG: _json(generation)}
     texts[CONFIG] = _json(values)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(*(directory / name for name in (*texts, WEIGHTS))) as temporary:

@@ -86,11 +86,16 @@ def test_a_wrong_field_is_named_in_one_line(change, message):
     [
         (
             (65, 25),
-            {"n_embd": 8},
-            r"^GPTConfig takes named fields: GPTConfig\(vocab_size=\.\.\., context_length=\.\.\., ",
+            {},
+            r"^GPTConfig: give names: vocab_size=\.\.\., context_length=\.\.\. \(others' block_size\), \.\.\.$",
         ),
-        ((), {"vocab_size": 65, "block_size": 25, "n_embd": 8}, "block_size is context_length here, n_embd is d_model"),
-        ((), {"vocab": 65, "resid_pdrop": 0.1}, "vocab is vocab_size here, resid_pdrop is dropout here$"),
+        ((65, 25), {"n_embd": 8}, "^GPTConfig: give names: .*; n_embd is d_model here$"),
+        (
+            (),
+            {"vocab_size": 65, "block_size": 25, "n_embd": 8},
+            "block_size is context_length here; n_embd is d_model here$",
+        ),
+        ((), {"vocab": 65, "resid_pdrop": 0.1}, "vocab is vocab_size here; resid_pdrop is dropout here$"),
         ((), {"n_layers": 2}, "unexpected keyword argument 'n_layers'"),
     ],
 )

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -330,6 +331,19 @@ def test_ctrl_c_keeps_the_text_so_far(checkpoint):
     assert process.returncode == 130
     assert start.startswith(b"ABC") and rest.endswith(b"\n")
     assert b"Traceback" not in err and b"interrupted after" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what a process has loaded")
+def test_ctrl_c_while_torch_is_loaded_is_quiet(checkpoint):
+    process = subprocess.Popen([*COMMAND, "--checkpoint", checkpoint], stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT and err == b""
 
 
 def test_ctrl_c_prints_text_that_was_held_for_a_stop_string(capsys, checkpoint, monkeypatch):
