@@ -60,8 +60,8 @@ def sliding_gqa_decode(
 
     lengths are those of `append_to_cache`. Query i of row b is at position lengths[b] - T_new + i and sees the `window`
     newest positions up to its own. The other arguments are those of `sliding_gqa_attention`; rope rotates q only, since
-    the keys were rotated when they were written. Slots never written are never read. Not differentiable. Returns (B, Hq, T_new, D) in q's dtype and
-    memory layout.
+    the keys were rotated when they were written. Slots never written are never read. Not differentiable. Returns
+    (B, Hq, T_new, D) in q's dtype and memory layout.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a ring that is too small: C must be at
     least window + T_new - 1. What only `lengths` tell is an error too, on a CPU: a row that is longer than C without a
