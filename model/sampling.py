@@ -152,23 +152,21 @@ class StopStrings:
     """
 
     def __init__(self, strings, tokenizer, prompts):
-        self.strings = _checked_strings(strings)
-        self.kept = max(map(len, self.strings), default=1) - 1  # characters that may begin a string
         self.tokens = [deque() for _ in prompts]
-        self.pieces = [
-            tokenizer.stream(iter(tokens.popleft, None), prompt)
+        self.texts = [
+            TextUntil(tokenizer.stream(iter(tokens.popleft, None), prompt), strings)
             for tokens, prompt in zip(self.tokens, prompts, strict=True)
         ]
-        self.texts = [""] * len(self.pieces)
 
     def update(self, new):
         """Add one token a row, a list; returns a bool a row, True if the token completes a string."""
         found = []
-        for row, token in enumerate(new):
-            self.tokens[row].append(token)
-            text = self.texts[row] + next(self.pieces[row])
-            found.append(any(string in text for string in self.strings))
-            self.texts[row] = text[len(text) - self.kept :] if self.kept else ""
+        for tokens, text, token in zip(self.tokens, self.texts, new, strict=True):
+            running = not text.ended
+            if running:
+                tokens.append(token)
+                next(text)
+            found.append(running and text.ended)
         return found
 
 
