@@ -115,6 +115,9 @@ def _backward_flops(grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, sin
     return attention_flops(q_shape, k_shape, window, products=5)
 
 
+backend_module("banded")  # has operators of its own, which a FLOP counter must know before their first call
+
+
 class _Attention(torch.autograd.Function):
     # forward takes ctx: with a setup_context beside it, PyTorch inspects its signature at every call, 0.1 ms on a CPU
     @staticmethod

@@ -1,7 +1,7 @@
 """Decoding with a ring-buffer cache: `append_to_cache` writes the newest tokens, `sliding_gqa_decode` attends to them.
 
     k_cache, v_cache (B, Hkv, C, D)      position p lives in slot p % C
-    lengths (B,) int32                   tokens of each row so far, those of this call included
+    lengths (B,) int32 or int64          tokens of each row so far, those of this call included; below 2**31
 
 C=4, window=3, T_new=1, a row that has seen 6 tokens:   slot      0  1  2  3
                                                         position  4  5  2  3      the query at 5 sees 3, 4, 5
@@ -21,15 +21,17 @@ from .checks import check_heads, check_options, check_reach, check_rope, check_t
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
     """Write k, v (B, Hkv, T_new, D) into the rings at positions lengths - T_new .. lengths - 1, in place.
 
+    lengths (B,) int32 or int64, on k's device, counts the tokens of each row, with those of this call.
     rope=(cos, sin) rotates k for its positions first (half-split); the tables must reach the largest of them. Not
     differentiable. Returns None.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, for T_new > C, for rings that share memory, and
-    for a position past the tables. On a GPU, where nothing waits for `lengths`, such a position's key is NaN instead.
+    Raises ValueError for shapes, dtypes or devices that do not fit, for T_new > C, for rings that share an element
+    (they may be parts of one buffer), and for a position past the tables. On a GPU, where nothing waits for `lengths`,
+    such a position's key is NaN instead.
     """
     check_heads(k, k_cache, v_cache, "k_cache", "v_cache")
     check_tensor("v", v, k, "k")
-    _check_ring(k, k_cache, lengths)
+    lengths = _check_ring(k, k_cache, lengths)
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
     if k.shape[1] != k_cache.shape[1]:
@@ -56,10 +58,10 @@ def sliding_gqa_decode(
 ):
     """Attention of the newest tokens q (B, Hq, T_new, D) over the rings that `append_to_cache` filled.
 
-    Query i of row b is at position lengths[b] - T_new + i and sees the `window` newest positions up to its own. The
-    other arguments are those of `sliding_gqa_attention`; rope rotates q only, since the keys were rotated when they
-    were written. Slots never written are never read. Not differentiable. Returns (B, Hq, T_new, D) in q's dtype and
-    memory layout.
+    lengths are those of `append_to_cache`. Query i of row b is at position lengths[b] - T_new + i and sees the `window`
+    newest positions up to its own. The other arguments are those of `sliding_gqa_attention`; rope rotates q only, since
+    the keys were rotated when they were written. Slots never written are never read. Not differentiable. Returns
+    (B, Hq, T_new, D) in q's dtype and memory layout.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for a ring that is too small: C must be at
     least window + T_new - 1. What only `lengths` tell is an error too, on a CPU: a row that is longer than C without a
@@ -68,7 +70,7 @@ def sliding_gqa_decode(
     """
     check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
     window, scale, softcap = check_options(q, window, scale, softcap, sinks)
-    _check_ring(q, k_cache, lengths)
+    lengths = _check_ring(q, k_cache, lengths)
     T, C = q.shape[2], k_cache.shape[2]
     if window is not None and C < window + T - 1:
         raise ValueError(f"k_cache has {C} slots, expected at least window + T_new - 1 = {window + T - 1}")
@@ -79,18 +81,43 @@ def sliding_gqa_decode(
 
 
 def _check_ring(x, k_cache, lengths):
+    """lengths as int32. Raises ValueError unless they count the tokens of x's rows, and the ring has slots."""
+    expected = f"int32 or int64 ({x.shape[0]},) on {x.device}"
     if not isinstance(lengths, torch.Tensor):
-        raise ValueError(f"lengths is {kind_of(lengths)}, expected a tensor torch.int32 ({x.shape[0]},) on {x.device}")
-    if lengths.dtype != torch.int32 or tuple(lengths.shape) != (x.shape[0],) or lengths.device != x.device:
-        raise ValueError(
-            f"lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}, "
-            f"expected torch.int32 ({x.shape[0]},) on {x.device}"
-        )
+        raise ValueError(f"lengths is {kind_of(lengths)}, expected a tensor {expected}")
+    dtype = lengths.dtype
+    if dtype not in (torch.int32, torch.int64) or tuple(lengths.shape) != (x.shape[0],) or lengths.device != x.device:
+        raise ValueError(f"lengths is {dtype} {tuple(lengths.shape)} on {lengths.device}, expected {expected}")
     if k_cache.shape[2] == 0:
         raise ValueError("k_cache has no slots")
+    return lengths if dtype == torch.int32 else lengths.to(torch.int32)
 
 
-_SHARED = "k_cache and v_cache are the same memory, expected one tensor for the keys and one for the values"
+_SHARED = "k_cache and v_cache share memory, expected one tensor for the keys and another for the values"
+
+
+def _share_memory(a, b):
+    """Whether two tensors of one dtype and device have an element in common. Parts of one buffer need not."""
+    gap = b.data_ptr() - a.data_ptr()
+    if not a.numel() or ((gap >= a.nbytes or -gap >= b.nbytes) and a.is_contiguous() and b.is_contiguous()):
+        return False
+    # Elements i and j are the same where i . a.stride() - j . b.stride() is the gap. With j counted from the end, all
+    # terms are positive: are there so many steps of each size that their sum is the target?
+    target, most = gap // a.element_size(), {}
+    for x in (a, b):
+        for n, step in zip(x.shape, x.stride(), strict=True):
+            most[step] = most.get(step, 0) + n - 1
+            target += (n - 1) * step if x is b else 0
+    return _is_sum(target, sorted(((step, n) for step, n in most.items() if n), reverse=True))
+
+
+def _is_sum(target, steps):
+    """Whether target is the sum of multiples n * step, 0 <= n <= most, of steps [(step, most)], the largest first."""
+    if not steps:
+        return target == 0
+    (step, most), *smaller = steps
+    fewest = max(0, -((sum(size * n for size, n in smaller) - target) // step))
+    return any(_is_sum(target - n * step, smaller) for n in range(fewest, min(most, target // step) + 1))
 
 
 def _check_lengths(lengths, slots, cos, backend):
@@ -121,7 +148,7 @@ library.define(
 
 def _append(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     _check_lengths(lengths, None, cos, backend)
-    if k_cache.data_ptr() == v_cache.data_ptr() and k_cache.numel():
+    if _share_memory(k_cache, v_cache):
         raise ValueError(_SHARED)
     rope = None if cos is None else (cos, sin)
     backend_module(backend).append(k, v, k_cache, v_cache, lengths, rope=rope)

@@ -3,9 +3,23 @@
     model = GPT(GPTConfig(vocab_size=65, context_length=256, window=64, n_layer=4, n_head=4, n_kv_head=2, d_model=128))
     logits, loss = model(tokens, targets)
     for token in generate(model, prompt, 100, top_k=10): ...
+    model.save_pretrained("models/mine", tokenizer)
+    model = GPT.from_pretrained("models/mine")
 
 `model.sample` is the command; the function `sample` is in model.sampling.
 """
+
+import signal
+import sys
+
+# `python -m model.sample` loads torch for a second: a Ctrl-C in it ends the command without a traceback. The command
+# puts Python's own handler back.
+if (
+    sys.argv[:1] == ["-m"]
+    and "model.sample" in sys.orig_argv
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .config import ARCHITECTURES, GPTConfig

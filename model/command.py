@@ -30,9 +30,11 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {name!r} cannot be used: no CUDA device is available: use --device cpu")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
+            raise ValueError("no CUDA device is available: use --device cpu")
+        torch.empty(1, device=device).item()  # "meta" has no numbers
+    except (NotImplementedError, ImportError):
+        raise ValueError(f"device {name!r} cannot be used: this PyTorch does not run on it") from None
+    except (ValueError, RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 

@@ -4,6 +4,14 @@ from dataclasses import dataclass, fields
 
 # Each step adds one change to the one before it; "original" is GPT-2, the last is the modified architecture.
 ARCHITECTURES = ("original", "rope", "rope-window", "rope-window-gqa")
+# minGPT's and nanoGPT's words -> the field
+OTHER_WORDS = {
+    "vocab": "vocab_size",
+    "block_size": "context_length",
+    "context_size": "context_length",
+    "n_embd": "d_model",
+    **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), "dropout"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,14 @@ class GPTConfig:
     """Whether the output projection is the token embedding."""
     norm_epsilon: float = 1e-5
     """Added to the variance in every LayerNorm."""
+
+    def __new__(cls, *values, **named):
+        """Raises TypeError that says what to write, for values without a name and for other libraries' words."""
+        problems = ["give names: vocab_size=..., context_length=... (others' block_size), ..."] if values else []
+        problems += [f"{word} is {OTHER_WORDS[word]} here" for word in named if word in OTHER_WORDS]
+        if problems:
+            raise TypeError("GPTConfig: " + "; ".join(problems))
+        return super().__new__(cls)
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):

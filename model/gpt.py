@@ -27,9 +27,12 @@ from .sdpa import BandMasks, sdpa_attention
 def attention_backend(device, fused_kernels=True, backend="auto") -> tuple[str, str] | None:
     """(backend, why) that a GPT with these arguments runs on a device; None if it runs plain PyTorch.
 
-    Raises ValueError, in one line, for an unknown backend and for one that cannot run there.
+    Raises ValueError, in one line, for an unknown backend, one that cannot run there, and one that is named for plain
+    PyTorch, which has none.
     """
     check_backend(backend)
+    if not fused_kernels and backend != "auto":
+        raise ValueError(f"backend {backend!r} is one of the fused kernels: leave out either it or --no-fused-kernels")
     return resolve_backend(backend, device) if fused_kernels else None
 
 
@@ -107,6 +110,8 @@ class GPT(nn.Module):
                     An unknown name raises ValueError here, one that cannot run on the model's device in the forward.
     seed            gives the same weights every time and does not change torch's random state. None draws the weights
                     from that state, which torch.manual_seed sets.
+
+    tokenizer is None, or what `from_pretrained` read with the weights: `generate` then takes and ends at text.
     """
 
     def __init__(self, config, fused_kernels=True, backend="auto", seed=None):
@@ -114,6 +119,7 @@ class GPT(nn.Module):
         check_backend(backend)
         self.config = config
         self.fused_kernels = fused_kernels
+        self.tokenizer = None
         rope = RopeTables(config) if config.positions == "rope" else None
         masks = BandMasks()
         # modules draw random weights when they are made; a seeded model must not change the caller's random state
@@ -149,7 +155,7 @@ class GPT(nn.Module):
         """Logits of the next token after each, and the loss against `targets` if they are given.
 
         tokens    (B, T) integers. Learned positions take at most context_length of them.
-        targets   (B, T) integers, the tokens that follow; -1 is not counted.
+        targets   (B, T) integers, the tokens that follow; -1 and -100, Hugging Face's mark, are not counted.
         cache     a `KVCache`: the tokens continue its sequence and are added to it. There is no gradient then.
         Returns logits (B, T, V) and the mean cross-entropy in nats a token (None without targets).
         """
@@ -160,7 +166,9 @@ class GPT(nn.Module):
         logits = self._head(x)  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        targets = targets.flatten()
+        targets = targets.masked_fill(targets == -100, -1)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1)
 
     def last_logits(self, tokens):
         """The logits (B, V) after the last of tokens (B, T); those of other positions are not computed."""
@@ -214,6 +222,22 @@ class GPT(nn.Module):
         self.config = dataclasses.replace(self.config, window=window, window_pattern=pattern)
         for layer, block in enumerate(self.blocks):
             block.attn.window = self.config.layer_window(layer)
+
+    def save_pretrained(self, directory, tokenizer=None):
+        """Write a model directory: `model.save_pretrained`."""
+        from .checkpoint import save_pretrained  # here, because checkpoint.py imports this module
+
+        save_pretrained(self, directory, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, directory, **options):
+        """The model of a model directory or of a run (its best, else its last), with its `tokenizer`.
+
+        options are those of the function `model.from_pretrained`, which returns (model, tokenizer).
+        """
+        from .checkpoint import from_pretrained
+
+        return from_pretrained(directory, **options)[0]
 
     def num_parameters(self) -> int:
         """Trainable parameters; tied weights count once."""

@@ -2,37 +2,68 @@
 
     python -m model.sample --checkpoint runs/shakespeare --prompt "ROMEO:" --max-new-tokens 500
     python -m model.sample --checkpoint runs/shakespeare --temperature 0.8 --top-k 20 --seed 1 --num-samples 3
-    python -m model.sample --checkpoint runs/shakespeare --prompt "ROMEO:" --min-p 0.1 --stop-string "\\n\\n"
+    python -m model.sample --checkpoint runs/shakespeare --prompt-file letter.txt --min-p 0.1 --stop-string "\\n\\n"
+    python -m model.sample --checkpoint runs/shakespeare --interactive
 
 The text goes to standard output as it is made, everything else to standard error. Exit status: 0; 2 for a wrong
-argument or model directory; 130 after Ctrl-C, which keeps the text so far; 1 if the reader of a pipe closes it.
+argument or model directory; 130 after Ctrl-C, which keeps the text so far; 1 if standard output cannot be written, and
+without a message if the reader of a pipe closed it.
 """
 
 import argparse
+import contextlib
 import os
+import re
+import signal
 import sys
 import time
-from types import SimpleNamespace
-
-import torch
+from pathlib import Path
 
 from .checkpoint import from_pretrained, resolve_checkpoint
 from .command import Parser, resolve_device
 from .gpt import attention_backend
 from .sampling import TextUntil, generate
 
+INTERACTIVE = "each line is a prompt; /help shows the settings, Ctrl-C stops the answer, /quit or Ctrl-D ends"
+SETTINGS = {  # options that interactive mode changes, by /temperature 0.8, and the types of their values
+    "temperature": float,
+    "top-k": int,
+    "top-p": float,
+    "min-p": float,
+    "repetition-penalty": float,
+    "max-new-tokens": int,
+    "seed": int,
+}
+SAME_ARGUMENTS = (  # options that are arguments of `generate`
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "greedy"),
+    *("log_probabilities", "compile"),
+)
+
 
 def make_parser():
-    parser = Parser(
-        prog="python -m model.sample",
-        description="Generate text with a trained model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(prog="python -m model.sample", description="Generate text with a trained model.")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a model directory, or a run directory: best, else last")
-    add("--prompt", default="\n", help="text to continue")
-    add("--max-new-tokens", type=int, default=500, metavar="N", help="tokens to generate; may exceed the context")
-    add("--temperature", type=float, default=1.0, metavar="T", help="above 1 more varied, below 1 less, 0 greedy")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--prompt", default="", metavar="TEXT", help="text to continue (default: a line break); \\n is a line break"
+    )
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
+    prompt.add_argument("-i", "--interactive", action="store_true", help="read prompts, and answer each")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=500,
+        metavar="N",
+        help="tokens to generate (default 500); may exceed the context",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="above 1 more varied, below 1 less, 0 greedy (default 1)",
+    )
     add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
     add("--top-p", type=float, metavar="P", help="draw from the fewest tokens that together have probability P")
     add("--min-p", type=float, metavar="P", help="draw from tokens with a share P of the largest probability")
@@ -41,7 +72,7 @@ def make_parser():
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1 makes tokens of the prompt and the text less likely",
+        help="above 1 makes tokens of the prompt and the text less likely (default 1)",
     )
     add("--greedy", action="store_true", help="take the most likely token every time")
     add("--seed", type=int, metavar="S", help="same text every time; sample i is drawn with seed S + i")
@@ -58,14 +89,14 @@ def make_parser():
         action="store_true",
         help="print one line a token, not the text: natural log of the model's probability for it, a tab, the token",
     )
-    add("--num-samples", type=int, default=1, metavar="N", help="texts to generate, one after the other")
-    add("--device", default="auto", help="auto is cuda if there is one, else cpu")
+    add("--num-samples", type=int, default=1, metavar="N", help="texts to generate, one after the other (default 1)")
+    add("--device", default="auto", help="cpu, cuda, ... (auto: cuda if there is one, else cpu)")
     add("--backend", default="auto", help="of the kernels: auto, triton, banded, reference")
     add(
         "--fused-kernels",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run the package kernels; without it plain PyTorch",
+        help="run the package kernels (the default); without it plain PyTorch",
     )
     add(
         "--compile",
@@ -80,97 +111,189 @@ def main(arguments=None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes a question mark
-    counter = SimpleNamespace(tokens=0)  # of all texts
-    text = None
+    try:
+        return _run(parser, options)
+    except OSError as error:  # of standard output; Python must not flush to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"{parser.prog}: error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _run(parser, options):
+    writer = None
     try:
         try:
-            texts = _prepare(options, counter)
+            writer = Writer(options)
+            prompt = _prompt(options)
+            texts = (
+                [] if options.interactive else [writer.text(prompt, number) for number in range(options.num_samples)]
+            )
         except (ValueError, RuntimeError, OSError) as error:
-            parser.error(str(error))
-        start = time.perf_counter()
+            parser.error(f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error))
+        print(writer.about, file=sys.stderr, flush=True)
+        if options.interactive:
+            return _interact(writer, options)
         for number, text in enumerate(texts, start=1):
             if options.num_samples > 1:
                 print(f"--- sample {number} of {options.num_samples}", file=sys.stderr, flush=True)
-            print("" if options.log_probabilities else options.prompt, end="", flush=True)
-            for piece in text:
-                print(piece, end="", flush=True)
-            print(end="" if options.log_probabilities else "\n", flush=True)
+            print("" if options.log_probabilities else prompt or writer.start, end="", flush=True)
+            writer.write(text)
     except KeyboardInterrupt:
-        print(getattr(text, "held", ""), flush=True)
-        print(f"interrupted after {counter.tokens} tokens", file=sys.stderr)
+        if writer is not None:
+            print(writer.held, flush=True)
+            print(f"interrupted after {writer.tokens} tokens", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of the pipe closed it; Python must not flush to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    seconds = time.perf_counter() - start
-    rate = counter.tokens / max(seconds, 1e-9)
-    print(f"{counter.tokens} tokens in {seconds:.1f} s ({rate:,.0f} tokens/s)", file=sys.stderr)
+    rate = writer.tokens / max(writer.seconds, 1e-9)
+    print(f"{writer.tokens} tokens in {writer.seconds:.1f} s ({rate:,.0f} tokens/s)", file=sys.stderr)
     return 0
 
 
-def _prepare(options, counter):
-    """A list of iterators, one a sample, over pieces of its text; `counter` counts tokens. Raises for wrong options."""
-    device = resolve_device(options.device)
-    if options.num_samples < 1:
-        raise ValueError(f"--num-samples is {options.num_samples}, expected at least 1")
-    backend = attention_backend(device, options.fused_kernels, options.backend)
-    runs = "plain PyTorch" if backend is None else "backend {} ({})".format(*backend)
-    checkpoint = resolve_checkpoint(options.checkpoint)
-    model, tokenizer = from_pretrained(
-        checkpoint, fused_kernels=options.fused_kernels, backend=options.backend, device=device
-    )
-    if tokenizer is None:
-        raise ValueError(f"{checkpoint} has no tokenizer.json, which reading a prompt and writing a text need")
-    prompt = tokenizer.encode(options.prompt)
-    stop_strings = [string.replace("\\n", "\n") for string in options.stop_strings]
-    streams = [
-        generate(
-            model,
-            torch.tensor([prompt], dtype=torch.long),
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            greedy=options.greedy,
-            seed=None if options.seed is None else options.seed + i,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-            log_probabilities=options.log_probabilities,
-            compile=options.compile,
+def _prompt(options):
+    """The prompt's text. Raises OSError or ValueError for a file that cannot be read."""
+    if options.prompt_file is None:
+        return _unescaped(options.prompt)
+    try:
+        if options.prompt_file == "-":
+            return sys.stdin.read()
+        return Path(options.prompt_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.prompt_file} is no text in UTF-8: {error}") from None
+
+
+def _unescaped(text):
+    """The text of a flag or a typed line, with \\n as a line break and \\\\ as a backslash."""
+    return re.sub(r"\\([n\\])", lambda found: "\n" if found[1] == "n" else "\\", text)
+
+
+class Writer:
+    """The model of the options, and what it has written: tokens, seconds, and `held`, text that is not yet printed."""
+
+    def __init__(self, options):
+        """Load the model. Raises ValueError, RuntimeError or OSError, in one line, for wrong options."""
+        self.options, self.tokens, self.seconds, self.held = options, 0, 0.0, ""
+        device = resolve_device(options.device)
+        if options.num_samples < 1:
+            raise ValueError(f"--num-samples is {options.num_samples}, expected at least 1")
+        if options.num_samples > 1 and options.interactive:
+            raise ValueError("--num-samples does nothing with --interactive: leave it out")
+        backend = attention_backend(device, options.fused_kernels, options.backend)
+        runs = "plain PyTorch" if backend is None else "backend {} ({})".format(*backend)
+        checkpoint = resolve_checkpoint(options.checkpoint)
+        self.model, self.tokenizer = from_pretrained(
+            checkpoint, fused_kernels=options.fused_kernels, backend=options.backend, device=device
         )
-        for i in range(options.num_samples)
-    ]
-    print(
-        f"{checkpoint}: {model.config.architecture}, {model.num_parameters():,} parameters, {runs} on {device}",
-        file=sys.stderr,
-        flush=True,
-    )
-    streams = [_counted(stream, counter) for stream in streams]
-    if options.log_probabilities:
-        return [_lines(stream, tokenizer, prompt) for stream in streams]
-    return [TextUntil(tokenizer.stream(map(int, stream), prompt), stop_strings) for stream in streams]
+        if self.tokenizer is None:
+            raise ValueError(f"{checkpoint} has no tokenizer.json, which reading a prompt and writing a text need")
+        self.start = self._start()
+        size = f"{self.model.config.architecture}, {self.model.num_parameters():,} parameters"
+        self.about = f"{checkpoint}: {size}, {runs} on {device}"
+
+    def _start(self):
+        """What a text without a prompt begins with: a line break, or the first token of a vocabulary without one."""
+        try:
+            if self.tokenizer.encode("\n"):
+                return "\n"
+        except ValueError:
+            pass
+        return self.tokenizer.decode([0])
+
+    def text(self, prompt, number=0):
+        """An iterator over the pieces of a new text, drawn with the seed of sample `number`. Raises ValueError."""
+        options, self.held = self.options, ""
+        prompt = self.tokenizer.encode(prompt or self.start)
+        stop_strings = [_unescaped(string) for string in options.stop_strings]
+        seed = None if options.seed is None else options.seed + number
+        same = {name: getattr(options, name) for name in SAME_ARGUMENTS}
+        stream = generate(self.model, [prompt], seed=seed, stop_strings=stop_strings, **same)
+        stream = self._counted(stream)
+        if options.log_probabilities:
+            return self._lines(stream, prompt)
+        return TextUntil(self.tokenizer.stream(map(int, stream), prompt), stop_strings)
+
+    def write(self, text):
+        """Print the pieces of a text as they are made, and a line break."""
+        start = time.perf_counter()
+        try:
+            for piece in text:
+                print(piece, end="", flush=True)
+        finally:
+            self.seconds += time.perf_counter() - start
+            self.held = getattr(text, "held", "")
+        print(end="" if self.options.log_probabilities else "\n", flush=True)
+
+    def _counted(self, stream):
+        for made in stream:
+            self.tokens += 1
+            yield made
+
+    def _lines(self, stream, prompt):
+        """A line a token: its log-probability, a tab, its text as a Python literal."""
+        found = []
+
+        def tokens():
+            for token, log_probability in stream:
+                found.append(float(log_probability))
+                yield int(token)
+
+        for piece in self.tokenizer.stream(tokens(), prompt):
+            yield f"{found.pop():.4f}\t{piece!r}\n"
 
 
-def _counted(stream, counter):
-    for made in stream:
-        counter.tokens += 1
-        yield made
+def _interact(writer, options) -> int:
+    """Read prompts and commands from standard input, and answer each, until /quit or the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() line editing and a history
+    print(INTERACTIVE, file=sys.stderr, flush=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+            if line.strip() == "/quit":
+                return 0
+            if line.startswith("/"):
+                print(_command(line[1:].split(), writer, options), file=sys.stderr)
+            else:
+                writer.write(writer.text(_unescaped(line)))
+        except EOFError:
+            print(flush=True)
+            return 0
+        except KeyboardInterrupt:  # stops the answer, or clears the line
+            print(writer.held, flush=True)
+            writer.held = ""
+        except ValueError as error:
+            print(error, file=sys.stderr)
 
 
-def _lines(stream, tokenizer, prompt):
-    """A line a token: its log-probability, a tab, its text as a Python literal."""
-    found = []
+def _command(words, writer, options):
+    """Carry out a line such as `/temperature 0.8`; returns what to say. Raises ValueError for a wrong value."""
+    name, *values = words or ["help"]
+    name = name.replace("_", "-")
+    if name not in SETTINGS:
+        problem = "" if name == "help" else f"there is no /{name}: "
+        return problem + "  ".join([*(_setting(options, name) for name in SETTINGS), "/help  /quit"])
+    if values:
+        attribute, value = name.replace("-", "_"), " ".join(values)
+        before = getattr(options, attribute)
+        try:
+            number = make_parser().get_default(attribute) if value == "none" else SETTINGS[name](value)
+        except ValueError:
+            raise ValueError(f"/{name} {value}: expected a number, or none for the default") from None
+        setattr(options, attribute, number)
+        try:
+            writer.text("")  # checks it
+        except ValueError as error:
+            setattr(options, attribute, before)
+            raise ValueError(f"/{name} {value}: {error}") from None
+    return _setting(options, name)
 
-    def tokens():
-        for token, log_probability in stream:
-            found.append(float(log_probability))
-            yield int(token)
 
-    for piece in tokenizer.stream(tokens(), prompt):
-        yield f"{found.pop():.4f}\t{piece!r}\n"
+def _setting(options, name):
+    """The line that sets an option to the value that it has."""
+    value = getattr(options, name.replace("-", "_"))
+    return f"/{name} {'none' if value is None else value}"
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # model/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

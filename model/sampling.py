@@ -41,15 +41,18 @@ def generate(
 ):
     """An iterator over the next tokens of each row: at most max_new_tokens tensors (B,) on the model's device.
 
-    tokens         the prompts: (B, T) integers, or a list of B sequences of any lengths; T is at least 1.
+    tokens         the prompts: (B, T) integers, or a list of B sequences of any lengths; T is at least 1. One prompt
+                   may come as (T,) integers, and with a tokenizer a prompt may be a text.
     temperature, top_k, top_p, min_p, repetition_penalty, greedy
                    how a token is chosen: the fields of `SamplingParams`.
-    seed           row i is drawn with seed + i, or a sequence of B seeds. A seed gives a row the same text every time
-                   (on one kind of device), whatever the other rows of the batch are. None: different every time.
+    seed           row i is drawn with seed + i, or a sequence of B seeds, from 0 to 2**63 - 1. A seed gives a row the
+                   same text every time (on one kind of device), whatever the other rows of the batch are. None:
+                   different every time.
     stop_tokens    a row that has drawn one of them is finished and yields -1 from then on. The iterator ends when all
                    rows are finished.
-    stop_strings   texts that finish a row in the same way, at the token that completes one. They need the `tokenizer`,
-                   and the host must read every token, which a GPU has to wait for.
+    stop_strings   texts that finish a row in the same way, at the token that completes one. They need a tokenizer, and
+                   the host must read every token, which a GPU has to wait for.
+    tokenizer      None takes model.tokenizer. No token outside its vocabulary is drawn: a model may have more tokens.
     log_probabilities
                    True yields pairs (tokens, log-probabilities), both (B,): the natural logarithm of the model's
                    probability for the token, before penalty, temperature and filters; 0 for finished rows.
@@ -61,7 +64,8 @@ def generate(
     evaluated, and is in training mode again between any two tokens. Raises ValueError for wrong arguments.
     """
     device = model.wte.weight.device
-    tokens, padding = _left_padded(tokens, device)
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    tokens, padding = _left_padded(_prompts(tokens, tokenizer), device)
     _check_prompt(tokens, model.config.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative")
@@ -78,8 +82,9 @@ def generate(
     finished = FinishedRows(stop_tokens, stop_strings, tokenizer, tokens, padding)
     generators = RowGenerators(_row_seeds(seed, len(tokens)), device) if params.is_random else None
     seen = None if repetition_penalty == 1 else _seen_tokens(tokens, padding, model.config.vocab_size)
+    decodable = None if tokenizer is None else tokenizer.vocab_size
     decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
-    return _stream(decoder, params, generators, seen, finished, max_new_tokens, log_probabilities)
+    return _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities)
 
 
 def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_p=None, seed=None):
@@ -93,12 +98,12 @@ def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_
     return torch.cat([tokens, *(token[:, None].to(tokens) for token in new)], dim=1)
 
 
-def _stream(decoder, params, generators, seen, finished, max_new_tokens, log_probabilities):
+def _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities):
     new = None
     for _ in range(max_new_tokens):
         with decoder.token_threads() if new is not None else nullcontext():  # a prompt is worth all threads
             logits = decoder.prefill() if new is None else decoder.decode(new)
-            new = params.choose(logits, generators, seen)
+            new = params.choose(logits[:, :decodable], generators, seen if seen is None else seen[:, :decodable])
             if seen is not None:
                 seen.scatter_(1, new[:, None], True)
             shown = finished.mask(new, FINISHED)
@@ -148,23 +153,21 @@ class StopStrings:
     """
 
     def __init__(self, strings, tokenizer, prompts):
-        self.strings = _checked_strings(strings)
-        self.kept = max(map(len, self.strings), default=1) - 1  # characters that may begin a string
         self.tokens = [deque() for _ in prompts]
-        self.pieces = [
-            tokenizer.stream(iter(tokens.popleft, None), prompt)
+        self.texts = [
+            TextUntil(tokenizer.stream(iter(tokens.popleft, None), prompt), strings)
             for tokens, prompt in zip(self.tokens, prompts, strict=True)
         ]
-        self.texts = [""] * len(self.pieces)
 
     def update(self, new):
         """Add one token a row, a list; returns a bool a row, True if the token completes a string."""
         found = []
-        for row, token in enumerate(new):
-            self.tokens[row].append(token)
-            text = self.texts[row] + next(self.pieces[row])
-            found.append(any(string in text for string in self.strings))
-            self.texts[row] = text[len(text) - self.kept :] if self.kept else ""
+        for tokens, text, token in zip(self.tokens, self.texts, new, strict=True):
+            running = not text.ended
+            if running:
+                tokens.append(token)
+                next(text)
+            found.append(running and text.ended)
         return found
 
 
@@ -214,11 +217,12 @@ def _row_seeds(seed, rows):
     """A seed, or None, for each row."""
     if seed is None:
         return [None] * rows
-    if isinstance(seed, int):
-        return [seed + row for row in range(rows)]
-    seeds = [int(s) for s in seed]
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else [int(s) for s in seed]
     if len(seeds) != rows:
         raise ValueError(f"seed has {len(seeds)} numbers, expected one for each of {rows} rows, or one number")
+    for row_seed in seeds:
+        if not 0 <= row_seed < 2**63:
+            raise ValueError(f"seed={row_seed} is not a whole number from 0 to 2**63 - 1")
     return seeds
 
 
@@ -227,6 +231,20 @@ def _seen_tokens(tokens, padding, vocab_size):
     in_prompt = torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
     seen = torch.zeros(len(tokens), vocab_size, dtype=torch.int32, device=tokens.device)
     return seen.scatter_add_(1, tokens.long(), in_prompt.int()) > 0
+
+
+def _prompts(tokens, tokenizer):
+    """Any prompts of `generate` as (B, T) integers or a list of sequences: one becomes a list, texts are encoded."""
+    if isinstance(tokens, torch.Tensor):
+        return tokens[None] if tokens.dim() == 1 else tokens
+    prompts = [tokens] if isinstance(tokens, str) else list(tokens)
+    if prompts and not isinstance(prompts[0], str) and torch.as_tensor(prompts[0]).dim() == 0:
+        return [prompts]
+    if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            "tokens is a text, and the model has no tokenizer: give tokenizer=..., or load the model by from_pretrained"
+        )
+    return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _left_padded(tokens, device):

@@ -17,6 +17,7 @@ from pathlib import Path
 FILE = "tokenizer.json"
 EVERY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between documents
+PAD = "<|pad|>"  # of exported character vocabularies: transformers pads a batch with it
 
 _AROUND = 128  # characters on either side of a cut that are encoded to test it
 _PART, _PARTS_AT_ONCE = 2**16, 8  # characters of a part; parts in one call of the library
@@ -101,9 +102,34 @@ class CharTokenizer:
         return cls(sorted(vocab, key=vocab.get))
 
 
+def with_pad_token(text, number) -> str:
+    """The content of tokenizer.json with the token PAD, of this number."""
+    description = json.loads(text)
+    description["added_tokens"] = [*(description.get("added_tokens") or []), _special(number, PAD)]
+    return json.dumps(description, indent=1, ensure_ascii=False)
+
+
+def _without_pad_token(text):
+    """The content of tokenizer.json that was given to `with_pad_token`; any other as it is."""
+    try:
+        description = json.loads(text)
+        *others, last = description["added_tokens"]
+        if last != _special(last["id"], PAD):
+            return text
+    except (ValueError, KeyError, TypeError):
+        return text
+    return json.dumps({**description, "added_tokens": others}, indent=1, ensure_ascii=False)
+
+
 def overlap(text, string):
     """How many characters at the end of text begin the string without completing it."""
     return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+
+
+def _special(number, content):
+    """An entry of `added_tokens`: a special token."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": content, **flags, "special": True}
 
 
 def _description(model, pre_tokenizer, decoder, added_tokens=()):
@@ -159,9 +185,8 @@ class ByteTokenizer:
     def to_json(self) -> str:
         """The content of tokenizer.json: a byte-level BPE without merges."""
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        added = {"id": self.end_of_text, "content": END_OF_TEXT, **flags}
-        return _description({"type": "BPE", "vocab": BYTES, "merges": []}, level, level, [added])
+        added = [_special(self.end_of_text, END_OF_TEXT)]
+        return _description({"type": "BPE", "vocab": BYTES, "merges": []}, level, level, added)
 
 
 def _step(decoder, token):
@@ -317,7 +342,7 @@ def load_tokenizer(place) -> CharTokenizer | ByteTokenizer | SubwordTokenizer:
     """The tokenizer of a directory or a .json file. Raises ValueError, with the file's name, if it cannot be read."""
     path = Path(place) if Path(place).suffix == ".json" else Path(place) / FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _without_pad_token(path.read_text(encoding="utf-8"))
         if _characters(text) is not None:
             return CharTokenizer.from_json(text)
         return ByteTokenizer() if json.loads(text) == json.loads(ByteTokenizer().to_json()) else SubwordTokenizer(text)

@@ -71,6 +71,29 @@ def test_importing_kernels_is_cheap():
     assert run_python("import sys, kernels; print('torch' in sys.modules, 'triton' in sys.modules)") == "False False"
 
 
+def test_the_first_function_costs_little_more_than_torch():
+    """torch._dynamo takes 0.9 s: the first torch.compile loads it."""
+    functions = "append_to_cache, apply_rope, rope_tables, sliding_gqa_attention, sliding_gqa_decode"
+    assert run_python(f"import sys; from kernels import {functions}; print('torch._dynamo' in sys.modules)") == "False"
+
+
+@pytest.mark.parametrize("imports", [("kernels", "torch.utils.flop_counter"), ("torch.utils.flop_counter", "kernels")])
+def test_flops_are_counted_from_the_first_call_whatever_is_imported_first(imports):
+    names = {"kernels": "sliding_gqa_attention", "torch.utils.flop_counter": "FlopCounterMode"}
+    code = f"""
+import importlib.util
+import torch
+from {imports[0]} import {names[imports[0]]}
+importlib.util.find_spec("torch.utils.flop_counter")  # as some ask whether it is there
+from {imports[1]} import {names[imports[1]]}
+q = torch.randn(1, 2, 8, 16, requires_grad=True)
+with FlopCounterMode(display=False) as counter:
+    sliding_gqa_attention(q, q, q, 3)
+print(counter.get_total_flops())
+"""
+    assert run_python(code) == str(4 * 16 * 2 * 21)
+
+
 def test_kernels_has_a_version_that_transformers_accepts():
     from packaging.version import Version
 

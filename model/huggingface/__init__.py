@@ -13,10 +13,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..checkpoint import CONFIG, WEIGHTS, CheckpointError, check_weights, read_json, read_tokenizer, replacing
+from ..checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    CheckpointError,
+    check_weights,
+    read_json,
+    read_tokenizer,
+    replacing,
+    write_weights,
+)
 from ..gpt import GPT
+from ..tokenizer import END_OF_TEXT, PAD, with_pad_token
 from ..tokenizer import FILE as TOKENIZER
 from .attention import register_attention
 from .key_maps import (
@@ -26,12 +35,14 @@ from .key_maps import (
     normalized,
     weights_from_theirs,
     weights_to_theirs,
+    with_pad_row,
+    without_pad_row,
 )
 
 __all__ = ["export_pretrained", "from_huggingface", "import_pretrained", "register_attention", "to_huggingface"]
 
 INDEX = "model.safetensors.index.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -49,6 +60,7 @@ def from_huggingface(source, *, fused_kernels=True, backend="auto") -> GPT:
             raise CheckpointError(f"{type(source).__name__} is neither a model of transformers nor a directory")
         values, weights, source = source.config.to_dict(), source.state_dict(), type(source).__name__
     try:
+        values, weights = without_pad_row(values, weights)
         config = config_from_theirs(values)
         weights = normalized(config, weights)
         with torch.device("meta"):  # shapes only: random weights would be replaced at once
@@ -95,23 +107,45 @@ def import_pretrained(directory):
     return model, read_tokenizer(Path(directory), model.config)
 
 
-def export_pretrained(gpt, directory, tokenizer=None):
-    """Write a directory that AutoModelForCausalLM loads, and AutoTokenizer if the tokenizer is given."""
+def export_pretrained(gpt, directory, tokenizer=None, pad_token=True):
+    """Write a directory that AutoModelForCausalLM loads, and AutoTokenizer if there is a tokenizer (None: the GPT's).
+
+    Batches of texts need a pad token. <|endoftext|> is one; a vocabulary without it gets <|pad|>, with the next number.
+    If the GPT has no row for that number, the exported model has one row more, a copy of the last. `import_pretrained`
+    drops it again. pad_token=False leaves vocabulary and weights as they are.
+    """
     gpt, directory = getattr(gpt, "_orig_mod", gpt), Path(directory)
+    tokenizer = gpt.tokenizer if tokenizer is None else tokenizer
     values = _their_config(gpt.config, gpt.wte.weight.dtype, tokenizer)
     weights = {name: x.detach().contiguous() for name, x in weights_to_theirs(gpt.config, gpt.state_dict()).items()}
-    texts = {CONFIG: json.dumps(values, indent=2) + "\n"}
+    texts = {}
     if tokenizer is not None:
         # without this file AutoTokenizer takes the architecture's usual tokenizer class, which drops spaces
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if values["eos_token_id"] is not None:
-            settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-        texts |= {TOKENIZER: tokenizer.to_json(), TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n"}
+        settings["padding_side"] = "left"  # to generate, a row must end with its text
+        text, end = tokenizer.to_json(), values["eos_token_id"]
+        if end is not None:
+            settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        if pad_token:
+            settings["pad_token"] = PAD if end is None else END_OF_TEXT
+            if end is None:
+                text = with_pad_token(text, tokenizer.vocab_size)
+                if tokenizer.vocab_size == gpt.config.vocab_size:
+                    values, weights = with_pad_row(values, weights)
+        generation = {name: values[name] for name in ("bos_token_id", "eos_token_id")}
+        # what the tokenizer does not decode must not be drawn
+        generation["suppress_tokens"] = [*range(tokenizer.vocab_size, values["vocab_size"])] or None
+        texts |= {TOKENIZER: text, TOKENIZER_CONFIG: _json(settings), GENERATION_CONFIG: _json(generation)}
+    texts[CONFIG] = _json(values)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(*(directory / name for name in (*texts, WEIGHTS))) as temporary:
         for file, text in zip(temporary, texts.values(), strict=False):
             file.write_text(text, encoding="utf-8")
-        save_file(weights, temporary[-1], metadata={"format": "pt"})
+        write_weights(weights, temporary[-1], {"format": "pt"})
+
+
+def _json(values):
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _their_config(config, dtype, tokenizer=None):

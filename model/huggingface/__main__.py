@@ -4,6 +4,7 @@ python -m model.huggingface import DOWNLOADED OURS     # then: model.sample, tra
 python -m model.huggingface export runs/mine THEIRS    # AutoModelForCausalLM and AutoTokenizer load it
 """
 
+import argparse
 import shlex
 import sys
 import warnings
@@ -26,11 +27,17 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("source", metavar="SRC", help="directory to read; export also takes a run: best, else last")
     parser.add_argument("destination", metavar="DST", help="directory to write; it must not exist, or be empty")
+    parser.add_argument(
+        "--pad-token",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="export: give a vocabulary without <|endoftext|> a token to pad batches with (the default)",
+    )
     options = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            lines = _convert(options.direction, Path(options.source), Path(options.destination))
+            lines = _convert(options.direction, Path(options.source), Path(options.destination), options.pad_token)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     for warning in caught:
@@ -39,24 +46,35 @@ def main(arguments=None) -> int:
     return 0
 
 
-def _convert(direction, source, destination):
+def _convert(direction, source, destination, pad_token):
     """Convert; returns lines about the result and how to use it."""
     if destination.is_dir() and any(destination.iterdir()):
         raise FileExistsError(f"{destination} is not empty: choose another directory, or remove it")
     if direction == "import":
         model, tokenizer = import_pretrained(source)
-        save_pretrained(model, destination, tokenizer)
+        _write(destination, save_pretrained, model, destination, tokenizer)
         path = shlex.quote(str(destination))
         uses = [f"python -m model.sample --checkpoint {path}", f"python -m train --fused-kernels --init-from {path}"]
     else:
         model, tokenizer = from_pretrained(resolve_checkpoint(source))
-        export_pretrained(model, destination, tokenizer)
+        _write(destination, export_pretrained, model, destination, tokenizer, pad_token)
         uses = [f"AutoModelForCausalLM.from_pretrained({str(destination)!r})"]
         uses += [] if tokenizer is None else [f"AutoTokenizer.from_pretrained({str(destination)!r})"]
     if tokenizer is None:
         warnings.warn(f"{source} has no {TOKENIZER}: {destination} has none either", stacklevel=2)
     about = "no tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens"
     return [f"{destination}: {model.config.architecture}, {model.num_parameters():,} parameters, {about}", *uses]
+
+
+def _write(destination, write, *arguments):
+    """Write the directory, or nothing: one that was made for it is removed if that fails, with an OSError."""
+    existed = destination.exists()
+    try:
+        write(*arguments)
+    except OSError as error:
+        if not existed and destination.exists():
+            destination.rmdir()  # the files are removed already
+        raise OSError(f"{destination} cannot be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

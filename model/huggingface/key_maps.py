@@ -101,6 +101,8 @@ STARCODER2 = Architecture(
     ignored=r"rotary_emb\.inv_freq$",
 )
 ARCHITECTURES = {"gpt2": GPT2, "starcoder2": STARCODER2}  # by their model_type
+_ROWS_OF_TOKENS = ("wte.weight", "embed_tokens.weight", "lm_head.weight")
+_UNPADDED = "vocab_size_without_pad"  # a field of config.json that transformers keeps
 
 
 def config_from_theirs(values) -> GPTConfig:
@@ -206,6 +208,22 @@ def normalized(config, weights) -> dict:
         if not torch.equal(head, weights.get(architecture.modules["wte"] + ".weight", head)):
             raise ValueError("lm_head.weight is not the embedding, but tie_word_embeddings is true: make it false")
     return weights
+
+
+def with_pad_row(values, weights) -> tuple[dict, dict]:
+    """Their config.json and weights, with one token more: the embedding, and the head, repeat their last row."""
+    rows = values["vocab_size"]
+    more = {name: torch.cat([x, x[-1:]]) for name, x in weights.items() if name.endswith(_ROWS_OF_TOKENS)}
+    return {**values, "vocab_size": rows + 1, _UNPADDED: rows}, {**weights, **more}
+
+
+def without_pad_row(values, weights) -> tuple[dict, dict]:
+    """What was given to `with_pad_row`; anything else is returned as it is."""
+    rows = values.get(_UNPADDED)
+    if rows is None or values.get("vocab_size") != rows + 1:
+        return values, weights
+    fewer = {name: x[:rows].clone() for name, x in weights.items() if name.endswith(_ROWS_OF_TOKENS)}
+    return {**values, "vocab_size": rows}, {**weights, **fewer}
 
 
 def _their_names(config, name):

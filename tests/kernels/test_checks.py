@@ -41,7 +41,7 @@ def meta(*shape):
     return torch.zeros(*shape, device="meta")
 
 
-RING = heads(Hkv, C)
+RING, WIDE = heads(Hkv, C), heads(Hkv + 1, C + 1)
 YARN = {"factor": 2.0, "original_max_position_embeddings": 8}
 LLAMA3 = {**YARN, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 BAD_CALLS = [  # (function, what is changed, message)
@@ -104,7 +104,7 @@ BAD_CALLS = [  # (function, what is changed, message)
     (rotate, {"positions": meta(T).long()}, "positions is on meta, q is on cpu"),
     (rotate, {"positions": torch.arange(1, T + 1)}, "hold 6 positions, but position 6 was .*: rope_tables\\(7, ...\\)"),
     (rotate, {"positions": torch.arange(T) - 1}, "hold 6 positions, but position -1 was asked for: they begin at 0"),
-    (decode, {"lengths": [3, 4]}, "lengths is a list, expected a tensor torch.int32 \\(2,\\) on cpu"),
+    (decode, {"lengths": [3, 4]}, "lengths is a list, expected a tensor int32 or int64 \\(2,\\) on cpu"),
     (decode, {"k_cache": meta(B, Hkv, C, D)}, "k_cache is on meta, q is on cpu"),
     (decode, {"lengths": torch.tensor([3, 7], dtype=torch.int32), "rope": (COS, SIN)}, "but position 6 was asked for"),
     (append, {"lengths": torch.tensor([3, 7], dtype=torch.int32), "rope": (COS, SIN)}, "but position 6 was asked for"),
@@ -113,8 +113,15 @@ BAD_CALLS = [  # (function, what is changed, message)
     (append, {"v": heads(Hkv, 1).half()}, "v has dtype torch.float16, expected k's torch.float32"),
     (append, {"v": heads(Hkv, 2)}, "v has shape \\(2, 2, 2, 8\\), expected k's \\(2, 2, 1, 8\\)"),
     (append, {"rope": (meta(T, 4), meta(T, 4))}, "tables are on meta, k is on cpu: rope_tables\\(..., device=k.device"),
-    (append, {"k_cache": RING, "v_cache": RING}, "k_cache and v_cache are the same memory"),
-    (append, {"k_cache": RING[:, :], "v_cache": RING[:, :]}, "k_cache and v_cache are the same memory"),
+    *(
+        (append, {"k_cache": k_cache, "v_cache": v_cache}, "k_cache and v_cache share memory, expected one tensor for")
+        for k_cache, v_cache in (
+            (RING, RING),
+            (RING[:, :], RING[:, :]),
+            (WIDE[:, :Hkv], WIDE[:, 1:]),
+            (WIDE[:, :Hkv, 1:], WIDE[:, :Hkv, :-1]),
+        )
+    ),
     (append, {"v_cache": RING[:1].expand(B, -1, -1, -1)}, "v_cache is expanded, so that its rows share memory"),
     (tables, {"length": 10.5}, "length is 10.5, expected a whole number"),
     (tables, {"rotary_dim": 8.0}, "rotary_dim is 8.0, expected a whole number"),

@@ -193,7 +193,7 @@ def call(**changed):
     [
         ({"window": 6}, "k_cache has 6 slots, expected at least window \\+ T_new - 1 = 7"),
         ({"window": None, "lengths": torch.tensor([3, 7], dtype=torch.int32)}, "6 slots, fewer than the longest row"),
-        ({"lengths": torch.tensor([3, 4])}, "lengths is torch.int64 \\(2,\\) on cpu, expected torch.int32 \\(2,\\)"),
+        ({"lengths": torch.ones(2)}, "lengths is torch.float32 \\(2,\\) on cpu, expected int32 or int64 \\(2,\\)"),
         ({"lengths": torch.tensor([3], dtype=torch.int32)}, "lengths is torch.int32 \\(1,\\)"),
         ({"lengths": torch.ones(2, dtype=torch.int32, device="meta")}, "\\(2,\\) on meta, expected .* on cpu"),
         ({"q": torch.randn(2, 3, 2, 8)}, "k_cache has 2 heads, which do not divide q's 3"),
@@ -213,6 +213,25 @@ def test_more_tokens_than_slots_cannot_be_appended():
     k = torch.randn(1, 2, 5, 8)
     with pytest.raises(ValueError, match="k has 5 tokens, more than the 4 slots of k_cache"):
         append_to_cache(k, k, k_cache, v_cache, torch.tensor([5], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("rings", [lambda x: x.unbind(1), lambda x: x.flatten(1, 2).chunk(2, dim=1)])
+def test_rings_may_be_parts_of_one_buffer(rings):
+    k, v = torch.randn(2, 3, 2, 1, 8)
+    k_cache, v_cache = rings(torch.zeros(3, 2, 2, 4, 8))
+    append_to_cache(k, v, k_cache, v_cache, torch.full((3,), 6))
+    assert torch.equal(k_cache[:, :, 1:2], k) and torch.equal(v_cache[:, :, 1:2], v)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_of_int64_are_taken(backend, device):
+    k, q = torch.randn(2, Hkv, 1, D, device=device), torch.randn(2, Hq, 1, D, device=device)
+    results = []
+    for dtype in (torch.int32, torch.int64):
+        rings, lengths = torch.zeros(2, 2, Hkv, 4, D, device=device), torch.tensor([6, 2], dtype=dtype, device=device)
+        append_to_cache(k, k, *rings, lengths, backend=backend)
+        results.append((rings, sliding_gqa_decode(q, *rings, lengths, 4, backend=backend)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_a_cache_serves_attention_before_the_ring_turns():

@@ -60,7 +60,7 @@ def test_fused_and_plain_attention_give_the_same_logits_and_gradients(config):
 def test_the_loss_is_the_mean_over_the_targets_that_count(config):
     model = lively(GPT(config)).eval()
     tokens, targets = torch.randint(config.vocab_size, (2, 3, 20))
-    targets[:, 12:] = -1
+    targets[:, 12:16], targets[:, 16:] = -1, -100
     logits, loss = model(tokens, targets)
     assert logits.shape == (3, 20, config.vocab_size)
     expected = -logits[:, :12].log_softmax(-1).gather(2, targets[:, :12, None]).mean()

@@ -81,6 +81,30 @@ def test_a_wrong_field_is_named_in_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "named", "message"),
+    [
+        (
+            (65, 25),
+            {},
+            r"^GPTConfig: give names: vocab_size=\.\.\., context_length=\.\.\. \(others' block_size\), \.\.\.$",
+        ),
+        ((65, 25), {"n_embd": 8}, "^GPTConfig: give names: .*; n_embd is d_model here$"),
+        (
+            (),
+            {"vocab_size": 65, "block_size": 25, "n_embd": 8},
+            "block_size is context_length here; n_embd is d_model here$",
+        ),
+        ((), {"vocab": 65, "resid_pdrop": 0.1}, "vocab is vocab_size here; resid_pdrop is dropout here$"),
+        ((), {"n_layers": 2}, "unexpected keyword argument 'n_layers'"),
+    ],
+)
+def test_other_libraries_words_are_answered_with_ours(values, named, message):
+    with pytest.raises(TypeError, match=message) as error:
+        GPTConfig(*values, **named)
+    assert "\n" not in str(error.value)
+
+
 def test_a_step_without_its_own_field_is_refused():
     with pytest.raises(ValueError, match="'rope-window' needs a window"):
         GPTConfig.for_architecture("rope-window", **{**FIELDS, "window": None})

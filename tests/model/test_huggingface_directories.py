@@ -1,7 +1,10 @@
 """Model directories of transformers in and out: weights in one file or several, the tokenizer, and what is refused."""
 
+import dataclasses
 import json
+import resource
 import shutil
+import signal
 import sys
 
 import pytest
@@ -10,7 +13,17 @@ from mixes import MIXES, lively
 from safetensors.torch import load_file, save_file
 
 import model.huggingface
-from model import GPT, CharTokenizer, from_pretrained, load_tokenizer, save_pretrained
+from model import (
+    GPT,
+    ByteTokenizer,
+    CharTokenizer,
+    SubwordTokenizer,
+    from_pretrained,
+    generate,
+    load_tokenizer,
+    save_pretrained,
+)
+from model.checkpoint import checksums
 from model.huggingface import export_pretrained, from_huggingface, import_pretrained
 from model.huggingface.__main__ import main
 from model.sample import main as sample_command
@@ -21,6 +34,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 CHARACTERS = CharTokenizer("\n !,.'()abcdefghijklmnopqrstuvwxyz\u00e9\u2014\U0001f600ABC")
 TEXT = "a b  c,\n\n 'tis (caf\u00e9) .\u2014\U0001f600 A!"
+WRITTEN = ("config.json", "model.safetensors")
 SUBWORDS = [
     "the play is the thing ",
     "wherein I'll catch ",
@@ -89,7 +103,8 @@ def test_an_exported_directory_loads_in_transformers(name, dtype, tmp_path):
     assert theirs.dtype == dtype
     tokens = torch.randint(41, (2, 40))
     if dtype == torch.float32:
-        torch.testing.assert_close(their_logits(tmp_path, tokens), our_logits(gpt, tokens), atol=1e-4, rtol=0)
+        logits = their_logits(tmp_path, tokens)[..., :41]  # the pad token has one more
+        torch.testing.assert_close(logits, our_logits(gpt, tokens), atol=1e-4, rtol=0)
     back, read = import_pretrained(tmp_path)
     assert back.config == gpt.config and read.stoi == tokenizer.stoi
     assert all(torch.equal(back.state_dict()[key], value) for key, value in gpt.state_dict().items())
@@ -114,6 +129,65 @@ def test_transformers_generates_our_tokens_from_an_exported_directory(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     written = theirs.generate(prompt, max_new_tokens=80, do_sample=False)  # past the window, and the context
     assert torch.equal(written, sample(gpt, prompt, 80))
+
+
+@pytest.mark.parametrize("kind", ["original", "rope-window-gqa", "untied", "spare tokens", "bytes"])
+def test_a_batched_pipeline_writes_what_we_write(kind, tmp_path):
+    """With prompts of different lengths, and characters that a pad token must not take away."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else CharTokenizer("\n" + "".join(map(chr, range(40, 80))))
+    size = {"spare tokens": 48}.get(kind, tokenizer.vocab_size)
+    gpt = lively(GPT(dataclasses.replace(MIXES.get(kind, MIXES["rope-window-gqa"]), vocab_size=size))).eval()
+    export_pretrained(gpt, tmp_path, tokenizer)
+    prompts = ["ABC", "O\nNM(", "L"]
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path))
+    written = pipeline(prompts, batch_size=3, max_new_tokens=30, do_sample=False)
+    for prompt, [text] in zip(prompts, written, strict=True):
+        tokens = torch.stack(list(generate(gpt, prompt, 30, greedy=True, tokenizer=tokenizer)))[:, 0].tolist()
+        tokens = tokens[: tokens.index(255)] if 255 in tokens else tokens  # <|endoftext|> ends their text
+        assert text["generated_text"] == prompt + tokenizer.decode(tokens)
+    back, read = import_pretrained(tmp_path)
+    assert back.config == gpt.config and read.to_json() == tokenizer.to_json()
+    assert all(torch.equal(back.state_dict()[key], value) for key, value in gpt.state_dict().items())
+    resaved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert from_huggingface(resaved).config == gpt.config
+
+
+def test_subwords_without_an_end_of_text_get_a_pad_token_and_lose_it_again(tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer = SubwordTokenizer(library.to_str())
+    export_pretrained(GPT(dataclasses.replace(MIXES["rope"], vocab_size=3)), tmp_path, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(["ab", "aabb"], padding=True)["input_ids"] == [[3, 3, 2], [0, 2, 1]]
+    gpt, back = import_pretrained(tmp_path)
+    assert (gpt.config.vocab_size, back.vocab_size, back.encode("aabb")) == (3, 3, [0, 2, 1])
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_full_disk_is_one_line_and_leaves_no_directory(direction, starcoder2, tmp_path, capsys):
+    assert command(capsys, "import", starcoder2, tmp_path / "ours")[0] == 0
+    source = {"import": starcoder2, "export": tmp_path / "ours"}[direction]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # a write past it fails as on a full disk
+        status, out, err = command(capsys, direction, source, tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    message = f"python -m model.huggingface: error: {tmp_path}/new cannot be written: File too large"
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith(message)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
+    save_pretrained(GPT(MIXES["rope"]), tmp_path / "ours")
+    (tmp_path / "ours" / "SHA256SUMS").write_text(checksums({name: tmp_path / "ours" / name for name in WRITTEN}))
+    assert command(capsys, "export", tmp_path / "ours", tmp_path / "back")[0] == 0
+    weights = bytearray((tmp_path / "ours" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "ours" / "model.safetensors").write_bytes(weights)
+    status, _, err = command(capsys, "export", tmp_path / "ours", tmp_path / "again")
+    assert status == 2 and "ours/model.safetensors is not what was written" in err and not (tmp_path / "again").exists()
 
 
 def test_shards_are_one_model(starcoder2, tmp_path):
@@ -182,7 +256,7 @@ def test_the_commands_there_and_back_need_no_transformers(starcoder2, tmp_path, 
     assert f"{tmp_path}/ours: rope-window-gqa, {gpt.num_parameters():,} parameters, 40 tokens" in out
     assert f"python -m model.sample --checkpoint {tmp_path}/ours" in out
     assert f"python -m train --fused-kernels --init-from {tmp_path}/ours" in out
-    status, out, err = command(capsys, "export", tmp_path / "ours", tmp_path / "back")
+    status, out, err = command(capsys, "export", "--no-pad-token", tmp_path / "ours", tmp_path / "back")
     assert (status, err) == (0, "") and "AutoTokenizer.from_pretrained" in out
     there, back = (load_file(path / "model.safetensors") for path in (starcoder2, tmp_path / "back"))
     assert there.keys() == back.keys() and all(torch.equal(there[name], back[name]) for name in there)

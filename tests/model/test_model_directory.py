@@ -7,8 +7,8 @@ from mixes import FIELDS, MIXES, every_mix, lively
 from safetensors.torch import load_file, save_file
 
 import model.checkpoint
-from model import GPT, CharTokenizer, CheckpointError, GPTConfig, from_pretrained, save_pretrained
-from model.checkpoint import resolve_checkpoint
+from model import GPT, CharTokenizer, CheckpointError, GPTConfig, from_pretrained, generate, save_pretrained
+from model.checkpoint import checksums, resolve_checkpoint
 
 TOKENIZER = CharTokenizer("".join(map(chr, range(40, 81))))
 
@@ -30,6 +30,36 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(config, tmp_path):
     tokens = torch.randint(41, (2, 40))
     assert torch.equal(loaded(tokens)[0], saved(tokens)[0])
     loaded(tokens, tokens)[1].backward()  # and it can be trained
+
+
+def test_the_methods_write_and_read_the_model_with_its_tokenizer(tmp_path, directory):
+    model = GPT.from_pretrained(directory, fused_kernels=False)
+    assert model.tokenizer.itos == TOKENIZER.itos and not model.fused_kernels
+    text = model.tokenizer.decode(torch.cat(list(generate(model, "AB", 20, seed=1))))
+    model.save_pretrained(tmp_path / "run" / "best")
+    again = GPT.from_pretrained(tmp_path / "run")  # a run, of which it reads the best
+    assert again.tokenizer.decode(torch.cat(list(generate(again, "AB", 20, seed=1)))) == text
+    GPT(model.config).save_pretrained(tmp_path / "other", CharTokenizer("AB"))
+    assert from_pretrained(tmp_path / "other")[1].vocab_size == 2
+    torch.compile(again).save_pretrained(tmp_path / "compiled")
+    assert from_pretrained(tmp_path / "compiled")[1].itos == TOKENIZER.itos
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_directory_with_checksums_is_verified_and_a_new_save_renews_them(directory, name):
+    sums = directory / "SHA256SUMS"
+    sums.write_text(checksums({path.name: path for path in sorted(directory.iterdir())}))
+    from_pretrained(directory)
+    content = (directory / name).read_bytes()
+    (directory / name).write_bytes(content[:-3] + b"x" + content[-2:])
+    with pytest.raises(CheckpointError, match=f"saved/{name} is not what was written") as error:
+        from_pretrained(directory)
+    assert "\n" not in str(error.value)
+    save_pretrained(GPT(MIXES["original"]), directory, TOKENIZER)
+    assert from_pretrained(directory)[0].config == MIXES["original"]
+    sums.write_text(sums.read_text()[:-20])
+    with pytest.raises(CheckpointError, match="saved/SHA256SUMS is damaged"):
+        from_pretrained(directory)
 
 
 def test_every_field_of_the_config_survives(tmp_path):

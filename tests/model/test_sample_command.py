@@ -1,9 +1,11 @@
 import importlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from mixes import FIELDS, lively
 
 from model import GPT, CharTokenizer, GPTConfig, from_pretrained, generate, save_pretrained
 from model import sample as command
+from model.checkpoint import checksums
 from model.sampling import sample
 
 ROOT = Path(__file__).parents[2]
+without_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="asks for MPS where there is none")
 TOKENIZER = CharTokenizer("\n" + "".join(map(chr, range(40, 80))))
 COMMAND = [sys.executable, "-m", "model.sample"]
 
@@ -144,7 +148,14 @@ def test_several_samples_follow_each_other_with_consecutive_seeds(capsys, checkp
     ("arguments", "message"),
     [
         (["--prompt", "A!"], "'!' not in the vocabulary of 41 characters: leave them out"),
-        (["--prompt", ""], "a prompt needs at least one token"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+        (["--prompt-file", sys.executable], "is no text in UTF-8"),
+        (["--prompt", "A", "--prompt-file", "-"], "argument --prompt-file: not allowed with argument --prompt"),
+        (["-i", "--num-samples", "2"], "--num-samples does nothing with --interactive"),
+        (["--seed", "-1"], "seed=-1 is not a whole number from 0 to 2**63 - 1"),
+        (["--seed", str(2**64)], f"seed={2**64} is not a whole number from 0 to 2**63 - 1"),
+        (["--seed", str(2**63 - 1), "--num-samples", "2"], f"seed={2**63} is not a whole number"),
+        (["--no-fused-kernels", "--backend", "banded"], "'banded' is one of the fused kernels: leave out either it or"),
         (["--temperature", "-1"], "temperature=-1.0 is not a number of at least 0"),
         (["--top-p", "1.5"], "top_p=1.5 is not in (0, 1]"),
         (["--top-k", "0"], "top_k=0 is below 1"),
@@ -154,6 +165,8 @@ def test_several_samples_follow_each_other_with_consecutive_seeds(capsys, checkp
         (["--max-new-tokens", "ten"], "argument --max-new-tokens: invalid int value: 'ten'"),
         (["--num-samples", "0"], "--num-samples is 0, expected at least 1"),
         (["--device", "toaster"], "toaster"),
+        (["--device", "meta"], "device 'meta' cannot be used: Tensor.item() cannot be called on meta tensors"),
+        pytest.param(["--device", "mps"], "'mps' cannot be used: this PyTorch does not run on it", marks=without_mps),
         (["--backend", "cutlass"], "backend is 'cutlass', expected one of"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
         (["--max", "5"], "unrecognized arguments: --max 5"),
@@ -164,7 +177,115 @@ def test_bad_input_is_one_line_and_status_2(capsys, checkpoint, arguments, messa
     status, out, err = run(capsys, "--checkpoint", checkpoint, *arguments)
     assert (status, out) == (2, "")
     assert message in err and err.startswith("python -m model.sample: error: ")
-    assert err.count("\n") == 1
+    assert err.count("\n") == 1 and len(err) < 350
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((), ("--prompt", "")),
+        (("--prompt", "A\nB"), ("--prompt", "A\\nB")),
+        (("--prompt", "A\nB"), ("--prompt-file", "A\nB")),
+        (("--prompt", "A\nB"), ("--prompt-file", "-")),
+    ],
+)
+def test_two_ways_to_give_one_prompt_write_the_same(capsys, checkpoint, tmp_path, monkeypatch, one, other):
+    file = tmp_path / "prompt.txt"
+    file.write_text("A\nB")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A\nB"))
+    other = [str(file) if flag == "A\nB" and other[0] == "--prompt-file" else flag for flag in other]
+    texts = [run(capsys, "--checkpoint", checkpoint, "--seed", "1", *flags) for flags in (one, other)]
+    assert texts[0][:2] == texts[1][:2] and texts[0][1].startswith("A\nB" if one else "\n")
+
+
+def test_a_backslash_before_n_is_written_as_two_in_prompts_and_stop_strings():
+    assert command._unescaped(r"a\nb\\nc\d\\") == "a\nb\\nc\\d\\"
+
+
+def test_without_a_line_break_in_the_vocabulary_a_text_starts_with_its_first_token(capsys, tmp_path):
+    save_pretrained(GPT(GPTConfig(**FIELDS)), tmp_path, CharTokenizer("xy"))
+    status, out, _ = run(capsys, "--checkpoint", str(tmp_path), "--max-new-tokens", "30")
+    assert status == 0 and len(out) == 32 and out[0] == "x" and set(out) <= set("xy\n")
+
+
+def test_a_damaged_model_is_not_sampled(capsys, checkpoint, tmp_path):
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    files = {name: damaged / name for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    (damaged / "SHA256SUMS").write_text(checksums(files))
+    assert run(capsys, "--checkpoint", str(damaged), "--max-new-tokens", "1")[0] == 0
+    (damaged / "model.safetensors").write_bytes(files["model.safetensors"].read_bytes()[:-1] + b"!")
+    status, out, err = run(capsys, "--checkpoint", str(damaged))
+    assert (status, out) == (2, "") and "damaged/model.safetensors is not what was written" in err
+
+
+def interactive(checkpoint, lines):
+    """(standard output, standard error) of interactive mode, which reads these lines."""
+    arguments = [*COMMAND, "--checkpoint", checkpoint, "-i", "--max-new-tokens", "20", "--seed", "4"]
+    done = subprocess.run(arguments, input="\n".join(lines), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def test_interactive_mode_answers_each_line_with_the_settings_of_the_commands(capsys, checkpoint):
+    out, err = interactive(
+        checkpoint,
+        [
+            "AB",
+            "/temperature 0",
+            "AB",
+            "/temperature 1",
+            "/seed 5",
+            "A\\nB",
+            "/top-k 0",
+            "/tempo",
+            "a!",
+            "/help",
+            "/quit",
+            "X",
+        ],
+    )
+    flags = [("AB", "--seed", "4"), ("AB", "--greedy"), ("A\nB", "--seed", "5")]
+    texts = [run(capsys, "--checkpoint", checkpoint, "--max-new-tokens", "20", "--prompt", *flag)[1] for flag in flags]
+    assert out == "".join(text.removeprefix(flag[0]) for text, flag in zip(texts, flags, strict=True))
+    said = err.splitlines()
+    assert said[1] == command.INTERACTIVE and said[2:5] == ["/temperature 0.0", "/temperature 1.0", "/seed 5"]
+    assert said[5].startswith("/top-k 0: top_k=0 is below 1") and "'!', 'a' not in the vocabulary" in said[7]
+    assert said[6].startswith("there is no /tempo: /temperature 1.0  /top-k none  ") and said[6].endswith(
+        "/help  /quit"
+    )
+    assert said[8:] == [said[6].removeprefix("there is no /tempo: ")]
+    assert interactive(checkpoint, ["/seed none", "/top-k 3", "/top-k none", "/seed x"])[1].splitlines()[2:] == [
+        "/seed none",
+        "/top-k 3",
+        "/top-k none",
+        "/seed x: expected a number, or none for the default",
+    ]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_interactive_program(checkpoint):
+    arguments = [*COMMAND, "--checkpoint", checkpoint, "-i", "--max-new-tokens", "100000000", "--seed", "1"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(arguments, **pipes, cwd=ROOT)
+    try:
+        process.stdin.write(b"ABC\n")
+        process.stdin.flush()
+        os.read(process.stdout.fileno(), 20)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(b"/max_new_tokens 0\nABC\n", timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and out.endswith(b"\n\n\n") and b"/max-new-tokens 0" in err
+    assert b"Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_output_is_one_line(checkpoint):
+    arguments = [*COMMAND, "--checkpoint", checkpoint, "--max-new-tokens", "5"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    error = "python -m model.sample: error: standard output cannot be written: No space left on device"
+    assert done.stderr.splitlines()[1:] == [error]
 
 
 def test_a_checkpoint_is_required_and_needs_a_tokenizer(capsys, tmp_path):
@@ -211,6 +332,19 @@ def test_ctrl_c_keeps_the_text_so_far(checkpoint):
     assert process.returncode == 130
     assert start.startswith(b"ABC") and rest.endswith(b"\n")
     assert b"Traceback" not in err and b"interrupted after" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what a process has loaded")
+def test_ctrl_c_while_torch_is_loaded_is_quiet(checkpoint):
+    process = subprocess.Popen([*COMMAND, "--checkpoint", checkpoint], stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT and err == b""
 
 
 def test_ctrl_c_prints_text_that_was_held_for_a_stop_string(capsys, checkpoint, monkeypatch):

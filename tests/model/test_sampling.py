@@ -312,13 +312,52 @@ def test_generation_under_autocast_and_in_bfloat16():
     assert sample(model.to(torch.bfloat16), prompt, 30).shape == (2, 50)
 
 
+LETTERS = CharTokenizer([chr(ord("A") + i) for i in range(41)])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "same"),
+    [
+        ([1, 2, 3], [[1, 2, 3]]),
+        ((1, 2, 3), [[1, 2, 3]]),
+        (torch.tensor([1, 2, 3]), [[1, 2, 3]]),
+        (list(torch.tensor([1, 2, 3])), [[1, 2, 3]]),
+        (torch.tensor([1, 2, 3]).numpy(), [[1, 2, 3]]),
+        ("BCD", [[1, 2, 3]]),
+        (["BCD", "E"], [[1, 2, 3], [4]]),
+    ],
+    ids=str,
+)
+def test_one_prompt_needs_no_list_and_a_text_is_encoded(tokens, same):
+    model = make()
+    expected = tokens_of(generate(model, same, 20, seed=1))
+    assert torch.equal(tokens_of(generate(model, tokens, 20, seed=1, tokenizer=LETTERS)), expected)
+    model.tokenizer = LETTERS
+    assert torch.equal(tokens_of(generate(model, tokens, 20, seed=1)), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"greedy": True}, {"top_k": 30, "repetition_penalty": 1.5}], ids=str)
+def test_no_token_is_drawn_that_the_tokenizer_cannot_decode(options):
+    """A model may have more tokens than its tokenizer: people pad the vocabulary to a multiple of 64."""
+    model, few = make(), CharTokenizer("ABC")
+    prompts = [[1, 40], [0]]
+    drawn = tokens_of(generate(model, prompts, 60, temperature=5.0, seed=1, tokenizer=few, **options))
+    assert drawn.max() <= 2 and few.decode(drawn[0])
+    assert tokens_of(generate(model, prompts, 60, temperature=5.0, seed=1, **options)).max() > 2
+
+
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [
         (torch.tensor([[1, 41]]), {}, "tokens reaches from 1 to 41, outside the vocabulary of 0 to 40"),
         (torch.tensor([[-1, 4]]), {}, "tokens reaches from -1 to 4, outside"),
         (torch.tensor([[1.0]]), {}, "tokens has dtype torch.float32, expected integers"),
-        (torch.tensor([1, 2]), {}, r"tokens has shape \(2,\), expected \(B, T\)"),
+        (torch.tensor(1), {}, r"tokens has shape \(\), expected \(B, T\)"),
+        ("ABC", {}, "tokens is a text, and the model has no tokenizer: give tokenizer=..., or load"),
+        (["A", "B"], {}, "tokens is a text, and the model has no tokenizer"),
+        ("A!", {"tokenizer": CharTokenizer("AB")}, "'!' not in the vocabulary of 2 characters"),
+        ([[1]], {"seed": -1}, r"seed=-1 is not a whole number from 0 to 2\*\*63 - 1"),
+        ([[1], [1]], {"seed": 2**63 - 1}, f"seed={2**63} is not a whole number from 0"),
         (torch.zeros(2, 0, dtype=torch.long), {}, "tokens has no columns: a prompt needs at least one token"),
         ([[1], []], {}, "with an empty one: every row needs at least one token"),
         ([[1]], {"temperature": -1}, "temperature=-1 is not a number of at least 0"),
