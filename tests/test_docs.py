@@ -87,6 +87,7 @@ def problems(page, name, monkeypatch):
     """What is wrong with a page, a line each. The working directory is where its commands run."""
     setup = {"TEXT": TEXT, "make_text": make_text, "make_run": make_run, "make_model": make_model}
     namespace, found = setup, []
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # interactive commands find its end
     for line, kind, text in parts(page):
         printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
         try:
