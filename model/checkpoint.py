@@ -4,8 +4,10 @@ save_pretrained(model, "runs/shakespeare/best", tokenizer)
 model, tokenizer = from_pretrained("runs/shakespeare/best")
 """
 
+import hashlib
 import json
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,7 +21,7 @@ from .gpt import GPT
 from .tokenizer import FILE as TOKENIZER
 from .tokenizer import load_tokenizer
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, SUMS = "config.json", "model.safetensors", "SHA256SUMS"
 
 
 class CheckpointError(ValueError):
@@ -30,9 +32,9 @@ def save_pretrained(model, directory, tokenizer=None, weights=None):
     """Write the model, and its tokenizer, into a directory, which is made if it does not exist.
 
     A save that fails leaves the old files as they were (`replacing`, the weights last). The weights' file holds the
-    config too, so that `from_pretrained` detects files of two models in one directory. The dtype is kept, and a
-    compiled model is saved under its own names. weights: {name: tensor} to save instead of the model's own, such as an
-    average. Raises OSError if the directory cannot be written.
+    config too, so that `from_pretrained` detects files of two models in one directory. A SHA256SUMS that is there is
+    written again. The dtype is kept, and a compiled model is saved under its own names. weights: {name: tensor} to save
+    instead of the model's own, such as an average. Raises OSError if the directory cannot be written.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would prefix every name
     directory = Path(directory)
@@ -41,12 +43,17 @@ def save_pretrained(model, directory, tokenizer=None, weights=None):
     weights = model.state_dict() if weights is None else weights
     weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     names = [CONFIG, WEIGHTS] if tokenizer is None else [TOKENIZER, CONFIG, WEIGHTS]
+    names += [SUMS] if (directory / SUMS).exists() else []
     with replacing(*(directory / name for name in names)) as temporary:
         written = dict(zip(names, temporary, strict=True))
         if tokenizer is not None:
             written[TOKENIZER].write_text(tokenizer.to_json(), encoding="utf-8")
         written[CONFIG].write_text(config + "\n", encoding="utf-8")
         save_file(weights, written[WEIGHTS], metadata={"format": "pt", "config": config})
+        if SUMS in written:
+            files = {name: written.get(name, directory / name) for name in (CONFIG, WEIGHTS, TOKENIZER)}
+            sums = checksums({name: path for name, path in files.items() if path.exists()})
+            written[SUMS].write_text(sums, encoding="utf-8")
 
 
 def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cpu"):
@@ -56,6 +63,7 @@ def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cp
     CheckpointError for missing, truncated and damaged files, and for files of different models.
     """
     directory = Path(directory)
+    verify_sums(directory)
     values = read_json(directory / CONFIG)
     try:
         config = _config_from(values)
@@ -85,6 +93,43 @@ def resolve_checkpoint(path) -> Path:
         f"{path} has no {CONFIG}, so it is not a model directory, and no best/{CONFIG} or last/{CONFIG}, so it is not "
         "a run directory with a checkpoint"
     )
+
+
+def verify_sums(directory) -> list[str]:
+    """The names of the files in SHA256SUMS; none for a directory without that file, which cannot be checked.
+
+    Raises CheckpointError, in one line that names the file, unless every byte is as it was written.
+    """
+    sums = Path(directory) / SUMS
+    try:
+        if not sums.exists():
+            return []
+        stored = sums.read_text(encoding="utf-8")
+        lines = stored.split("\n")[:-1]
+        names = [line[66:] for line in lines]
+        # the list itself may be cut short, even between two lines
+        unlisted = {name for name in (CONFIG, WEIGHTS, TOKENIZER) if (sums.parent / name).exists()}.difference(names)
+        if unlisted or not re.fullmatch(r"([0-9a-f]{64}  .+\n)+", stored):
+            raise CheckpointError(f"{sums} is damaged")
+        for name, line in zip(names, lines, strict=True):
+            path = sums.parent / name
+            if checksums({name: path}) != line + "\n":
+                raise CheckpointError(f"{path} is not what was written (changed on purpose? remove {SUMS})")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{directory} is damaged: {error}") from None
+    return names
+
+
+def checksums(files) -> str:
+    """The content of SHA256SUMS for {name: path}: a line `SHA-256, two spaces, name` each."""
+    lines = []
+    for name, path in files.items():
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        lines.append(f"{digest.hexdigest()}  {name}\n")
+    return "".join(lines)
 
 
 def read_json(path) -> dict:

@@ -22,7 +22,6 @@ out; a stated flag must equal the recorded one, unless its field is declared wit
 import argparse
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -40,12 +39,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model import save_pretrained
-from model.checkpoint import WEIGHTS, check_weights, replacing, sync
+from model.checkpoint import SUMS, WEIGHTS, CheckpointError, check_weights, checksums, replacing, sync, verify_sums
 
 from .config import RunConfig, TrainerConfig
 from .lock import take_lock
 
-SUMS, STATE, FACTS, RECORD = "SHA256SUMS", "training_state.pt", "training.json", "run.json"
+STATE, FACTS, RECORD = "training_state.pt", "training.json", "run.json"
 _NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _MAY_CHANGE = {
     field.name for config in (TrainerConfig, RunConfig) for field in fields(config) if field.metadata["may_change"]
@@ -146,7 +145,7 @@ def save_checkpoint(directory: Path, model, tokenizer, facts: dict, state: dict 
                 with replacing(partial / STATE) as (file,):
                     _save_state(state, file)
             with replacing(partial / SUMS) as (file,):
-                file.write_text(_checksums(partial, sorted(path.name for path in partial.iterdir() if path != file)))
+                file.write_text(checksums({path.name: path for path in sorted(partial.iterdir()) if path != file}))
             _replace_directory(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -185,17 +184,9 @@ def point_last_at(checkpoint: Path, keep: int) -> None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint to resume from; None if every byte is as it was written."""
     try:
-        stored = (checkpoint / SUMS).read_text(encoding="utf-8")
-        names = re.findall(r"^[0-9a-f]{64}  (.+)$", stored, re.MULTILINE)
-        # the last name must be there: the list itself may be cut short between two lines
-        if not stored.endswith(f"  {STATE}\n") or stored.count("\n") != len(names):
-            return f"{SUMS} is damaged"
-        for name, line in zip(names, stored.splitlines(keepends=True), strict=True):
-            if _checksums(checkpoint, [name]) != line:
-                return f"{name} is not what was written"
-    except (OSError, UnicodeDecodeError) as error:
+        return None if STATE in verify_sums(checkpoint) else f"{checkpoint / SUMS} is damaged"
+    except CheckpointError as error:
         return str(error)
-    return None
 
 
 def read_facts(directory: str | Path) -> dict:
@@ -240,18 +231,6 @@ def _replace_directory(new: Path, directory: Path) -> None:
 
 def _aside(directory):
     return directory.with_name(f".{directory.name}.previous")
-
-
-def _checksums(directory, names) -> str:
-    """A line `SHA-256, two spaces, name` for each file."""
-    lines = []
-    for name in names:
-        digest = hashlib.sha256()
-        with open(directory / name, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        lines.append(f"{digest.hexdigest()}  {name}\n")
-    return "".join(lines)
 
 
 def _step(checkpoint):
@@ -304,7 +283,7 @@ def checkpoint_to_resume(out_dir: str | Path, record: dict, lock: bool = False) 
         what = damage(checkpoint)
         if what is None:
             return checkpoint
-        warnings.warn(f"checkpoint {checkpoint} is damaged ({what}): going back to the one before it", stacklevel=2)
+        warnings.warn(f"{what}: going back to the checkpoint before {checkpoint.name}", stacklevel=2)
     if found:
         raise ValueError(f"resume: all checkpoints in {out_dir} are damaged, so there is nothing to resume from")
     return None
