@@ -221,8 +221,10 @@ def train_bpe(texts, vocab_size: int) -> SubwordTokenizer:
 
 def given_tokenizer(file: str):
     """The tokenizer of a tokenizer.json file, or of a model directory with one."""
-    if not Path(file).exists():
-        raise ValueError(f"tokenizer {file} does not exist: give a tokenizer.json, or a directory with one")
+    path = Path(file)
+    if not path.exists() or (path.is_file() and path.suffix != ".json"):
+        what = "is no .json file" if path.exists() else "does not exist"
+        raise ValueError(f"tokenizer {file} {what}: give a tokenizer.json, or a directory with one")
     return load_tokenizer(file)
 
 

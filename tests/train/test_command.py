@@ -118,7 +118,7 @@ def test_without_an_out_dir_each_run_makes_a_directory_named_by_date(text, tmp_p
         (["--context-size", "0"], "context_length=0 is not a whole number of at least 1"),
         (["--batch-size", "0"], "batch_size is 0, wanted at least 1"),
         (["--fused-kernels", "--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
-        (["--backend", "banded"], "add --fused-kernels"),
+        (["--no-fused-kernels", "--backend", "banded"], "leave out --no-fused-kernels"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--precision", "fp16"], "precision fp16 needs a CUDA device"),
         (["--dropout", "1.5"], "dropout=1.5 is not a probability below 1"),
