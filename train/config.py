@@ -89,7 +89,7 @@ class TrainerConfig:
     Raises ValueError, naming the field, for a value that makes no sense.
     """
 
-    max_steps: int | None = option(None, f"most steps to take (without this and --max-epochs: {DEFAULT_STEPS:,})", True)
+    max_steps: int | None = option(None, f"most steps to take (none: {DEFAULT_STEPS:,}, or --max-epochs)", True)
     max_epochs: int | None = option(None, "most epochs to take (an example starts at every character)", True)
     batch_size: int = option(4, "examples in a batch, all processes together")
     grad_accumulation: int = option(1, "batches whose gradients are averaged for one step")
@@ -145,8 +145,8 @@ class TrainerConfig:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ValueError(f"{name} is {value}, wanted at least {least}")
-        if self.seed >= 2**64:
-            raise ValueError(f"seed is {self.seed}, wanted at most 2**64 - 1")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, wanted at most 2**63 - 1")
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise ValueError(f"save_every_minutes is {self.save_every_minutes}, wanted a number above 0, or none")
         if not 0 <= self.final_fraction <= 1:

@@ -76,6 +76,7 @@ class History:
             return
         try:
             from matplotlib.figure import Figure  # not pyplot, which chooses a display and keeps every figure
+            from matplotlib.ticker import LogLocator
         except ImportError:
             return
         figure = Figure(figsize=(8, 8), layout="constrained")
@@ -91,6 +92,7 @@ class History:
         norm.set(xlabel="step", ylabel="gradient norm")
         if any(self.series("grad_norm")[1]):
             norm.set_yscale("log")  # on a linear scale one spike flattens the rest
+            norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         for axes in (losses, rate, norm):
             axes.grid(alpha=0.3)
             axes.yaxis.set_major_formatter("{x:g}")
@@ -109,7 +111,14 @@ class History:
         axes.plot(steps, line, color="tab:red", marker="o", markersize=4, label="held out")
         if steps[:1] == [0]:
             axes.plot(
-                0, values[0], color="tab:red", marker="o", markersize=4, fillstyle="none", label="before training"
+                0,
+                values[0],
+                color="tab:red",
+                marker="o",
+                markersize=4,
+                fillstyle="none",
+                linestyle="none",
+                label="before training",
             )
         measured = [(value, step) for step, value in zip(steps, line, strict=True) if math.isfinite(value)]
         if not measured:

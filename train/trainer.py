@@ -258,7 +258,7 @@ class Trainer:
 
     def _diverged(self, what):
         """The error that ends a run whose numbers are not finite."""
-        advice = f"lower learning_rate (it is {self._learning_rate:.2g}), or lengthen the warm-up"
+        advice = f"lower learning_rate (it is {self.config.learning_rate:.2g}), or lengthen the warm-up"
         with contextlib.suppress(CheckpointError):
             checkpoint = None if self.out_dir is None else resolve_checkpoint(self.out_dir)
             if checkpoint is not None:
