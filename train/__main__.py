@@ -220,21 +220,24 @@ def print_commands(checkpoint: Path) -> None:
 def _first_lines(run, trainer, backend, data, estimate):
     """(name, value) pairs that say what the run is."""
     config, model = trainer.config, trainer.model.config
-    heads = f"{model.n_head} heads" + (f" on {model.n_kv_head} KV heads" if model.n_kv_head < model.n_head else "")
+    heads = _count(model.n_head, "head")
+    heads += f" on {_count(model.n_kv_head, 'KV head')}" if model.n_kv_head < model.n_head else ""
     window = f", window {model.window}" if model.window is not None else ""
     window += f" in layers {model.window_pattern}" if window and "L" in model.window_pattern else ""
     if run.random_config:
         yield "drawn", f"with seed {config.seed}: {random_config_flags(run)}"
     yield "model", f"{model.architecture}: {trainer.model.num_parameters():,} parameters"
-    yield "", f"{model.n_layer} layers, width {model.d_model}, {heads}, context {model.context_length}{window}"
+    yield (
+        "",
+        f"{_count(model.n_layer, 'layer')}, width {model.d_model}, {heads}, context {model.context_length}{window}",
+    )
     if backend is None:
         yield "attention", "plain PyTorch (leave out --no-fused-kernels for our kernels)"
     elif model.dropout:
         yield "attention", f"plain PyTorch in training, which --dropout needs; backend {backend[0]} in evaluation"
     else:
         yield "attention", f"fused kernels, backend {backend[0]}: {backend[1]}"
-    count = torch.get_num_threads()
-    threads = f", {count} thread{'s' * (count > 1)}" if trainer.device.type == "cpu" else ""
+    threads = f", {_count(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
     yield "device", f"{trainer.device}{threads}, {config.precision}" + (", compiled" if config.compile else "")
     if config.parallel != "none":
         processes = trainer.processes
@@ -252,6 +255,10 @@ def _first_lines(run, trainer, backend, data, estimate):
     yield "", f"in {trainer.out_dir}"
     if estimate is not None:
         yield "memory", describe_estimate(estimate)
+
+
+def _count(number, noun):
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def _about_data(data):

@@ -54,7 +54,7 @@ def test_a_run_describes_itself_and_prints_a_sample_and_the_commands_for_more(te
     for fact in (
         "rope-window-gqa",
         "window 8",
-        "2 heads on 1 KV heads",
+        "2 heads on 1 KV head,",
         "backend banded: ",
         "cpu",
         "20 steps of 64 tokens",
