@@ -14,7 +14,6 @@ SIGTERM save a checkpoint and end the run; a second one ends it at once.
 
 import dataclasses
 import shlex
-import signal
 import sys
 import warnings
 from datetime import datetime
@@ -273,10 +272,4 @@ def _about_data(data):
 
 
 if __name__ == "__main__":
-    try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # train/__init__.py
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.exit(main())
-    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C: the first one stops the run in good order
-        print("\npython -m train: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -1,15 +1,8 @@
 """The settings of a training run, and the flags made from them.
 
-`TrainerConfig` has the trainer's settings, `RunConfig` the model and data of `python -m train`. Each field makes a
-flag, so code, help and log cannot disagree:
-
-    @dataclass
-    class Config:
-        batch_size: int = option(32, "examples of an optimizer step")
-
-    parser = Parser(prog="python -m train", description=...)  # of model/command.py
-    add_flags(parser, Config)                               # --batch-size, also taken as --batch_size
-    config = from_flags(Config, parser.parse_args())
+`TrainerConfig` has the trainer's settings, `RunConfig` the model and data of `python -m train`. Each field is made by
+`option` with its meaning, and makes a flag, so code, help and log cannot disagree: batch_size makes --batch-size, also
+taken as --batch_size.
 
 A field's type makes its flag: bool gives --name/--no-name, Literal its choices, tuple[float, float] two values, and
 `X | None` accepts the word "none". A bad command line gives one line on stderr and exit status 2.
@@ -33,33 +26,13 @@ from .corpus import DEFAULT_VOCAB_SIZE
 
 DEFAULT_STEPS = 2500
 EMBEDDING_TYPES = ("shakespearean", "shakesperean", "byte", "bpe")
-
-
 # The words of minGPT and nanoGPT, and the ones that replaced them.
-RENAMED = {
-    "block_size": "context_size",
-    "n_embd": "d_model",
-    "max_iters": "max_steps",
-    "eval_interval": "eval_every",
-    "eval_iters": "eval_examples",
-    "log_interval": "log_every",
-    "gradient_accumulation_steps": "grad_accumulation",
-    "grad_norm_clip": "grad_clip",
-    "lr": "learning_rate",
-    "min_lr": "final_fraction",
-    "decay_lr": "lr_decay",
-    "warmup_iters": "warmup_steps",
-    "lr_decay_iters": "final_tokens",
-    "beta1": "betas",
-    "beta2": "betas",
-    "dtype": "precision",
-    "ckpt_path": "out_dir",
-    "dataset": "data",
-    "embd_pdrop": "dropout",
-    "resid_pdrop": "dropout",
-    "attn_pdrop": "dropout",
-    "model_type": "architecture",
-}
+_NEW_WORDS = """block_size context_size, n_embd d_model, embd_pdrop dropout, resid_pdrop dropout, attn_pdrop dropout,
+model_type architecture, dataset data, dtype precision, ckpt_path out_dir, max_iters max_steps, eval_interval
+eval_every, eval_iters eval_examples, log_interval log_every, gradient_accumulation_steps grad_accumulation, lr
+learning_rate, min_lr final_fraction, decay_lr lr_decay, warmup_iters warmup_steps, lr_decay_iters final_tokens, beta1
+betas, beta2 betas, grad_norm_clip grad_clip"""
+RENAMED = dict(pair.split() for pair in _NEW_WORDS.split(","))
 # The flags of --help, by heading.
 GROUPS = {
     "the flags to begin with": "data out_dir resume max_steps context_size window n_layer d_model batch_size "

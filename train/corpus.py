@@ -173,8 +173,6 @@ def require_unchanged(recorded: dict, current: dict) -> None:
         )
 
 
-#
-
 DEFAULT_VOCAB_SIZE = 4096
 SMALLEST_BPE = 257  # the bytes and <|endoftext|>
 # Characters that BPE counts words in: enough for good counts. More cost time, and memory for every rare word.

@@ -15,7 +15,6 @@ of different vocabularies. The last line of stdout is one JSON object.
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -200,10 +199,4 @@ def held_out_text(config: EvaluateConfig, checkpoint: Path, tokenizer) -> tuple[
 
 
 if __name__ == "__main__":
-    try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # train/__init__.py
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\npython -m train.evaluate: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -173,21 +174,51 @@ class TensorBoard:
 
 
 class ProgressBar(tqdm):
-    """A bar on stderr with steps, time left and the values of `show`. In a file, one line every ten seconds."""
+    """A bar on stderr with steps, time left and the values of `show`. In a file, one line every ten seconds.
 
-    def __init__(self, total: int, done: int = 0, shown: bool = True):
+    The time left is that of the remaining steps and evaluations, by those measured so far.
+    """
+
+    def __init__(self, total: int, done: int = 0, shown: bool = True, eval_every: int = 1):
+        self._values, self._eval_every = {}, eval_every
+        # the first step does not count: it also prepares or compiles
+        self._seconds, self._steps, self.evaluation_seconds, self._forecast_shown = 0.0, -1, 0.0, False
         interval = 0.2 if sys.stderr.isatty() else 10
-        self._values, self.seconds_left = {}, None
         super().__init__(
             total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=interval, disable=not shown
         )
 
+    def add_step(self, seconds: float) -> None:
+        """Counts a step that took this time."""
+        self._steps += 1
+        self._seconds += seconds if self._steps else 0
+        self.update()
+
+    @property
+    def seconds_left(self) -> float:
+        """0 while no time is known."""
+        steps = self.total - self.n
+        if self._steps < 1:
+            return 0.0
+        return steps * self._seconds / self._steps + -(-steps // self._eval_every) * self.evaluation_seconds
+
     @property
     def format_dict(self):
         found = super().format_dict
-        if self.seconds_left:  # tqdm shows (total - n) / rate
-            found["rate"] = (self.total - self.n) / self.seconds_left
+        if left := self.seconds_left:  # tqdm shows (total - n) / rate
+            found["rate"] = (self.total - self.n) / left
         return found
+
+    def forecast(self) -> None:
+        """Prints the time that is left: once, after two seconds of steps, unless the run ends in ten seconds."""
+        if self._forecast_shown or self._seconds < 2:
+            return
+        self._forecast_shown, left = True, round(self.seconds_left)
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        length = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        step = self._seconds / self._steps * 1000
+        if left > 10:
+            self.print(f"about {length} left: {step:,.0f} ms a step, {self.evaluation_seconds:.1f} s an evaluation")
 
     def show(self, **values: str) -> None:
         """Sets values after the bar; each stays until it is set again."""
@@ -229,8 +260,13 @@ class Output:
 
 @contextlib.contextmanager
 def command_output(program: str):
-    """Inside the block stdout and stderr are `Output`s, and a warning is one line, shown once. Yields stdout."""
+    """Inside the block stdout and stderr are `Output`s, a warning is one line, shown once, and so is the end by Ctrl-C.
+
+    Yields stdout.
+    """
     before = sys.stdout, sys.stderr
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by train/__init__.py, while torch was loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout, sys.stderr = Output(sys.stdout, "standard output"), Output(sys.stderr, "standard error")
     shown = set()
 
@@ -243,41 +279,11 @@ def command_output(program: str):
         with warnings.catch_warnings():
             warnings.showwarning = show
             yield sys.stdout
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
     finally:
         sys.stdout, sys.stderr = before
-
-
-class Pace:
-    """How long a run still takes, by the steps and the evaluation that it has measured."""
-
-    def __init__(self, total_steps: int, eval_every: int):
-        self.total_steps, self.eval_every = total_steps, eval_every
-        self.evaluation_seconds = self._seconds = self._steps = 0
-        self._step, self._printed = None, False
-
-    def add_step(self, step: int, seconds: float) -> None:
-        """Adds the time of a step with this number. The first one does not count: it also prepares or compiles."""
-        if self._step is not None:
-            self._seconds, self._steps = self._seconds + seconds, self._steps + 1
-        self._step = step
-
-    @property
-    def seconds_left(self) -> float | None:
-        if not self._steps:
-            return None
-        steps = self.total_steps - self._step
-        return steps * self._seconds / self._steps + -(-steps // self.eval_every) * self.evaluation_seconds
-
-    def forecast(self) -> str | None:
-        """The time that is left, in a line: once, after two seconds of steps, and not of a run that soon ends."""
-        if self._printed or self._seconds < 2:
-            return None
-        self._printed, left = True, round(self.seconds_left)
-        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
-        length = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-        step, evaluation = self._seconds / self._steps * 1000, self.evaluation_seconds
-        about = f"about {length} left: {step:,.0f} ms a step, {evaluation:.1f} s an evaluation"
-        return about if left > 10 else None
 
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40

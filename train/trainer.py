@@ -30,7 +30,7 @@ from .data import evaluation_batches, training_batches
 from .distributed import StopRequest, full_optimizer_state, full_weights, join_processes, load_full, local_device
 from .lock import release_lock, take_lock
 from .memory import SavedActivations, checkpoint_blocks, parameter_memory
-from .metrics import History, Pace, ProgressBar, TensorBoard, peak_flops, require_tensorboard, sample_text
+from .metrics import History, ProgressBar, TensorBoard, peak_flops, require_tensorboard, sample_text
 from .optim import MAX_SKIPPED, AverageWeights, GradientScaler, learning_rate_at, make_optimizer
 from .run_directory import discard_run, finish_replacing, open_run_directory, read_facts
 
@@ -124,8 +124,9 @@ class Trainer:
         self.model.train()
         self._meter_started, self._metered = time.perf_counter(), 0
         self.started = self._meter_started - self.seconds
+        bar = ProgressBar(self.total_steps, self.step, self.processes.rank == 0, self.config.eval_every)
         try:
-            with StopRequest() as stop, ProgressBar(self.total_steps, self.step, self.processes.rank == 0) as bar:
+            with StopRequest() as stop, bar:
                 self._loop(stop, bar)
         except BaseException:
             self.discard()
@@ -141,10 +142,10 @@ class Trainer:
             discard_run(self.out_dir)
 
     def _loop(self, stop, bar) -> None:
-        config, batches, pace = self.config, self.batches(), Pace(self.total_steps, self.config.eval_every)
+        config, batches = self.config, self.batches()
         self._saved_at = time.monotonic()
         if self.resumed_from is None:
-            pace.evaluation_seconds = self._evaluate(bar)
+            self._evaluate(bar)
         while self.step < self.total_steps:
             due = config.save_every_minutes is not None
             due = (
@@ -155,8 +156,7 @@ class Trainer:
                 break
             began = time.perf_counter()
             self._take_step(batches)
-            pace.add_step(self.step, time.perf_counter() - began)
-            bar.update()
+            bar.add_step(time.perf_counter() - began)
             last = self.step == self.total_steps
             log, evaluate, save = (
                 last or self.step % every == 0 for every in (config.log_every, config.eval_every, config.save_every)
@@ -164,13 +164,11 @@ class Trainer:
             if log or evaluate or save:
                 self._log(bar)
             if evaluate:
-                pace.evaluation_seconds = self._evaluate(bar)
+                self._evaluate(bar)
             # not while steps are skipped: if that does not end, the earlier weights are the good ones
             if last or ((save or due) and not self.scaler.skipped_in_a_row):
                 self._save_checkpoint()
-            bar.seconds_left = pace.seconds_left
-            if forecast := pace.forecast():
-                bar.print(forecast)
+            bar.forecast()
         self.interrupted = self.step < self.total_steps
         if self.interrupted:
             self._save_checkpoint()
@@ -297,10 +295,10 @@ class Trainer:
         self.loss_sum.zero_()
         self.losses, self._metered, self._meter_started = 0, 0, now
 
-    def _evaluate(self, bar) -> float:
+    def _evaluate(self, bar) -> None:
         """Writes held-out loss and a sample into history, bar and curves; saves the best weights so far as `best`.
 
-        Returns the seconds that it took. Raises TrainingFailed for a loss that is not finite.
+        Raises TrainingFailed for a loss that is not finite.
         """
         began = time.perf_counter()
         # a moving average is what the run is for: it is evaluated, sampled from, and saved as best
@@ -329,9 +327,8 @@ class Trainer:
         if "sample" in seen:
             bar.print(textwrap.indent(seen["sample"], "    | ", lambda line: True))
         self.history.plot()
-        seconds = time.perf_counter() - began
-        self._meter_started += seconds  # tokens/s count training time only
-        return seconds
+        bar.evaluation_seconds = time.perf_counter() - began
+        self._meter_started += bar.evaluation_seconds  # tokens/s count training time only
 
     def _sample(self) -> str:
         """A short text by the model, the same for the same weights; "" without a tokenizer or if none is wanted."""

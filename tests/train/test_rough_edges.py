@@ -17,7 +17,7 @@ from model.command import Parser
 from train import CharDataset, Trainer, TrainerConfig
 from train.__main__ import main
 from train.config import GROUPS, RENAMED, RunConfig, add_flags
-from train.metrics import Pace, command_output, sample_text
+from train.metrics import ProgressBar, command_output, sample_text
 
 ROOT = Path(__file__).parents[2]
 SIZES = "--context-size 16 --window 8 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 16 --batch-size 2 --device cpu"
@@ -166,15 +166,19 @@ def test_ctrl_c_in_the_first_second_shows_no_traceback(text, module, seconds, tm
     assert "Traceback" not in process.communicate(timeout=60)[1]
 
 
-def test_the_time_that_is_left_counts_steps_and_evaluations():
-    pace = Pace(total_steps=100, eval_every=30)
-    pace.evaluation_seconds = 4.0
-    pace.add_step(1, 50.0)  # compiles
-    assert pace.seconds_left is None and pace.forecast() is None
-    for step in (2, 3, 4):
-        pace.add_step(step, 1.0)
-    assert pace.seconds_left == 96 * 1.0 + 4 * 4.0
-    assert pace.forecast() == "about 1 min 52 s left: 1,000 ms a step, 4.0 s an evaluation" and pace.forecast() is None
+def test_the_time_that_is_left_counts_steps_and_evaluations(capsys):
+    with ProgressBar(100, eval_every=30) as bar:
+        bar.evaluation_seconds = 4.0
+        bar.add_step(50.0)  # compiles
+        bar.forecast()
+        assert not bar.seconds_left and capsys.readouterr().out == ""
+        for _ in range(3):
+            bar.add_step(1.0)
+            bar.forecast()
+        assert bar.seconds_left == 96 * 1.0 + 4 * 4.0
+        left = (bar.total - bar.n) / bar.format_dict["rate"]
+    assert left == pytest.approx(96 * 1.0 + 4 * 4.0)
+    assert capsys.readouterr().out.count("about 1 min 53 s left: 1,000 ms a step, 4.0 s an evaluation") == 1
 
 
 def test_the_weights_of_a_padded_vocabulary_train(tmp_path):
