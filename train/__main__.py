@@ -145,7 +145,7 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
         # under fsdp compiled blocks cannot run uncompiled, which the estimate needs
         estimate = None if finished or (config.compile and config.parallel == "fsdp") else trainer.estimate()
         if estimate is not None:
-            require_memory(estimate, device)
+            processes.run_on_main(require_memory, estimate, device)
         if is_main_process():
             for name, value in _first_lines(run, trainer, backend, data.record, estimate):
                 print(f"{name:<10} {value}")

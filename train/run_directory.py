@@ -160,12 +160,21 @@ def remove(directory: Path) -> None:
         directory.rmdir()
 
 
-def discard_run(directory: Path) -> None:
-    """Deletes what a run wrote that failed before it took a step, so that the next try finds an empty directory."""
+def discard_run(directory: Path, record: dict) -> None:
+    """Deletes what a run wrote that failed before it took a step, so that the next try finds an empty directory.
+
+    record: what the run wrote into run.json; if that is not there, another run has continued, and everything stays.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if read_json(directory / RECORD) == json.loads(json.dumps(record)):
+            _discard(directory)
+
+
+def _discard(directory):
     for checkpoint in (directory / "best", *checkpoints(directory)):
         remove(checkpoint)
     events = directory.glob("tensorboard/events.out.tfevents.*")
-    for path in (*events, *(directory / name for name in ("last", CURVES, METRICS, RECORD, LOCK))):
+    for path in (*events, *(directory / name for name in ("last", CURVES, METRICS, RECORD))):
         with contextlib.suppress(OSError):
             path.unlink()
     for name in ("tensorboard", "checkpoints"):

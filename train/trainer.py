@@ -136,10 +136,9 @@ class Trainer:
                 release_lock(self.out_dir)
 
     def discard(self) -> None:
-        """Empties the directory of a new run that has not taken a step."""
+        """Empties the directory of a new run that has not taken a step, but for its lock."""
         if self.out_dir is not None and self.step == 0 and not self.config.resume and self.processes.rank == 0:
-            release_lock(self.out_dir)
-            discard_run(self.out_dir)
+            discard_run(self.out_dir, self.record)
 
     def _loop(self, stop, bar) -> None:
         config, batches = self.config, self.batches()

@@ -252,12 +252,22 @@ def test_a_run_that_fails_before_a_step_leaves_the_directory_for_the_next_try(tm
     trainer._take_step = lambda batches: [][0]
     with pytest.raises(IndexError):
         trainer.train()
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     arguments = [*FAST, "--data", text, "--max-steps", "1", "--out-dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit):
         main([*arguments, "--batch-size", str(10**9)])
-    assert "the run needs about" in capsys.readouterr().err and list((tmp_path / "run").iterdir()) == []
+    assert "the run needs about" in capsys.readouterr().err
     assert main(arguments) == 0
+
+
+def test_a_trainer_that_fails_does_not_empty_the_directory_that_another_has_continued(tmp_path):
+    first = trainer_of(tmp_path / "run")
+    trainer_of(tmp_path / "run", resume=True).train()
+    first._take_step = lambda batches: [][0]
+    before = contents(tmp_path / "run" / "checkpoints")
+    with pytest.raises(IndexError):
+        first.train()
+    assert before and contents(tmp_path / "run" / "checkpoints") == before
 
 
 def test_a_run_that_fails_later_keeps_what_it_has(tmp_path):
