@@ -6,6 +6,7 @@ out; a stated flag must equal the recorded one, unless its field is declared wit
 """
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -15,7 +16,6 @@ from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 
-import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -48,20 +48,13 @@ _MAY_CHANGE = {
 
 def versions() -> dict:
     """The versions that a run depends on, for its record."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "numpy": numpy.__version__,
-        "platform": platform.platform(),
-        "commit": _commit(),
-    }
+    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": _commit()}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 @lru_cache
@@ -170,11 +163,10 @@ def checkpoint_to_resume(out_dir: str | Path, record: dict, lock: bool = False) 
         if lock:
             warnings.warn(f"{what}: going back to the checkpoint before {checkpoint.name}", stacklevel=2)
     if found:
-        raise ValueError(f"resume: all checkpoints in {out_dir} are damaged, so there is nothing to resume from")
+        raise ValueError(f"resume: all checkpoints in {out_dir} are damaged ({what}): nothing was changed")
     # a run that was killed before its first checkpoint begins again, but one whose checkpoints are gone does not
-    if (path / "last").is_symlink() or read_facts(path / "best").get("step", 0) > before["trainer"].get(
-        "save_every", 0
-    ):
+    past_the_first = read_facts(path / "best").get("step", 0) > before["trainer"].get("save_every", 0)
+    if (path / "last").is_symlink() or past_the_first:
         raise ValueError(
             f"resume: the checkpoints of {out_dir} are gone: put them back, or train on from a model, such as "
             f"{path / 'best'}, with --init-from and another --out-dir"

@@ -108,8 +108,14 @@ class Trainer:
         writes = self.out_dir is not None and self.processes.rank == 0
         self.history = History(self.out_dir if writes else None)
         self.resumed_from = None
-        if self.out_dir is not None:
-            self._open_run_directory()
+        try:  # the lock is held until `train` ends
+            if config.resume:
+                self._resume()
+            elif self.out_dir is not None:
+                self.processes.run_on_main(open_run_directory, self.out_dir, self.record)
+        except BaseException:
+            release_lock(self.out_dir)
+            raise
         if config.tensorboard and writes:
             self.history.followers.append(TensorBoard(self.out_dir, self.step))
 
@@ -146,11 +152,8 @@ class Trainer:
         if self.resumed_from is None:
             self._evaluate(bar)
         while self.step < self.total_steps:
-            due = config.save_every_minutes is not None
-            due = (
-                due and self.out_dir is not None and time.monotonic() > self._saved_at + 60 * config.save_every_minutes
-            )
-            stopped, due = self.processes.any(stop.requested, due)
+            minutes = (time.monotonic() - self._saved_at) / 60
+            stopped, due = self.processes.any(stop.requested, minutes > (config.save_every_minutes or math.inf))
             if stopped:
                 break
             began = time.perf_counter()
@@ -375,17 +378,6 @@ class Trainer:
         wrong = (name for name, tensor in weights.items() if not torch.isfinite(tensor).all())
         if (name := next(wrong, None)) is not None:
             raise self._diverged(f"the run diverged: {name} is not finite at step {self.step:,}")
-
-    def _open_run_directory(self) -> None:
-        """Starts a run in out_dir or resumes the one there, and holds its lock until `train` ends."""
-        try:
-            if self.config.resume:
-                self._resume()
-            else:
-                self.processes.run_on_main(open_run_directory, self.out_dir, self.record)
-        except BaseException:
-            release_lock(self.out_dir)
-            raise
 
     def _resume(self) -> None:
         """Loads the newest undamaged checkpoint in out_dir.
