@@ -126,7 +126,7 @@ class History:
             return
         (best, at), (final, end) = min(measured), measured[-1]
         text = f"best and final {best:.3f}" if at == end else f"best {best:.3f}\nfinal {final:.3f}"
-        axes.plot(at, best, color="tab:red", marker="*", markersize=12)
+        axes.plot(at, best, color="tab:red", marker="*", markersize=12, linestyle="none", label="best")
         axes.annotate(text, (end, final), (0, 12), textcoords="offset points", ha="right", va="bottom")
 
 
@@ -182,7 +182,7 @@ class ProgressBar(tqdm):
     def __init__(self, total: int, done: int = 0, shown: bool = True, eval_every: int = 1):
         self._values, self._eval_every = {}, eval_every
         # the first step does not count: it also prepares or compiles
-        self._seconds, self._steps, self.evaluation_seconds, self._forecast_shown = 0.0, -1, 0.0, False
+        self._seconds, self._steps, self.evaluation_seconds, self._forecasts = 0.0, -1, 0.0, 0
         interval = 0.2 if sys.stderr.isatty() else 10
         super().__init__(
             total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=interval, disable=not shown
@@ -209,11 +209,14 @@ class ProgressBar(tqdm):
             found["rate"] = (self.total - self.n) / left
         return found
 
-    def forecast(self) -> None:
-        """Prints the time that is left: once, after two seconds of steps, unless the run ends in ten seconds."""
-        if self._forecast_shown or self._seconds < 2:
+    def forecast(self, evaluated: bool) -> None:
+        """Prints the time that is left: after two seconds of steps, and once more when an evaluation was measured.
+
+        Nothing is printed in the last ten seconds of a run.
+        """
+        if self._seconds < 2 or self._forecasts > evaluated:
             return
-        self._forecast_shown, left = True, round(self.seconds_left)
+        self._forecasts, left = self._forecasts + 1, round(self.seconds_left)
         hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
         length = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
         step = self._seconds / self._steps * 1000

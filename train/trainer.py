@@ -170,7 +170,7 @@ class Trainer:
             # not while steps are skipped: if that does not end, the earlier weights are the good ones
             if last or ((save or due) and not self.scaler.skipped_in_a_row):
                 self._save_checkpoint()
-            bar.forecast()
+            bar.forecast(evaluate)
         self.interrupted = self.step < self.total_steps
         if self.interrupted:
             self._save_checkpoint()

@@ -170,15 +170,21 @@ def test_the_time_that_is_left_counts_steps_and_evaluations(capsys):
     with ProgressBar(100, eval_every=30) as bar:
         bar.evaluation_seconds = 4.0
         bar.add_step(50.0)  # compiles
-        bar.forecast()
+        bar.forecast(False)
         assert not bar.seconds_left and capsys.readouterr().out == ""
         for _ in range(3):
             bar.add_step(1.0)
-            bar.forecast()
+            bar.forecast(False)
         assert bar.seconds_left == 96 * 1.0 + 4 * 4.0
+        bar.evaluation_seconds = 5.0
+        for _ in range(3):
+            bar.forecast(True)
         left = (bar.total - bar.n) / bar.format_dict["rate"]
-    assert left == pytest.approx(96 * 1.0 + 4 * 4.0)
-    assert capsys.readouterr().out.count("about 1 min 53 s left: 1,000 ms a step, 4.0 s an evaluation") == 1
+    assert left == pytest.approx(96 * 1.0 + 4 * 5.0)
+    assert re.findall("about .* evaluation", capsys.readouterr().out) == [
+        "about 1 min 53 s left: 1,000 ms a step, 4.0 s an evaluation",
+        "about 1 min 56 s left: 1,000 ms a step, 5.0 s an evaluation",
+    ]
 
 
 def test_the_weights_of_a_padded_vocabulary_train(tmp_path):
