@@ -105,26 +105,15 @@ class History:
 
     def _plot_held_out(self, axes):
         """The held-out loss with its best and its final value. Step 0 is a point: no line leads from it."""
-        steps, values = self.series("held_out_loss")
-        line = [
-            value if step > 0 and value is not None else math.nan for step, value in zip(steps, values, strict=True)
-        ]
-        axes.plot(steps, line, color="tab:red", marker="o", markersize=4, label="held out")
-        if steps[:1] == [0]:
-            axes.plot(
-                0,
-                values[0],
-                color="tab:red",
-                marker="o",
-                markersize=4,
-                fillstyle="none",
-                linestyle="none",
-                label="before training",
-            )
-        measured = [(value, step) for step, value in zip(steps, line, strict=True) if math.isfinite(value)]
+        red = {"color": "tab:red", "marker": "o", "markersize": 4}
+        points = [(step, value) for step, value in zip(*self.series("held_out_loss"), strict=True) if value is not None]
+        measured = [point for point in points if point[0] > 0]
+        for step, value in points[: len(points) - len(measured)]:
+            axes.plot(step, value, fillstyle="none", linestyle="none", label="before training", **red)
         if not measured:
             return
-        (best, at), (final, end) = min(measured), measured[-1]
+        axes.plot(*zip(*measured, strict=True), label="held out", **red)
+        (at, best), (end, final) = min(measured, key=lambda point: point[1]), measured[-1]
         text = f"best and final {best:.3f}" if at == end else f"best {best:.3f}\nfinal {final:.3f}"
         axes.plot(at, best, color="tab:red", marker="*", markersize=12, linestyle="none", label="best")
         axes.annotate(text, (end, final), (0, 12), textcoords="offset points", ha="right", va="bottom")
