@@ -42,7 +42,7 @@ PARTS = re.compile(
 )
 OURS = re.compile(r"(\w+=\S* )*(python (-m |benchmarks/|tests/)|torchrun )")
 # programs and modules of others, which are not checked
-THEIRS = ("cd", "git", "hf", "pip", "pytest", "sha256sum", "tensorboard", "transformers", "venv", "vllm")
+THEIRS = ("cd", "git", "head", "hf", "pip", "pytest", "sha256sum", "tensorboard", "transformers", "venv", "vllm")
 COMMAND = re.compile(rf"{OURS.pattern}|(make|{'|'.join(THEIRS)}) ")
 FILE = re.compile(r"(?<![\w/.])(?:kernels|model|train|benchmarks|tests|docs)/[\w./-]*\.(?:py|md|json|png)\b")
 TEXT = string.printable[:95] + "\n" + 2 * (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,6 +8,13 @@ loss over the whole held-out text.
 """
 
 import os
+import signal
+import sys
+
+# `python -m train` loads torch for a second: a Ctrl-C in it ends the command without a traceback. main's caller puts
+# Python's own handler back.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # GNU OpenMP's threads spin while they wait for each other. If another process uses one of the cores, a step on 2 cores
 # then takes up to 10 times as long. A short spin avoids nearly all of that and costs 10 % on an idle machine. torch

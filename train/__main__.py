@@ -2,7 +2,7 @@
 
     python -m train --fused-kernels                       # Shakespeare's plays, minutes on two CPU cores
     python -m train --fused-kernels --data my.txt --context-size 256 --window 64 --max-steps 5000 --out-dir runs/mine
-    python -m train --architecture original               # GPT-2 in plain PyTorch, to compare with
+    python -m train --architecture original --no-fused-kernels     # GPT-2 in plain PyTorch, to compare with
     python -m train --fused-kernels --data 'books/*.txt' --embedding-type bpe --vocab-size 8192
     python -m train --fused-kernels --random-config --seed 7                     # a model of random sizes
     python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # fine-tune a model
@@ -15,35 +15,54 @@ SIGTERM save a checkpoint and end the run; a second one ends it at once.
 import dataclasses
 import shlex
 import sys
+import warnings
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from model import GPT, CharTokenizer, attention_backend, from_pretrained
-from model.checkpoint import resolve_checkpoint
+from model.checkpoint import CheckpointError, resolve_checkpoint
 from model.command import Parser, resolve_device, use_fast_products
 
-from .checkpoint import checkpoint_to_resume, read_record, recall_flags
-from .config import RunConfig, TrainerConfig, add_flags, from_flags, random_config, random_config_flags, stated_flags
+from .checkpoint import checkpoint_to_resume, recall_flags
+from .config import (
+    GROUPS,
+    RunConfig,
+    TrainerConfig,
+    add_flags,
+    from_flags,
+    random_config,
+    random_config_flags,
+    renamed_flag,
+    stated_flags,
+)
 from .corpus import given_tokenizer
 from .data import TextData, TokenDataset, load_data
 from .distributed import exit_process, is_main_process, join_processes, local_device
 from .lock import refuse_if_written
-from .memory import describe_estimate
-from .metrics import SAMPLE_TEMPERATURE, sample_text
-from .trainer import Trainer, TrainingFailed
+from .memory import describe_estimate, require_memory
+from .metrics import SAMPLE_TEMPERATURE, command_output, sample_text
+from .run_directory import check_run_directory, require_own
+from .trainer import Trainer
 
-SAMPLE_TOKENS = 500
+PROGRAM, SAMPLE_TOKENS = "python -m train", 500
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status: 0, 1 for a run that failed, 2 for unusable input."""
-    parser = Parser(prog="python -m train", description=__doc__)
-    add_flags(parser, RunConfig, "model and data")
-    add_flags(parser, TrainerConfig, "training")
+    with command_output(PROGRAM):
+        warnings.filterwarnings("ignore", "dropout=")  # the first lines say it
+        return _main(sys.argv[1:] if arguments is None else arguments)
+
+
+def _main(arguments):
+    parser = Parser(prog=PROGRAM, usage="%(prog)s [--flag value ...]", description=__doc__)
+    add_flags(parser, (RunConfig, TrainerConfig), GROUPS)
+    if renamed := renamed_flag(arguments):
+        parser.error(renamed)
     flags = parser.parse_args(arguments)
-    command = shlex.join(["python", "-m", "train", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(["python", "-m", "train", *arguments])
     try:
         stated = stated_flags(parser, arguments)
         if flags.resume:
@@ -52,10 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
             flags.out_dir = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
         run, config = from_flags(RunConfig, flags), from_flags(TrainerConfig, flags)
         trainer = prepare(run, config, command, stated)
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         if not is_main_process():
             return 2
-        parser.error(str(error).splitlines()[0])
+        parser.error(_one_line(error))
     try:
         trainer.train()
         trainer.processes.leave()
@@ -63,14 +82,22 @@ def main(arguments: list[str] | None = None) -> int:
             checkpoint = resolve_checkpoint(trainer.out_dir)
             if trainer.interrupted:
                 print(f"resume it:\n\n  python -m train --resume --out-dir {shlex.quote(str(trainer.out_dir))}\n")
-            else:
+            elif config.sample_tokens:
                 print_sample(checkpoint, trainer.device, config.seed)
             print_commands(checkpoint)
-    except (TrainingFailed, OSError, RuntimeError) as error:
+    except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
         if is_main_process():
-            print(f"{parser.prog}: run failed: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"{PROGRAM}: run failed: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _one_line(error):
+    """What an error says, in a line; of torch's for too little memory, what helps."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"out of memory ({lines[0][:100]}): take a smaller --batch-size, --context-size or model"
+    return lines[0]
 
 
 def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str] = frozenset()) -> Trainer:
@@ -81,7 +108,9 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     device = resolve_device(local_device(config.parallel, config.device))
     use_fast_products(device)
     # rank 0 checks, and all processes stop or none: one that went on would wait for the others
-    join_processes(config.parallel, device).run_on_main(refuse_if_written, config.out_dir)
+    processes = join_processes(config.parallel, device)
+    processes.run_on_main(refuse_if_written, config.out_dir)
+    processes.run_on_main(check_run_directory, config.out_dir, config.resume)
     backend = attention_backend(device, run.fused_kernels, run.backend)
     if run.random_config and not config.resume:  # a resumed run has recorded what was drawn
         run = random_config(run, config.seed, stated)
@@ -89,7 +118,7 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     if config.resume:
         settings = {"run": dataclasses.asdict(run), "trainer": config.to_dict()}
         checkpoint = checkpoint_to_resume(config.out_dir, settings)
-        record = read_record(config.out_dir)
+        record = require_own(config.out_dir)
         recorded, stated = record.get("data"), stated | set(record.get("stated", ()))
     if checkpoint is not None:
         model, tokenizer = from_pretrained(checkpoint, fused_kernels=run.fused_kernels, backend=run.backend)
@@ -111,13 +140,19 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
         model = GPT(run.model_config(data.tokenizer.vocab_size), run.fused_kernels, run.backend, seed=config.seed)
     training_set, held_out_set = make_datasets(run, data)
     record = {"command": command, "stated": sorted(stated), "run": dataclasses.asdict(run), "data": data.record}
-    trainer = Trainer(model, training_set, held_out_set, config, record)
-    finished = trainer.step >= trainer.total_steps
-    # under fsdp compiled blocks cannot run uncompiled, which the estimate needs
-    estimate = None if finished or (config.compile and config.parallel == "fsdp") else trainer.estimate()
-    if is_main_process():
-        for name, value in _first_lines(run, trainer, backend, data.record, estimate):
-            print(f"{name:<10} {value}")
+    trainer = Trainer(model, training_set, held_out_set, config, record, trained_before=run.init_from is not None)
+    try:
+        finished = trainer.step >= trainer.total_steps
+        # under fsdp compiled blocks cannot run uncompiled, which the estimate needs
+        estimate = None if finished or (config.compile and config.parallel == "fsdp") else trainer.estimate()
+        if estimate is not None:
+            processes.run_on_main(require_memory, estimate, device)
+        if is_main_process():
+            for name, value in _first_lines(run, trainer, backend, data.record, estimate):
+                print(f"{name:<10} {value}")
+    except BaseException:
+        trainer.discard()
+        raise
     return trainer
 
 
@@ -185,18 +220,24 @@ def print_commands(checkpoint: Path) -> None:
 def _first_lines(run, trainer, backend, data, estimate):
     """(name, value) pairs that say what the run is."""
     config, model = trainer.config, trainer.model.config
-    heads = f"{model.n_head} heads" + (f" on {model.n_kv_head} KV heads" if model.n_kv_head < model.n_head else "")
+    heads = _count(model.n_head, "head")
+    heads += f" on {_count(model.n_kv_head, 'KV head')}" if model.n_kv_head < model.n_head else ""
     window = f", window {model.window}" if model.window is not None else ""
     window += f" in layers {model.window_pattern}" if window and "L" in model.window_pattern else ""
     if run.random_config:
         yield "drawn", f"with seed {config.seed}: {random_config_flags(run)}"
     yield "model", f"{model.architecture}: {trainer.model.num_parameters():,} parameters"
-    yield "", f"{model.n_layer} layers, width {model.d_model}, {heads}, context {model.context_length}{window}"
-    if backend is not None:
-        yield "attention", f"fused kernels, backend {backend[0]}: {backend[1]}"
+    yield (
+        "",
+        f"{_count(model.n_layer, 'layer')}, width {model.d_model}, {heads}, context {model.context_length}{window}",
+    )
+    if backend is None:
+        yield "attention", "plain PyTorch (leave out --no-fused-kernels for our kernels)"
+    elif model.dropout:
+        yield "attention", f"plain PyTorch in training, which --dropout needs; backend {backend[0]} in evaluation"
     else:
-        yield "attention", "plain PyTorch (--fused-kernels runs ours)"
-    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+        yield "attention", f"fused kernels, backend {backend[0]}: {backend[1]}"
+    threads = f", {_count(torch.get_num_threads(), 'thread')}" if trainer.device.type == "cpu" else ""
     compiled = ", compiled" if config.compile else ""
     yield "device", f"{trainer.device}{threads}, {trainer.precision} ({trainer.why_precision}){compiled}"
     if config.parallel != "none":
@@ -214,7 +255,11 @@ def _first_lines(run, trainer, backend, data, estimate):
     yield "run", f"{trainer.total_steps:,} steps of {trainer.tokens_per_step:,} tokens ({epochs:.1f} times the text)"
     yield "", f"in {trainer.out_dir}"
     if estimate is not None:
-        yield from zip(("memory", "time"), describe_estimate(estimate), strict=True)
+        yield "memory", describe_estimate(estimate)
+
+
+def _count(number, noun):
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def _about_data(data):
@@ -229,8 +274,4 @@ def _about_data(data):
 
 
 if __name__ == "__main__":
-    try:
-        exit_process(main())
-    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C: the first one stops the run in good order
-        print("\npython -m train: interrupted", file=sys.stderr)
-        sys.exit(130)
+    exit_process(main())

@@ -1,18 +1,4 @@
-"""A run directory and its checkpoints: how they are written, checked and resumed.
-
-    runs/20260131-174500/
-      run.json                  command, versions, data, settings of model and trainer, every resumption
-      metrics.jsonl             one JSON object a line
-      loss.png                  the curves: losses, learning rate, gradient norm
-      tensorboard/              the same for TensorBoard, with --tensorboard
-      best/                     the weights with the lowest held-out loss, a model directory:
-        config.json model.safetensors tokenizer.json      model.from_pretrained reads these
-        training.json                                     step, losses, and the content of run.json
-        SHA256SUMS                                        checksums of all the others, for `sha256sum --check` too
-      checkpoints/step-000500/  the same, and what a resumed run needs; the newest few (--keep-checkpoints):
-        training_state.pt       optimizer state and the like; read it with torch.load(weights_only=True)
-      last -> checkpoints/step-000500    the newest
-      .lock                     held by the process that writes here (train/lock.py)
+"""Checkpoints of a run: how they are written, checked and resumed. run_directory.py says what else is there.
 
 A checkpoint is written under another name, synced to the disk, and renamed: a checkpoint that has its name is complete.
 Checksums show later damage. A resumed run takes the settings of run.json for all flags that the command line leaves
@@ -20,97 +6,55 @@ out; a stated flag must equal the recorded one, unless its field is declared wit
 """
 
 import argparse
-import contextlib
-import errno
-import hashlib
+import importlib.metadata
 import json
-import os
 import platform
-import re
-import shutil
 import subprocess
+import typing
 import warnings
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 
-import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from model import save_pretrained
-from model.checkpoint import WEIGHTS, check_weights, replacing, sync
+from model.checkpoint import SUMS, WEIGHTS, check_weights, checksums, replacing, sync
 
-from .config import RunConfig, TrainerConfig
+from .config import RunConfig, TrainerConfig, is_of_type
 from .lock import take_lock
+from .run_directory import (
+    FACTS,
+    FILES,
+    RECORD,
+    STATE,
+    checkpoints,
+    damage,
+    read_facts,
+    remove,
+    replace_directory,
+    require_own,
+    step_of,
+    write_json,
+    writing,
+)
 
-SUMS, STATE, FACTS, RECORD = "SHA256SUMS", "training_state.pt", "training.json", "run.json"
-_NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 _MAY_CHANGE = {
     field.name for config in (TrainerConfig, RunConfig) for field in fields(config) if field.metadata["may_change"]
 }
 
 
-def open_run_directory(out_dir: str | Path, record: dict) -> None:
-    """Makes the directory with `record` in its run.json, and takes its lock.
-
-    Raises FileExistsError if it holds a run, OSError if nothing can be written; in one line.
-    """
-    path = Path(out_dir)
-    try:
-        if not (path / RECORD).exists():
-            path.mkdir(parents=True, exist_ok=True)
-            take_lock(path)
-            if not (path / RECORD).exists():  # no other process began a run before we got the lock
-                write_json(path / RECORD, record)
-                return
-    except OSError as error:
-        if error.errno is None:  # the message is complete
-            raise
-        raise type(error)(f"run directory {out_dir} cannot be written: {_reason(error)}") from None
-    raise FileExistsError(
-        f"run directory {out_dir} holds a run already: choose another --out-dir, resume it with --resume, or remove it"
-    )
-
-
-@contextlib.contextmanager
-def writing(path: Path, run_directory: Path, errors=OSError):
-    """Turns an error inside the block into an OSError of one line: which file, why, and which checkpoint is intact."""
-    try:
-        yield
-    except errors as error:
-        reason = _reason(error)
-        remedy = "make room" if reason in _NO_ROOM.values() else "fix that"
-        intact = next((old for old in reversed(checkpoints(run_directory)) if damage(old) is None), None)
-        start = "the beginning, as there is no checkpoint yet" if intact is None else f"{intact}, which is intact"
-        raise OSError(f"{path} cannot be written: {reason}; {remedy}, and --resume continues from {start}") from error
-
-
-def _reason(error) -> str:
-    """Why something cannot be written, in a few words."""
-    number = getattr(error, "errno", None)
-    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # of safetensors, which is Rust
-        number = int(found[1])
-    return _NO_ROOM.get(number) or (os.strerror(number) if number else str(error).splitlines()[0])
-
-
 def versions() -> dict:
     """The versions that a run depends on, for its record."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "numpy": numpy.__version__,
-        "platform": platform.platform(),
-        "commit": _commit(),
-    }
+    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": _commit()}
+    for package in ("torch", "triton", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 @lru_cache
@@ -123,12 +67,6 @@ def _commit() -> str | None:
         return None
 
 
-def checkpoints(run_directory: Path) -> list[Path]:
-    """The checkpoints of a run that it could resume from, oldest first."""
-    found = run_directory.glob("checkpoints/step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=_step)
-
-
 def save_checkpoint(directory: Path, model, tokenizer, facts: dict, state: dict | None = None, weights=None) -> None:
     """Writes a model directory with training.json (`facts`), and training_state.pt (`state`) if it is given.
 
@@ -137,7 +75,7 @@ def save_checkpoint(directory: Path, model, tokenizer, facts: dict, state: dict 
     """
     partial = directory.with_name(f".{directory.name}.partial")
     run_directory = directory.parents[1] if directory.parent.name == "checkpoints" else directory.parent
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     with writing(directory, run_directory, (OSError, RuntimeError, SafetensorError)):
         try:
             save_pretrained(model, partial, tokenizer=tokenizer, weights=weights)
@@ -146,10 +84,11 @@ def save_checkpoint(directory: Path, model, tokenizer, facts: dict, state: dict 
                 with replacing(partial / STATE) as (file,):
                     _save_state(state, file)
             with replacing(partial / SUMS) as (file,):
-                file.write_text(_checksums(partial, sorted(path.name for path in partial.iterdir() if path != file)))
-            _replace_directory(partial, directory)
+                written = sorted(path for path in partial.iterdir() if path.name in FILES)
+                file.write_text(checksums({path.name: path for path in written}))
+            replace_directory(partial, directory)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
 
 
 def _save_state(state, file):
@@ -175,138 +114,63 @@ def point_last_at(checkpoint: Path, keep: int) -> None:
         link.replace(run_directory / "last")
         sync(run_directory)
     others = [path for path in checkpoints(run_directory) if path != checkpoint]
-    before = [path for path in others if _step(path) < _step(checkpoint)]
+    before = [path for path in others if step_of(path) < step_of(checkpoint)]
     kept = before[max(0, len(before) - (keep - 1)) :]
     for path in others:
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint to resume from; None if every byte is as it was written."""
-    try:
-        stored = (checkpoint / SUMS).read_text(encoding="utf-8")
-        names = re.findall(r"^[0-9a-f]{64}  (.+)$", stored, re.MULTILINE)
-        # the last name must be there: the list itself may be cut short between two lines
-        if not stored.endswith(f"  {STATE}\n") or stored.count("\n") != len(names):
-            return f"{SUMS} is damaged"
-        for name, line in zip(names, stored.splitlines(keepends=True), strict=True):
-            if _checksums(checkpoint, [name]) != line:
-                return f"{name} is not what was written"
-    except (OSError, UnicodeDecodeError) as error:
-        return str(error)
-    return None
-
-
-def read_facts(directory: str | Path) -> dict:
-    """training.json of a checkpoint; empty for a model directory that the trainer did not write."""
-    path = Path(directory) / FACTS
-    return read_json(path) if path.exists() else {}
-
-
-def read_json(path: Path) -> dict:
-    """The content of a JSON file. Raises ValueError, in one line, if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file whole or not at all."""
-    with replacing(path) as (file,):
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def finish_replacing(directory: Path) -> None:
-    """Puts back a directory that a killed process had moved aside to replace it."""
-    previous = _aside(directory)
-    if previous.exists() and not directory.exists():
-        previous.rename(directory)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _replace_directory(new: Path, directory: Path) -> None:
-    # no rename can replace a directory: the old one moves aside, and survives if the process dies in between
-    finish_replacing(directory)
-    if directory.exists():
-        directory.rename(_aside(directory))
-    try:
-        new.rename(directory)
-        sync(directory.parent)
-    finally:
-        finish_replacing(directory)  # removes the old one, or puts it back if the rename failed
-
-
-def _aside(directory):
-    return directory.with_name(f".{directory.name}.previous")
-
-
-def _checksums(directory, names) -> str:
-    """A line `SHA-256, two spaces, name` for each file."""
-    lines = []
-    for name in names:
-        digest = hashlib.sha256()
-        with open(directory / name, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        lines.append(f"{digest.hexdigest()}  {name}\n")
-    return "".join(lines)
-
-
-def _step(checkpoint):
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def read_record(out_dir: str | Path) -> dict:
-    """run.json of a run. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
-    path = Path(out_dir) / RECORD
-    if not path.exists():
-        raise FileNotFoundError(
-            f"resume: run directory {out_dir} holds no run to resume: leave out --resume to start one"
-        )
-    return read_json(path)
+            remove(path)
 
 
 def recall_flags(flags: argparse.Namespace, stated: set[str]) -> None:
-    """Sets the flags that are not `stated` to the values that the run in flags.out_dir has recorded."""
+    """Sets the flags that are not `stated` to the values that the run in flags.out_dir has recorded.
+
+    Raises ValueError, which names run.json, for a value that a flag cannot have.
+    """
     if flags.out_dir is None:
         return  # TrainerConfig says what is missing
-    record = read_record(flags.out_dir)
-    values = {**record.get("run", {}), **record.get("trainer", {})}
+    record = require_own(flags.out_dir)
+    values = {**record.get("run", {}), **record["trainer"]}
     # full paths of the texts, since the command may run in another directory now
     data = record.get("data", {})
-    values |= {
-        name: text["source"]
-        for name, text in (("data", data), ("val_data", data.get("validation") or {}))
-        if "source" in text
-    }
+    texts = (("data", data), ("val_data", data.get("validation") or {}))
+    values |= {name: text["source"] for name, text in texts if "source" in text}
+    hints = typing.get_type_hints(RunConfig) | typing.get_type_hints(TrainerConfig)
     for name, value in values.items():
+        if name in hints and not is_of_type(hints[name], value):
+            raise ValueError(f"{Path(flags.out_dir) / RECORD} is damaged: its {name} is {value!r}")
         if name not in stated and hasattr(flags, name):
             setattr(flags, name, value)
 
 
 def checkpoint_to_resume(out_dir: str | Path, record: dict, lock: bool = False) -> Path | None:
-    """The newest undamaged checkpoint of a run, with a warning for each newer one; None if it has none yet.
+    """The newest undamaged checkpoint of a run, None if it has none yet.
 
-    record: what run.json would hold now. lock: take the directory's lock first; otherwise the disk is only read.
-    Raises, in one line: ValueError if the settings of the record are not those of the run, or all checkpoints are
-    damaged; FileNotFoundError if there is no run; BlockingIOError as `take_lock`.
+    record: what run.json would hold now. lock: take the directory's lock first, and warn of each damaged checkpoint;
+    otherwise the disk is only read. Raises, in one line: ValueError if the settings of the record are not those of the
+    run, or all checkpoints are damaged or gone; FileNotFoundError if there is no run; BlockingIOError as `take_lock`.
     """
-    before = read_record(out_dir)  # if there is no run, this raises before a lock file is made
+    before, path = require_own(out_dir), Path(out_dir)  # if there is no run, this raises before a lock file is made
     if lock:
         take_lock(out_dir)
-        before = read_record(out_dir)  # another process may have changed it
+        before = require_own(out_dir)  # another process may have changed it
     if changed := _differences(before, record):
         raise ValueError(f"resume: {out_dir} was trained with {'; '.join(changed)}: change it back, or start a new run")
-    found = checkpoints(Path(out_dir))
+    found = checkpoints(path)
     for checkpoint in reversed(found):
         what = damage(checkpoint)
         if what is None:
             return checkpoint
-        warnings.warn(f"checkpoint {checkpoint} is damaged ({what}): going back to the one before it", stacklevel=2)
+        if lock:
+            warnings.warn(f"{what}: going back to the checkpoint before {checkpoint.name}", stacklevel=2)
     if found:
-        raise ValueError(f"resume: all checkpoints in {out_dir} are damaged, so there is nothing to resume from")
+        raise ValueError(f"resume: all checkpoints in {out_dir} are damaged ({what}): nothing was changed")
+    # a run that was killed before its first checkpoint begins again, but one whose checkpoints are gone does not
+    past_the_first = read_facts(path / "best").get("step", 0) > before["trainer"].get("save_every", 0)
+    if (path / "last").is_symlink() or past_the_first:
+        raise ValueError(
+            f"resume: the checkpoints of {out_dir} are gone: put them back, or train on from a model, such as "
+            f"{path / 'best'}, with --init-from and another --out-dir"
+        )
     return None
 
 
@@ -336,7 +200,7 @@ def note_resumption(out_dir: Path, record: dict, step: int) -> dict:
 
     Changed settings replace the old ones, for the next resumption; the first command and versions stay.
     """
-    before = read_record(out_dir)
+    before = require_own(out_dir)
     first = {name: before[name] for name in ("command", "versions") if name in before}
     resumed = {"step": step} | {name: record[name] for name in ("command", "versions") if name in record}
     record = {**before, **record, **first, "resumed": [*before.get("resumed", []), resumed]}

@@ -1,15 +1,8 @@
 """The settings of a training run, and the flags made from them.
 
-`TrainerConfig` has the trainer's settings, `RunConfig` the model and data of `python -m train`. Each field makes a
-flag, so code, help and log cannot disagree:
-
-    @dataclass
-    class Config:
-        batch_size: int = option(32, "examples of an optimizer step")
-
-    parser = Parser(prog="python -m train", description=...)  # of model/command.py
-    add_flags(parser, Config)                               # --batch-size, also taken as --batch_size
-    config = from_flags(Config, parser.parse_args())
+`TrainerConfig` has the trainer's settings, `RunConfig` the model and data of `python -m train`. Each field is made by
+`option` with its meaning, and makes a flag, so code, help and log cannot disagree: batch_size makes --batch-size, also
+taken as --batch_size.
 
 A field's type makes its flag: bool gives --name/--no-name, Literal its choices, tuple[float, float] two values, and
 `X | None` accepts the word "none". A bad command line gives one line on stderr and exit status 2.
@@ -17,6 +10,8 @@ A field's type makes its flag: bool gives --name/--no-name, Literal its choices,
 
 import argparse
 import dataclasses
+import math
+import numbers
 import os
 import random
 import shlex
@@ -31,6 +26,25 @@ from .corpus import DEFAULT_VOCAB_SIZE
 
 DEFAULT_STEPS = 2500
 EMBEDDING_TYPES = ("shakespearean", "shakesperean", "byte", "bpe")
+# The words of minGPT and nanoGPT, and the ones that replaced them.
+_NEW_WORDS = """block_size context_size, n_embd d_model, embd_pdrop dropout, resid_pdrop dropout, attn_pdrop dropout,
+model_type architecture, dataset data, dtype precision, ckpt_path out_dir, max_iters max_steps, eval_interval
+eval_every, eval_iters eval_examples, log_interval log_every, gradient_accumulation_steps grad_accumulation, lr
+learning_rate, min_lr final_fraction, decay_lr lr_decay, warmup_iters warmup_steps, lr_decay_iters final_tokens, beta1
+betas, beta2 betas, grad_norm_clip grad_clip"""
+RENAMED = dict(pair.split() for pair in _NEW_WORDS.split(","))
+# The flags of --help, by heading.
+GROUPS = {
+    "the flags to begin with": "data out_dir resume max_steps context_size window n_layer d_model batch_size "
+    "learning_rate",
+    "model": "fused_kernels backend architecture n_head n_kv_head window_pattern dropout random_config init_from",
+    "text": "val_data embedding_type vocab_size tokenizer token_cache",
+    "optimizer": "max_epochs grad_accumulation optimizer lr_decay schedule final_fraction warmup_steps warmup_tokens "
+    "final_tokens weight_decay betas grad_clip ema_decay overfit_one_batch",
+    "what is measured and saved": "eval_every eval_examples sample_tokens log_every tensorboard save_every "
+    "save_every_minutes keep_checkpoints",
+    "machine": "device precision compile activation_checkpointing parallel num_workers seed",
+}
 
 
 def option(default, meaning: str, may_change: bool = False):
@@ -48,7 +62,7 @@ class TrainerConfig:
     Raises ValueError, naming the field, for a value that makes no sense.
     """
 
-    max_steps: int | None = option(None, f"most steps to take (without this and --max-epochs: {DEFAULT_STEPS:,})", True)
+    max_steps: int | None = option(None, f"most steps to take (none: {DEFAULT_STEPS:,}, or --max-epochs)", True)
     max_epochs: int | None = option(None, "most epochs to take (an example starts at every character)", True)
     batch_size: int = option(4, "examples in a batch, all processes together")
     grad_accumulation: int = option(1, "batches whose gradients are averaged for one step")
@@ -80,14 +94,22 @@ class TrainerConfig:
     eval_examples: int = option(64, "held-out examples of one evaluation, spread evenly, always the same", True)
     sample_tokens: int = option(100, "tokens of the text that is sampled at every evaluation (0: none)", True)
     save_every: int = option(500, "steps between checkpoints that --resume can use", True)
+    save_every_minutes: float | None = option(10.0, "most minutes between two of them (none: by steps only)", True)
     keep_checkpoints: int = option(2, "number of them to keep, the newest", True)
     log_every: int = option(10, "steps between lines of metrics.jsonl", True)
     tensorboard: bool = option(False, "also write curves and samples for TensorBoard into the run directory", True)
     out_dir: str | None = option(None, "run directory (none: the command makes runs/DATE-TIME, the library none)", True)
     resume: bool = option(False, "resume the run in out_dir, with its settings, from its last checkpoint", True)
 
+    def __new__(cls, *values, **named):
+        if renamed := next((name for name in named if name in RENAMED), None):
+            raise TypeError(f"{cls.__name__} has no {renamed}: it is called {RENAMED[renamed]} here")
+        return super().__new__(cls)
+
     def __post_init__(self):
-        _check_choices(self)
+        if isinstance(self.out_dir, os.PathLike):
+            object.__setattr__(self, "out_dir", os.fspath(self.out_dir))  # the record needs text
+        check_values(self)
         at_least = {
             1: "batch_size grad_accumulation max_steps max_epochs final_tokens eval_every eval_examples save_every "
             "log_every keep_checkpoints",
@@ -98,6 +120,10 @@ class TrainerConfig:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ValueError(f"{name} is {value}, wanted at least {least}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, wanted at most 2**63 - 1")
+        if self.save_every_minutes is not None and not self.save_every_minutes > 0:
+            raise ValueError(f"save_every_minutes is {self.save_every_minutes}, wanted a number above 0, or none")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction is {self.final_fraction}, wanted 0 to 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -110,8 +136,6 @@ class TrainerConfig:
             raise ValueError(f"betas is {self.betas}, wanted two numbers from 0 to below 1")
         if self.resume and self.out_dir is None:
             raise ValueError("resume needs a run directory: name it with --out-dir")
-        if self.out_dir is not None:
-            object.__setattr__(self, "out_dir", os.fspath(self.out_dir))  # also takes a Path; the record needs text
         if self.warmup_steps is not None and self.warmup_tokens is not None:
             raise ValueError("warmup_steps and warmup_tokens are both given: give only one of them")
 
@@ -142,7 +166,9 @@ class TrainerConfig:
 class RunConfig:
     """The model that `python -m train` trains, and the text."""
 
-    fused_kernels: bool = option(False, "attention by our kernels: Triton on CUDA, banded PyTorch elsewhere", True)
+    fused_kernels: bool = option(
+        True, "attention by our kernels (Triton on CUDA, banded elsewhere), or in PyTorch", True
+    )
     backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels", True)
     # the path of a text may change, the text may not: a resumed run compares checksums (train/corpus.py)
     data: str = option("shakespeare", "shakespeare, tinyshakespeare, a UTF-8 file, a folder or a glob", True)
@@ -164,9 +190,9 @@ class RunConfig:
     dropout: float = option(0.0, "probability of dropping an activation in training")
 
     def __post_init__(self):
-        _check_choices(self)
+        check_values(self)
         if self.backend != "auto" and not self.fused_kernels:
-            raise ValueError(f"backend {self.backend} is one of the fused kernels: add --fused-kernels")
+            raise ValueError(f"backend {self.backend} is one of the fused kernels: leave out --no-fused-kernels")
         if self.embedding_type == "shakesperean":
             object.__setattr__(self, "embedding_type", "shakespearean")
         if self.random_config and self.init_from is not None:
@@ -179,35 +205,74 @@ class RunConfig:
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model that these settings describe. Raises ValueError for sizes that do not fit together."""
         same = ("window", "window_pattern", "n_layer", "n_head", "n_kv_head", "d_model", "dropout")
-        sizes = {name: getattr(self, name) for name in same}
-        return GPTConfig.for_architecture(
-            self.architecture, vocab_size=vocab_size, context_length=self.context_size, **sizes
-        )
+        sizes = {name: getattr(self, name) for name in same} | {"context_length": self.context_size}
+        sizes |= {"window": 1} if self.window is None else {}  # an architecture with a window needs one
+        config = GPTConfig.for_architecture(self.architecture, vocab_size=vocab_size, **sizes)
+        return dataclasses.replace(config, window=None) if self.window is None else config
 
 
-def _check_choices(config):
-    """Checks Literal fields, as the flags' parser does, for configs made in Python."""
+def check_values(config) -> None:
+    """Raises ValueError, which names the field, for a value of a wrong type or choice, an empty text, or no number."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value, choices = getattr(config, name), typing.get_args(hint)
         if typing.get_origin(hint) is Literal and value not in choices:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+        if not is_of_type(hint, value):
+            raise ValueError(f"{name} is {value!r}, expected {getattr(hint, '__name__', hint)}")
+        if value == "":
+            raise ValueError(f"{name} is an empty text: name a file or folder, or leave it out")
+        for number in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(number, numbers.Real) and not math.isfinite(number):
+                raise ValueError(f"{name} is {number}, wanted a finite number")
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class, title: str | None = None) -> None:
-    """Adds a flag for every field of a dataclass made with `option`, under a heading."""
-    group = parser.add_argument_group(title or config_class.__name__)
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
-        default = default.lower() if default in ("None", "True", "False") else default
-        group.add_argument(
-            "--" + field.name.replace("_", "-"),
-            dest=field.name,
-            help=f"{field.metadata['meaning']} (default: {default})".replace("%", "%%"),
-            **_argument_for(hints[field.name]),
-        )
-        # not in add_argument: before Python 3.13 BooleanOptionalAction would add the default to the help a second time
-        parser.set_defaults(**{field.name: field.default})
+def is_of_type(hint, value) -> bool:
+    """Whether a field with this type hint can have the value, which may come from JSON."""
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return value in kinds
+    if typing.get_origin(hint) is tuple:
+        right = isinstance(value, tuple | list) and len(value) == len(kinds)
+        return right and all(map(is_of_type, kinds, value))
+    if kinds:  # X | None
+        return any(is_of_type(kind, value) for kind in kinds)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, {int: numbers.Integral, float: numbers.Real}.get(hint, hint))
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class, groups: str | dict[str, str] = "flags") -> None:
+    """Adds a flag for every field of a dataclass made with `option`, or of a tuple of them.
+
+    groups: the heading, or {heading: names of fields}; the fields that are not named get no flag.
+    """
+    classes = config_class if isinstance(config_class, tuple) else (config_class,)
+    fields = {field.name: field for one in classes for field in dataclasses.fields(one)}
+    hints = {name: hint for one in classes for name, hint in typing.get_type_hints(one).items()}
+    for title, names in ({groups: " ".join(fields)} if isinstance(groups, str) else groups).items():
+        group = parser.add_argument_group(title)
+        for field in map(fields.get, names.split()):
+            default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+            default = default.lower() if default in ("None", "True", "False") else default
+            meaning = field.metadata["meaning"]
+            shown = meaning if f"({default}: " in meaning else f"{meaning} (default: {default})"
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                dest=field.name,
+                help=shown.replace("%", "%%"),
+                **_argument_for(hints[field.name]),
+            )
+            # not in add_argument: before Python 3.13 BooleanOptionalAction would add it to the help a second time
+            parser.set_defaults(**{field.name: field.default})
+
+
+def renamed_flag(arguments: list[str]) -> str | None:
+    """What to say of a flag that has another name here; None if there is none."""
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and name in RENAMED:
+            return f"--{name.replace('_', '-')} is called --{RENAMED[name].replace('_', '-')} here"
+    return None
 
 
 def from_flags(config_class, arguments: argparse.Namespace):

@@ -173,8 +173,6 @@ def require_unchanged(recorded: dict, current: dict) -> None:
         )
 
 
-#
-
 DEFAULT_VOCAB_SIZE = 4096
 SMALLEST_BPE = 257  # the bytes and <|endoftext|>
 # Characters that BPE counts words in: enough for good counts. More cost time, and memory for every rare word.
@@ -221,8 +219,10 @@ def train_bpe(texts, vocab_size: int) -> SubwordTokenizer:
 
 def given_tokenizer(file: str):
     """The tokenizer of a tokenizer.json file, or of a model directory with one."""
-    if not Path(file).exists():
-        raise ValueError(f"tokenizer {file} does not exist: give a tokenizer.json, or a directory with one")
+    path = Path(file)
+    if not path.exists() or (path.is_file() and path.suffix != ".json"):
+        what = "is no .json file" if path.exists() else "does not exist"
+        raise ValueError(f"tokenizer {file} {what}: give a tokenizer.json, or a directory with one")
     return load_tokenizer(file)
 
 

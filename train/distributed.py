@@ -13,11 +13,17 @@ NCCL sends GPU tensors.
 
 import contextlib
 import os
+import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+# torchrun sends its processes a second Ctrl-C after the terminal's: two within this many seconds are one
+_REPEAT_SECONDS = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
 
 def is_main_process() -> bool:
@@ -98,13 +104,13 @@ class Processes:
             tensor /= self.world_size
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set in any process."""
         if self.world_size == 1:
-            return flag
-        found = torch.tensor(int(flag))  # on the CPU, so that no process waits for its GPU
+            return flags
+        found = torch.tensor(flags, dtype=torch.int)  # on the CPU, so that no process waits for its GPU
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        return tuple(map(bool, found))
 
     def run_on_main(self, function, *arguments):
         """Calls the function in rank 0 only. All processes get its result, or raise its error."""
@@ -180,3 +186,45 @@ def load_full(model: torch.nn.Module, weights: dict, optimizer: torch.optim.Opti
 
 def _full(state_dict):
     return state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class StopRequest:
+    """Inside the block the first SIGINT (Ctrl-C), SIGTERM or SIGHUP sets `requested`; the second acts as it did before.
+
+    The loop reads `requested` between steps, so it stops with complete weights. Under nohup SIGHUP stays
+    ignored. Outside the main thread Python takes no signals, and `requested` stays False.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._handlers = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            signals = [signal.SIGINT, signal.SIGTERM]
+            if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                signals.append(signal.SIGHUP)
+            for number in signals:
+                self._handlers[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception):
+        self._restore()
+
+    def _request(self, number, frame):
+        if self.requested:
+            if time.monotonic() - self._first > _REPEAT_SECONDS:
+                self._restore()
+                signal.raise_signal(number)
+            return
+        self.requested, self._first = True, time.monotonic()
+        if not _REPEAT_SECONDS:
+            self._restore()
+        # not print: the signal may interrupt a print, whose buffered stream cannot be entered twice
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step (again: at once)\n".encode())
+
+    def _restore(self):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}

@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -26,10 +27,13 @@ from model import CharTokenizer, from_pretrained
 from model.checkpoint import resolve_checkpoint
 from model.command import Parser, resolve_device, use_fast_products
 
-from .checkpoint import read_facts
-from .config import add_flags, from_flags, option
+from .config import add_flags, check_values, from_flags, option
 from .corpus import Corpus
+from .metrics import command_output
+from .run_directory import read_facts
 from .tokens import Encoded, tokenize
+
+PROGRAM = "python -m train.evaluate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +49,12 @@ class EvaluateConfig:
     batch_size: int = option(64, "contexts in a batch, fewer where their logits would take more than 1 GB")
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)")
     fused_kernels: bool = option(True, "attention by our kernels; otherwise plain PyTorch")
+    backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels")
 
     def __post_init__(self):
+        check_values(self)
+        if self.backend != "auto" and not self.fused_kernels:
+            raise ValueError(f"backend {self.backend} is one of the fused kernels: leave out --no-fused-kernels")
         if self.checkpoint is None:
             raise ValueError("--checkpoint is missing: name a run or model directory, such as runs/first")
         if self.data is not None and self.val_data is not None:
@@ -111,15 +119,22 @@ def _contexts(tokens, starts, length, stride):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = Parser(prog="python -m train.evaluate", description=__doc__)
-    add_flags(parser, EvaluateConfig, "flags")
+    """The command; returns its exit status: 0, 1 if the result cannot be written, 2 for unusable input."""
+    with command_output(PROGRAM) as output:
+        _main(arguments)
+        return 0 if output.error is None or isinstance(output.error, BrokenPipeError) else 1
+
+
+def _main(arguments):
+    parser = Parser(prog=PROGRAM, description=__doc__)
+    add_flags(parser, EvaluateConfig)
     flags = parser.parse_args(arguments)
     try:
         config = from_flags(EvaluateConfig, flags)
         device, checkpoint = resolve_device(config.device), resolve_checkpoint(config.checkpoint)
         use_fast_products(device)
-        model, tokenizer = from_pretrained(checkpoint, fused_kernels=config.fused_kernels, device=device)
+        kernels = {"fused_kernels": config.fused_kernels, "backend": config.backend}
+        model, tokenizer = from_pretrained(checkpoint, **kernels, device=device)
         if tokenizer is None:
             raise ValueError(f"checkpoint {checkpoint} has no tokenizer.json, which turns text into tokens")
         source, part, held_out = held_out_text(config, checkpoint, tokenizer)
@@ -151,7 +166,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{result['bits_per_character']:.4f} bits per character, {result['bits_per_byte']:.4f} per byte")
     about = {"checkpoint": str(checkpoint), "data": source, "context_length": length}
     print(json.dumps(about | {"stride": stride} | result | {"seconds": round(seconds, 2)}))
-    return 0
 
 
 def held_out_text(config: EvaluateConfig, checkpoint: Path, tokenizer) -> tuple[str, str, Encoded]:
@@ -186,8 +200,4 @@ def held_out_text(config: EvaluateConfig, checkpoint: Path, tokenizer) -> tuple[
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\npython -m train.evaluate: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

@@ -7,6 +7,8 @@ the processes share these. The activations are what autograd saves of one batch 
 """
 
 import functools
+import re
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -55,15 +57,26 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
         return sum(self._storages.values())
 
 
-def describe_estimate(estimate: dict) -> tuple[str, str]:
-    """(memory, time) of a `Trainer.estimate`, a line each."""
-    parts = ("weights", "gradients", "optimizer", "activations")
-    total = sum(estimate[part] for part in parts)
-    memory = f"about {_bytes(total)}: " + ", ".join(f"{part} {_bytes(estimate[part])}" for part in parts)
-    minutes, seconds = divmod(round(estimate["seconds"]), 60)
-    hours, minutes = divmod(minutes, 60)
-    length = f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{seconds} s"
-    return memory, f"about {length}, the optimizer not counted: {estimate['seconds_per_step'] * 1000:,.0f} ms a step"
+def describe_estimate(estimate: dict[str, int]) -> str:
+    """A `Trainer.estimate` in a line."""
+    parts = ", ".join(f"{part} {_bytes(count)}" for part, count in estimate.items())
+    return f"about {_bytes(sum(estimate.values()))}: {parts}"
+
+
+def require_memory(estimate: dict[str, int], device: torch.device) -> None:
+    """Raises ValueError if the device cannot hold what a `Trainer.estimate` says, its weights being there already."""
+    available = None
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and Path("/proc/meminfo").exists():
+        found = re.findall(r"(?:MemAvailable|SwapFree): +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+        available = 1024 * sum(map(int, found))
+    needed = sum(estimate.values()) - estimate["weights"]
+    if available is not None and needed > available:
+        raise ValueError(
+            f"the run needs {describe_estimate(estimate)}, and {device} has {_bytes(available)} left: take a smaller "
+            "batch_size (with grad_accumulation for as many examples a step), or activation_checkpointing"
+        )
 
 
 def _bytes(count):

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from model import CharTokenizer, generate
 from model.checkpoint import replacing
 
-from .checkpoint import writing
+from .run_directory import CURVES, METRICS, writing
 
 
 class History:
@@ -38,19 +40,28 @@ class History:
                 values[name] = None  # JSON has no NaN and no infinity
         self.lines.append(values)
         if self.directory is not None:
-            path = self.directory / "metrics.jsonl"
+            path = self.directory / METRICS
             with writing(path, self.directory):
                 _append(path, json.dumps(values) + "\n")
         for follow in self.followers:
             follow(values)
 
     def go_back_to(self, step: int) -> None:
-        """Reads the metrics.jsonl of a run that resumes from `step`, and drops the lines of later steps."""
-        path = self.directory / "metrics.jsonl"
+        """Reads the metrics.jsonl of a run that resumes from `step`, and drops the lines of later steps.
+
+        Raises ValueError, which names the file, for a line that no run wrote. Half a last line is dropped: the run was
+        killed while it wrote.
+        """
+        path = self.directory / METRICS
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
         self.lines = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):  # half a line: the run was killed while it wrote
-                self.lines.append(json.loads(line))
+        for number, line in enumerate(lines[:-1], start=1):
+            values = None
+            with contextlib.suppress(ValueError):
+                values = json.loads(line)
+            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+                raise ValueError(f"{path} is damaged in line {number}: mend it, or move it elsewhere")
+            self.lines.append(values)
         self.lines = [line for line in self.lines if line["step"] <= step]
         with writing(path, self.directory), replacing(path) as (file,):
             file.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
@@ -66,12 +77,14 @@ class History:
             return
         try:
             from matplotlib.figure import Figure  # not pyplot, which chooses a display and keeps every figure
+            from matplotlib.ticker import LogLocator
         except ImportError:
             return
         figure = Figure(figsize=(8, 8), layout="constrained")
         losses, rate, norm = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+        figure.suptitle(f"{self.directory.resolve().name}: loss, learning rate and gradient norm")
         losses.plot(*self.series("loss"), color="tab:blue", linewidth=1, alpha=0.6, label="training")
-        losses.plot(*self.series("held_out_loss"), color="tab:red", marker="o", markersize=4, label="held out")
+        self._plot_held_out(losses)
         losses.set(ylabel="loss (nats per token)")
         losses.legend()
         rate.plot(*self.series("learning_rate"), color="tab:green", linewidth=1)
@@ -80,11 +93,30 @@ class History:
         norm.set(xlabel="step", ylabel="gradient norm")
         if any(self.series("grad_norm")[1]):
             norm.set_yscale("log")  # on a linear scale one spike flattens the rest
+            norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         for axes in (losses, rate, norm):
             axes.grid(alpha=0.3)
-        path = self.directory / "loss.png"
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+        norm.xaxis.set_major_formatter("{x:,.0f}")
+        path = self.directory / CURVES
         with writing(path, self.directory), replacing(path) as (file,):
             figure.savefig(file, format="png", dpi=110)
+
+    def _plot_held_out(self, axes):
+        """The held-out loss with its best and its final value. Step 0 is a point: no line leads from it."""
+        red = {"color": "tab:red", "marker": "o", "markersize": 4}
+        points = [(step, value) for step, value in zip(*self.series("held_out_loss"), strict=True) if value is not None]
+        measured = [point for point in points if point[0] > 0]
+        for step, value in points[: len(points) - len(measured)]:
+            axes.plot(step, value, fillstyle="none", linestyle="none", label="before training", **red)
+        if not measured:
+            return
+        axes.plot(*zip(*measured, strict=True), label="held out", **red)
+        (at, best), (end, final) = min(measured, key=lambda point: point[1]), measured[-1]
+        text = f"best and final {best:.3f}" if at == end else f"best {best:.3f}\nfinal {final:.3f}"
+        axes.plot(at, best, color="tab:red", marker="*", markersize=12, linestyle="none", label="best")
+        axes.annotate(text, (end, final), (0, 12), textcoords="offset points", ha="right", va="bottom")
 
 
 def _append(path, line):
@@ -131,14 +163,54 @@ class TensorBoard:
 
 
 class ProgressBar(tqdm):
-    """A bar on stderr with steps, time left and the values of `show`. In a file, one line every ten seconds."""
+    """A bar on stderr with steps, time left and the values of `show`. In a file, one line every ten seconds.
 
-    def __init__(self, total: int, done: int = 0, shown: bool = True):
+    The time left is that of the remaining steps and evaluations, by those measured so far.
+    """
+
+    def __init__(self, total: int, done: int = 0, shown: bool = True, eval_every: int = 1):
+        self._values, self._eval_every = {}, eval_every
+        # the first step does not count: it also prepares or compiles
+        self._seconds, self._steps, self.evaluation_seconds, self._forecasts = 0.0, -1, 0.0, 0
         interval = 0.2 if sys.stderr.isatty() else 10
         super().__init__(
             total=total, initial=done, unit="step", dynamic_ncols=True, mininterval=interval, disable=not shown
         )
-        self._values = {}
+
+    def add_step(self, seconds: float) -> None:
+        """Counts a step that took this time."""
+        self._steps += 1
+        self._seconds += seconds if self._steps else 0
+        self.update()
+
+    @property
+    def seconds_left(self) -> float:
+        """0 while no time is known."""
+        steps = self.total - self.n
+        if self._steps < 1:
+            return 0.0
+        return steps * self._seconds / self._steps + -(-steps // self._eval_every) * self.evaluation_seconds
+
+    @property
+    def format_dict(self):
+        found = super().format_dict
+        if left := self.seconds_left:  # tqdm shows (total - n) / rate
+            found["rate"] = (self.total - self.n) / left
+        return found
+
+    def forecast(self, evaluated: bool) -> None:
+        """Prints the time that is left: after two seconds of steps, and once more when an evaluation was measured.
+
+        Nothing is printed in the last ten seconds of a run.
+        """
+        if self._seconds < 2 or self._forecasts > evaluated:
+            return
+        self._forecasts, left = self._forecasts + 1, round(self.seconds_left)
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        length = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        step = self._seconds / self._steps * 1000
+        if left > 10:
+            self.print(f"about {length} left: {step:,.0f} ms a step, {self.evaluation_seconds:.1f} s an evaluation")
 
     def show(self, **values: str) -> None:
         """Sets values after the bar; each stays until it is set again."""
@@ -149,6 +221,61 @@ class ProgressBar(tqdm):
         """Prints a line on stdout, above the bar."""
         if not self.disable:
             self.write(line)
+
+
+class Output:
+    """A text stream that ends no run: what cannot be written (a closed pipe, a full disk, no terminal) is dropped."""
+
+    def __init__(self, stream, name: str):
+        self._stream, self._name, self.error = stream, name, None
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function, *arguments):
+        try:
+            function(*arguments)
+        except OSError as error:
+            self.error = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                print(f"{self._name} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def command_output(program: str):
+    """Inside the block stdout and stderr are `Output`s, a warning is one line, shown once, and so is the end by Ctrl-C.
+
+    Yields stdout.
+    """
+    before = sys.stdout, sys.stderr
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by train/__init__.py, while torch was loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout, sys.stderr = Output(sys.stdout, "standard output"), Output(sys.stderr, "standard error")
+    shown = set()
+
+    def show(message, *where, **more):
+        if str(message) not in shown:
+            shown.add(str(message))
+            tqdm.write(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield sys.stdout
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
@@ -162,7 +289,8 @@ def sample_text(model, tokenizer, length: int, seed: int) -> Iterator[str]:
     characters = isinstance(tokenizer, CharTokenizer)
     prompt = [0] if characters and "\n" not in tokenizer.stoi else tokenizer.encode("\n") or [0]
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
-    sampled = generate(model, tokens, length, temperature=SAMPLE_TEMPERATURE, top_k=SAMPLE_TOP_K, seed=seed)
+    chosen = {"temperature": SAMPLE_TEMPERATURE, "top_k": SAMPLE_TOP_K, "seed": seed}
+    sampled = generate(model, tokens, length, tokenizer=tokenizer, **chosen)
     return tokenizer.stream((int(token) for token in sampled), prompt)
 
 

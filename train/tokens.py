@@ -167,7 +167,10 @@ def _encoded_parts(corpus, tokenizer, start, stop, counts, bar=None):
                     bar.update(len(piece))
             yield piece
 
-    yield from encode_stream(tokenizer, counted())
+    try:
+        yield from encode_stream(tokenizer, counted())
+    except ValueError as error:
+        raise ValueError(str(error) if corpus.name in str(error) else f"data {corpus.name}: {error}") from None
     if counts[0] != stop - start:
         raise ValueError(f"data {corpus.name} changed while it was read: start again when it is complete")
 

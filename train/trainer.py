@@ -13,10 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import signal
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -24,28 +21,18 @@ import numpy as np
 import torch
 
 from model import GPT, flops_per_token
+from model.checkpoint import CheckpointError, resolve_checkpoint
 from model.command import fast_precision, resolve_device
 
-from .checkpoint import (
-    checkpoint_to_resume,
-    finish_replacing,
-    note_resumption,
-    open_run_directory,
-    point_last_at,
-    read_state,
-    save_checkpoint,
-    versions,
-)
+from .checkpoint import checkpoint_to_resume, note_resumption, point_last_at, read_state, save_checkpoint, versions
 from .config import TrainerConfig
 from .data import evaluation_batches, training_batches
-from .distributed import full_optimizer_state, full_weights, join_processes, load_full, local_device
+from .distributed import StopRequest, full_optimizer_state, full_weights, join_processes, load_full, local_device
 from .lock import release_lock, take_lock
 from .memory import SavedActivations, checkpoint_blocks, parameter_memory
 from .metrics import History, ProgressBar, TensorBoard, peak_flops, require_tensorboard, sample_text
 from .optim import MAX_SKIPPED, AverageWeights, GradientScaler, learning_rate_at, make_optimizer
-
-# torchrun sends its processes a second Ctrl-C after the terminal's: two within this many seconds are one
-_REPEAT_SECONDS = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+from .run_directory import discard_run, finish_replacing, open_run_directory, read_facts
 
 
 class TrainingFailed(RuntimeError):
@@ -57,7 +44,8 @@ class Trainer:
 
     model: forward(x, y) -> (logits, loss); it is moved to the config's device.
     train_dataset, test_dataset: a length and items (x, y), such as CharDataset. test_dataset is the held-out text; None
-    means no evaluation. record: more JSON values for run.json.
+    means no evaluation. record: more JSON values for run.json. trained_before: whether the loss at step 0 counts for
+    `best`, as it does for a model that is trained on.
     Nothing is written unless config.out_dir names a run directory. With config.resume the newest undamaged checkpoint
     there replaces the weights of `model`. `history.lines` has the measurements; `interrupted` says whether a signal
     ended the run.
@@ -65,7 +53,16 @@ class Trainer:
     a run directory that cannot be written.
     """
 
-    def __init__(self, model, train_dataset, test_dataset=None, config: TrainerConfig | None = None, record=None):
+    def __init__(
+        self,
+        model,
+        train_dataset,
+        test_dataset=None,
+        config: TrainerConfig | None = None,
+        record=None,
+        *,
+        trained_before: bool = False,
+    ):
         self.config = config = config or TrainerConfig()
         self.device = resolve_device(local_device(config.parallel, config.device))
         self.precision, self.why_precision = config.precision, "asked for"
@@ -106,6 +103,7 @@ class Trainer:
         self.loss_sum, self.losses = torch.zeros((), device=self.device), 0  # since the last line of metrics.jsonl
         self.seconds = 0.0  # of the run before it was resumed
         self.interrupted = False
+        self.trained_before = trained_before
         self.record = {"versions": versions(), "trainer": config.to_dict(), **(record or {})}
         if dataclasses.is_dataclass(getattr(model, "config", None)):
             self.record["model"] = dataclasses.asdict(model.config)
@@ -113,35 +111,57 @@ class Trainer:
         writes = self.out_dir is not None and self.processes.rank == 0
         self.history = History(self.out_dir if writes else None)
         self.resumed_from = None
-        if self.out_dir is not None:
-            self._open_run_directory()
+        try:  # the lock is held until `train` ends
+            if config.resume:
+                self._resume()
+            elif self.out_dir is not None:
+                self.processes.run_on_main(open_run_directory, self.out_dir, self.record)
+        except BaseException:
+            release_lock(self.out_dir)
+            raise
         if config.tensorboard and writes:
             self.history.followers.append(TensorBoard(self.out_dir, self.step))
 
     def train(self) -> None:
-        """Trains to the end, or until SIGINT (Ctrl-C) or SIGTERM, which saves a checkpoint and returns.
+        """Trains to the end, or until SIGINT (Ctrl-C), SIGTERM or SIGHUP, which saves a checkpoint and returns.
 
-        Raises TrainingFailed after many steps in a row without a finite gradient; earlier checkpoints stay.
+        Raises TrainingFailed for a loss or weights that are not finite, and after many steps in a row without a finite
+        gradient; earlier checkpoints stay. A new run that fails before it took a step leaves its directory empty.
         """
         if self.out_dir is not None:  # a second call takes the lock again
             self.processes.run_on_main(take_lock, self.out_dir)
         self.model.train()
         self._meter_started, self._metered = time.perf_counter(), 0
         self.started = self._meter_started - self.seconds
+        bar = ProgressBar(self.total_steps, self.step, self.processes.rank == 0, self.config.eval_every)
         try:
-            with StopRequest() as stop, ProgressBar(self.total_steps, self.step, self.processes.rank == 0) as bar:
+            with StopRequest() as stop, bar:
                 self._loop(stop, bar)
+        except BaseException:
+            self.discard()
+            raise
         finally:
             if self.out_dir is not None:
                 release_lock(self.out_dir)
 
+    def discard(self) -> None:
+        """Empties the directory of a new run that has not taken a step, but for its lock."""
+        if self.out_dir is not None and self.step == 0 and not self.config.resume and self.processes.rank == 0:
+            discard_run(self.out_dir, self.record)
+
     def _loop(self, stop, bar) -> None:
         config, batches = self.config, self.batches()
+        self._saved_at = time.monotonic()
         if self.resumed_from is None:
             self._evaluate(bar)
-        while self.step < self.total_steps and not self.processes.any(stop.requested):
+        while self.step < self.total_steps:
+            minutes = (time.monotonic() - self._saved_at) / 60
+            stopped, due = self.processes.any(stop.requested, minutes > (config.save_every_minutes or math.inf))
+            if stopped:
+                break
+            began = time.perf_counter()
             self._take_step(batches)
-            bar.update()
+            bar.add_step(time.perf_counter() - began)
             last = self.step == self.total_steps
             log, evaluate, save = (
                 last or self.step % every == 0 for every in (config.log_every, config.eval_every, config.save_every)
@@ -151,8 +171,9 @@ class Trainer:
             if evaluate:
                 self._evaluate(bar)
             # not while steps are skipped: if that does not end, the earlier weights are the good ones
-            if last or (save and not self.scaler.skipped_in_a_row):
+            if last or ((save or due) and not self.scaler.skipped_in_a_row):
                 self._save_checkpoint()
+            bar.forecast(evaluate)
         self.interrupted = self.step < self.total_steps
         if self.interrupted:
             self._save_checkpoint()
@@ -172,55 +193,47 @@ class Trainer:
         )
         return itertools.repeat(next(batches)) if config.overfit_one_batch else batches
 
-    @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean loss over eval_examples held-out examples, the same at every call; train/evaluate.py takes all."""
+        return self._mean_loss(self.held_out_dataset, self.config.eval_examples)
+
+    @torch.no_grad()
+    def _mean_loss(self, dataset, examples):
         self.model.eval()
         rank, world_size = self.processes.rank, self.processes.world_size
-        total, examples = torch.zeros((), dtype=torch.float64), 0
-        for x, y in evaluation_batches(self.held_out_dataset, self.config.batch_size, self.config.eval_examples):
+        total, counted = torch.zeros((), dtype=torch.float64), 0
+        for x, y in evaluation_batches(dataset, self.config.batch_size, examples):
             # if the processes cannot share a batch equally, such as the last one, each of them takes all of it
             equal = len(x) % world_size == 0
             part = slice(rank * len(x) // world_size, (rank + 1) * len(x) // world_size) if equal else slice(None)
             with self._autocast():
                 _, loss = self.model(*self._on_device(x[part], y[part]))
-            total, examples = total + loss.item() * len(x), examples + len(x)
+            total, counted = total + loss.item() * len(x), counted + len(x)
         self.model.train()
-        return self.processes.mean(total).item() / examples
+        return self.processes.mean(total).item() / counted
 
-    def estimate(self) -> dict:
-        """What the run will take: bytes of weights, gradients, optimizer and activations; seconds, seconds_per_step.
+    def estimate(self) -> dict[str, int]:
+        """Bytes that the run will take: weights, gradients, optimizer, activations.
 
-        All processes must call it. It measures one batch, forward and backward, after one to warm up. An evaluation's
-        batch counts as a third of that, the optimizer's time not at all. The run does not change.
+        All processes must call it. The activations are measured: those of two examples and of one give those of a
+        batch. The run does not change.
         """
-        config = self.config
-        x, y = self._on_device(*next(self.batches()))
-        saved = SavedActivations(self.model)
-        if config.compile:  # compiled code saves its activations where no hook sees them
+        config, found = self.config, []
+        x, y = (tensor[None] for tensor in self.train_dataset[0])
+        self.model.train()  # with the masks of dropout
+        for examples in (1, 2):
+            saved = SavedActivations(self.model)
             with saved, self._autocast():
-                self.model(x, y)
-        for warm_up in (True, False):
-            began = time.perf_counter()
-            with saved if warm_up and not config.compile else contextlib.nullcontext():
-                # with gradient_sync: under fsdp unreduced gradients would remain and count in the first step
-                self._forward_backward(x, y, sync=True)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            seconds = time.perf_counter() - began
-            self.optimizer.zero_grad(set_to_none=True)
-        activations = saved.bytes()
-        if config.activation_checkpointing:  # the blocks' inputs are saved where no hook sees them
-            activations += len(self.model.blocks) * x.numel() * self.model.config.d_model * 4
-        steps = self.total_steps - self.step
-        examples = 0 if self.held_out_dataset is None else min(config.eval_examples, len(self.held_out_dataset))
-        evaluations = steps // config.eval_every * examples / config.batch_size / 3
+                # not self.forward: compiled code saves its activations where no hook sees them
+                self.model(*self._on_device(x.repeat_interleave(examples, 0), y.repeat_interleave(examples, 0)))
+            found.append(saved.bytes())
+            if config.activation_checkpointing:  # the blocks' inputs are saved where no hook sees them
+                found[-1] += len(self.model.blocks) * examples * x.numel() * self.model.config.d_model * 4
+        batch_size = self.processes.local_batch_size(config.batch_size)
         shards = self.processes.world_size if self.processes.parallel == "fsdp" else 1
         return {
             **parameter_memory(self.optimizer, averaged=self.average is not None, shards=shards),
-            "activations": activations,
-            "seconds": seconds * (steps * config.grad_accumulation + evaluations),
-            "seconds_per_step": seconds * config.grad_accumulation,
+            "activations": found[0] + (batch_size - 1) * (found[1] - found[0]),
         }
 
     def _take_step(self, batches) -> None:
@@ -242,11 +255,18 @@ class Trainer:
             if self.average is not None:
                 self.average.update()
         elif self.scaler.skipped_in_a_row == MAX_SKIPPED:
-            raise TrainingFailed(
-                f"the gradients of {MAX_SKIPPED} steps in a row are not finite (loss {losses.item():.3g} at step "
-                f"{self.step + 1:,}): lower learning_rate (it is {self._learning_rate:.2g}), or lengthen the warm-up"
-            )
+            loss = f"loss {losses.item():.3g} at step {self.step + 1:,}"
+            raise self._diverged(f"the gradients of {MAX_SKIPPED} steps in a row are not finite ({loss})")
         self.step += 1
+
+    def _diverged(self, what):
+        """The error that ends a run whose numbers are not finite."""
+        advice = f"lower learning_rate (it is {self.config.learning_rate:.2g}), or lengthen the warm-up"
+        with contextlib.suppress(CheckpointError):
+            checkpoint = None if self.out_dir is None else resolve_checkpoint(self.out_dir)
+            if checkpoint is not None:
+                advice += f"; {checkpoint} is intact: go on from it with --init-from, into another --out-dir"
+        return TrainingFailed(f"{what}: {advice}")
 
     def _forward_backward(self, x, y, sync: bool) -> torch.Tensor:
         """Adds the gradients of a batch, averaged over the processes if `sync`. Returns the loss."""
@@ -281,14 +301,23 @@ class Trainer:
         self.losses, self._metered, self._meter_started = 0, 0, now
 
     def _evaluate(self, bar) -> None:
-        """Writes held-out loss and a sample into history, bar and curves; saves the best weights so far as `best`."""
+        """Writes held-out loss and a sample into history, bar and curves; saves the best weights so far as `best`.
+
+        Raises TrainingFailed for a loss that is not finite.
+        """
         began = time.perf_counter()
         # a moving average is what the run is for: it is evaluated, sampled from, and saved as best
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
             seen = {} if self.held_out_dataset is None else {"held_out_loss": self.held_out_loss()}
-            if self.step > 0 and (text := self._sample()):
-                seen["sample"] = text
-            best = self.step > 0 and seen.get("held_out_loss", math.inf) < self.best_held_out_loss
+            if self.step > 0:
+                loss = seen["held_out_loss"] if seen else self._mean_loss(self.train_dataset, 1)
+                if not math.isfinite(loss):
+                    name = "held-out loss" if seen else "loss"
+                    raise self._diverged(f"the run diverged: the {name} at step {self.step:,} is {loss}")
+                if text := self._sample():
+                    seen["sample"] = text
+            counts = self.step > 0 or self.trained_before
+            best = counts and seen.get("held_out_loss", math.inf) < self.best_held_out_loss
             if seen:
                 seconds = round(time.perf_counter() - self.started, 3)
                 self.history.add(step=self.step, tokens=self.step * self.tokens_per_step, **seen, seconds=seconds)
@@ -302,8 +331,9 @@ class Trainer:
             bar.print(f"step {self.step:>6,}  held-out loss {loss:.4f}{'  best so far' if best else ''}")
         if "sample" in seen:
             bar.print(textwrap.indent(seen["sample"], "    | ", lambda line: True))
-        self._meter_started += time.perf_counter() - began  # tokens/s count training time only
         self.history.plot()
+        bar.evaluation_seconds = time.perf_counter() - began
+        self._meter_started += bar.evaluation_seconds  # tokens/s count training time only
 
     def _sample(self) -> str:
         """A short text by the model, the same for the same weights; "" without a tokenizer or if none is wanted."""
@@ -331,6 +361,7 @@ class Trainer:
         directory = self.out_dir / "checkpoints" / f"step-{self.step:06d}"
         self._write(directory, state)
         self.processes.run_on_main(point_last_at, directory, self.config.keep_checkpoints)
+        self._saved_at = time.monotonic()
 
     def _write(self, directory: Path, state: dict | None = None) -> None:
         """Writes the weights, and the state if it is given."""
@@ -343,21 +374,19 @@ class Trainer:
             "run": self.record,
         }
         weights = full_weights(self.model)  # all processes gather them, rank 0 writes
+        self.processes.run_on_main(self._require_finite, weights)
         self.processes.run_on_main(save_checkpoint, directory, self.model, self.tokenizer, facts, state, weights)
 
-    def _open_run_directory(self) -> None:
-        """Starts a run in out_dir or resumes the one there, and holds its lock until `train` ends."""
-        try:
-            if self.config.resume:
-                self._resume()
-            else:
-                self.processes.run_on_main(open_run_directory, self.out_dir, self.record)
-        except BaseException:
-            release_lock(self.out_dir)
-            raise
+    def _require_finite(self, weights):
+        wrong = (name for name, tensor in weights.items() if not torch.isfinite(tensor).all())
+        if (name := next(wrong, None)) is not None:
+            raise self._diverged(f"the run diverged: {name} is not finite at step {self.step:,}")
 
     def _resume(self) -> None:
-        """Loads the newest undamaged checkpoint in out_dir; without any, the run starts from the beginning."""
+        """Loads the newest undamaged checkpoint in out_dir.
+
+        A run that was killed before its first checkpoint starts from the beginning; only better weights replace `best`.
+        """
         self.resumed_from = self.processes.run_on_main(checkpoint_to_resume, self.out_dir, self.record, True)
         self.processes.run_on_main(finish_replacing, self.out_dir / "best")
         if self.resumed_from is not None:
@@ -369,9 +398,11 @@ class Trainer:
             self.step, self.best_held_out_loss = state["step"], state["best_held_out_loss"]
             self.loss_sum, self.losses = state["loss_sum"].to(self.device), state["losses"]
             self.seconds = state["seconds"]
+        else:
+            best = self.processes.run_on_main(read_facts, self.out_dir / "best").get("best_held_out_loss")
+            self.best_held_out_loss = math.inf if best is None else best
+        self.processes.run_on_main(self.history.go_back_to, self.step if self.resumed_from is not None else -1)
         self.record = self.processes.run_on_main(note_resumption, self.out_dir, self.record, self.step)
-        if self.history.directory is not None:
-            self.history.go_back_to(self.step if self.resumed_from is not None else -1)
 
     def _on_device(self, *tensors):
         if self.device.type == "cuda":
@@ -391,41 +422,3 @@ def _seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(state)
     if device.type == "cuda":
         torch.cuda.manual_seed(state)
-
-
-class StopRequest:
-    """Inside the block the first SIGINT (Ctrl-C) or SIGTERM sets `requested`; the second acts as it did before.
-
-    The loop reads `requested` between steps, so it stops with complete weights. Outside the main thread Python takes
-    no signals, and `requested` stays False.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self._handlers = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exception):
-        self._restore()
-
-    def _request(self, number, frame):
-        if self.requested:
-            if time.monotonic() - self._first > _REPEAT_SECONDS:
-                self._restore()
-                signal.raise_signal(number)
-            return
-        self.requested, self._first = True, time.monotonic()
-        if not _REPEAT_SECONDS:
-            self._restore()
-        # not print: the signal may interrupt a print, whose buffered stream cannot be entered twice
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step (again: at once)\n".encode())
-
-    def _restore(self):
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}

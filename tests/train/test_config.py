@@ -141,8 +141,9 @@ def test_an_unknown_backend_is_refused_with_the_message_of_kernels():
 
 
 def test_a_backend_without_the_fused_kernels_is_refused():
-    with pytest.raises(ValueError, match="backend banded is one of the fused kernels: add --fused-kernels"):
-        RunConfig(backend="banded")
+    with pytest.raises(ValueError, match="backend banded is one of the fused kernels: leave out --no-fused"):
+        RunConfig(fused_kernels=False, backend="banded")
+    assert RunConfig(backend="banded").fused_kernels
 
 
 def test_a_drawn_model_is_valid_and_the_same_for_the_same_seed():

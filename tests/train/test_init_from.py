@@ -55,10 +55,11 @@ def test_training_lowers_its_loss(imported, text, tmp_path):
     assert model.config.context_length == 24  # what it was trained for before, it still is
 
 
-def test_window_dropout_and_context_are_the_runs(imported, text, tmp_path):
+def test_window_dropout_and_context_are_the_runs(imported, text, tmp_path, capsys):
     flags = ("--window", "5", "--window-pattern", "SL", "--dropout", "0.1", "--context-size", "40")
-    with pytest.warns(UserWarning, match=r"dropout=0.1 while training"):
-        model, _ = train(imported, text, tmp_path, *flags)
+    model, _ = train(imported, text, tmp_path, *flags)
+    shown = capsys.readouterr()
+    assert "attention  plain PyTorch in training, which --dropout needs" in shown.out and "warning" not in shown.err
     config = model.config
     assert (config.window, config.window_pattern, config.dropout, config.context_length) == (5, "SL", 0.1, 40)
 

@@ -160,9 +160,7 @@ def test_a_truncated_checkpoint_is_never_loaded_but_the_one_before_it_is(tmp_pat
         path.write_bytes(whole[path])
     assert damage(newest) is None
     (newest / "model.safetensors").write_bytes(whole[newest / "model.safetensors"][:-5])
-    with pytest.warns(
-        UserWarning, match="step-000020 is damaged .model.safetensors is not what was written.: going back"
-    ):
+    with pytest.warns(UserWarning, match="step-000020/model.safetensors is not what was written .*: going back"):
         resumed = trainer_of(tmp_path / "run", resume=True)
     assert resumed.step == 16 and resumed.resumed_from == before
 
@@ -180,13 +178,13 @@ def test_any_flipped_bit_and_any_missing_file_is_damage(tmp_path):
         assert damage(newest) is not None
         path.write_bytes(content)
     (newest / "SHA256SUMS").write_text("".join((newest / "SHA256SUMS").read_text().splitlines(True)[:2]))
-    assert damage(newest) == "SHA256SUMS is damaged"
+    assert damage(newest) == f"{newest / 'SHA256SUMS'} is damaged"
 
 
 def test_a_run_with_a_damaged_checkpoint_resumes_to_the_same_end(unbroken, tmp_path):
     stop_at(trainer_of(tmp_path / "run"), 14, RuntimeError("killed"))
     (tmp_path / "run" / "last" / "training_state.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="step-000012 is damaged"):
+    with pytest.warns(UserWarning, match="step-000012/training_state.pt is not what was written"):
         resumed = trainer_of(tmp_path / "run", resume=True)
     assert resumed.step == 8
     resumed.train()
@@ -199,7 +197,7 @@ def test_with_no_whole_checkpoint_resuming_is_refused_and_nothing_is_overwritten
         (checkpoint / "config.json").unlink()
     before = contents(tmp_path / "run")
     with (
-        pytest.warns(UserWarning, match="is damaged"),
+        pytest.warns(UserWarning, match="going back"),
         pytest.raises(ValueError, match=r"all checkpoints in .* are damaged"),
     ):
         trainer_of(tmp_path / "run", resume=True)

@@ -299,7 +299,7 @@ def test_the_estimate_counts_bytes_and_leaves_the_run_as_it_is():
     size = 4 * estimated.model.num_parameters()
     assert found["weights"] == found["gradients"] == size and 0 < found["optimizer"] <= 2 * size
     # each of the 64 tokens keeps at least the MLP's two widths of 128 in two layers
-    assert 64 * 2 * 2 * 128 * 4 < found["activations"] < 20 * 64 * 2 * 2 * 128 * 4 and found["seconds"] > 0
+    assert 64 * 2 * 2 * 128 * 4 < found["activations"] < 20 * 64 * 2 * 2 * 128 * 4
     for trainer in (plain, estimated):
         trainer.train()
     assert torch.equal(weights(plain.model), weights(estimated.model))
@@ -332,7 +332,7 @@ def test_a_directory_with_a_run_in_it_is_not_overwritten(tmp_path):
     tiny_trainer(out_dir=tmp_path / "run").train()
     saved = (tmp_path / "run" / "last" / "training.json").read_bytes()
     with pytest.raises(
-        FileExistsError, match="holds a run already: choose another --out-dir, resume it with --resume, or rem"
+        FileExistsError, match="holds a run already: choose another --out-dir, or continue it with --resume"
     ):
         tiny_trainer(out_dir=tmp_path / "run")
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == saved
