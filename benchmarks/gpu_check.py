@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,9 +45,10 @@ def _benchmark(name, share):
     return Step(name, [f"benchmarks/{name}.py", "--quick", "--device", "cuda", "--plot", "none"], share, document=True)
 
 
+PYTEST = ["-m", "pytest", "--tb=short", *(["--numprocesses", "auto"] if find_spec("xdist") else [])]
 STEPS = [
-    Step("tests that need a GPU", ["-m", "pytest", "-m", "gpu", "--tb=short"], 5),
-    Step("other tests", ["-m", "pytest", "-m", "not gpu", "--tb=short", "--ignore", "tests/benchmarks"], 3),
+    Step("tests that need a GPU", [*PYTEST, "-m", "gpu"], 2),
+    Step("other tests", [*PYTEST, "-m", "not gpu", "--ignore", "tests/benchmarks"], 6),
     _benchmark("attn_speed", 4),
     _benchmark("rope_speed", 1),
     _benchmark("train_speed", 1.5),

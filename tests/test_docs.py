@@ -45,7 +45,7 @@ OURS = re.compile(r"(\w+=\S* )*(python (-m |benchmarks/|tests/)|torchrun )")
 THEIRS = ("cd", "git", "head", "hf", "pip", "pytest", "sha256sum", "tensorboard", "transformers", "venv", "vllm")
 COMMAND = re.compile(rf"{OURS.pattern}|(make|{'|'.join(THEIRS)}) ")
 FILE = re.compile(r"(?<![\w/.])(?:kernels|model|train|benchmarks|tests|docs)/[\w./-]*\.(?:py|md|json|png)\b")
-TEXT = string.printable[:95] + "\n" + 2 * (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = string.printable[:95] + "\n" + 6 * (ROOT / "README.md").read_text(encoding="utf-8")
 STEPS = 20  # a training command with more runs one step
 
 
