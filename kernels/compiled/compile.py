@@ -224,7 +224,7 @@ def resident_blocks(card, registers, warps, shared, tensor_memory_columns=0):
     return counts[limited_by], limited_by
 
 
-class _TargetOnly(DriverBase):
+class TargetOnly(DriverBase):
     """A driver for a card that is not there: enough for Triton to compile, nothing to launch with."""
 
     def __init__(self, target):
@@ -255,7 +255,7 @@ def _compiling_for(target, card):
     cuda = target.startswith("sm_")
     wanted = GPUTarget("cuda" if cuda else "hip", card.number if cuda else target, card.warp_size)
     before = driver._active  # `driver.active` would look for a GPU
-    driver.set_active(_TargetOnly(wanted))
+    driver.set_active(TargetOnly(wanted))
     try:
         yield
     finally:
