@@ -53,7 +53,7 @@ def load_global(m, one, count, type_):
     size = NUMPY[type_].itemsize
     values, found = m.memory.read(addresses, size, int(count or 1), one)
     if m.counter:
-        m.counter.global_access(m, one, "load", addresses, size * len(targets), found)
+        m.counter.global_access(m, "load", addresses, size * len(targets), found)
     _write_loaded(m, targets, values, type_)
 
 
@@ -62,34 +62,34 @@ def store_global(m, one, count, type_):
     addresses = _address(m, one.operands[0], "u64")
     found = m.memory.write(addresses, values, one)
     if m.counter:
-        m.counter.global_access(m, one, "store", addresses, values.shape[1] * values.itemsize, found)
+        m.counter.global_access(m, "store", addresses, values.shape[1] * values.itemsize, found)
 
 
 def load_shared(m, one, count, type_):
     targets = _vector(one.operands[0])
     size = NUMPY[type_].itemsize
-    words = _read_shared(m, _address(m, one.operands[1]), size * int(count or 1))
+    words = _read_shared(m, one, _address(m, one.operands[1]), size * int(count or 1))
     _write_loaded(m, targets, words.view(UNSIGNED[8 * size]), type_)
 
 
 def store_shared(m, one, count, type_):
     values = _read_stored(m, _vector(one.operands[1]), type_)
-    _write_shared(m, _address(m, one.operands[0]), np.ascontiguousarray(values).view(np.uint16))
+    _write_shared(m, one, _address(m, one.operands[0]), np.ascontiguousarray(values).view(np.uint16))
 
 
-def _read_shared(m, addresses, size):
+def _read_shared(m, one, addresses, size):
     programs, warps = m.active()
     index = m.shared.index(programs, addresses, size)
     if m.counter:
-        m.counter.shared_access(m, addresses, size)
+        m.counter.shared_access(m, one, addresses, size)
     return m.shared.read(index, programs, warps)
 
 
-def _write_shared(m, addresses, words):
+def _write_shared(m, one, addresses, words):
     programs, warps = m.active()
     index = m.shared.index(programs, addresses, 2 * words.shape[1])
     if m.counter:
-        m.counter.shared_access(m, addresses, 2 * words.shape[1])
+        m.counter.shared_access(m, one, addresses, 2 * words.shape[1])
     m.shared.write(index, programs, warps, words)
 
 
@@ -109,9 +109,9 @@ def copy_async(m, one, size):
         values, found = m.memory.read(from_, 4, size // 4, one)
         words[reads] = values.view(np.uint16)
         if m.counter:
-            m.counter.global_access(m, one, "copy", from_, size, found, reads)
+            m.counter.global_access(m, "copy", from_, size, found, reads)
     if m.counter:
-        m.counter.shared_access(m, addresses, size)
+        m.counter.shared_access(m, one, addresses, size)
     m.shared.start_copy(index, programs, warps)
     row = m.active_only(np.arange(m.count)[:, None])
 
@@ -167,7 +167,7 @@ def load_matrices(m, one, number, transposed):
     programs, warps = (np.repeat(of[m.rows], 8 * number) for of in (m.program_of, m.warp_of))
     index = m.shared.index(programs, addresses.reshape(-1), 16)
     if m.counter:
-        m.counter.matrix_access(m, addresses)
+        m.counter.matrix_access(one, addresses)
     tiles = m.shared.read(index, programs, warps).reshape(m.count, number, 8, 8)
     if transposed:
         tiles = tiles.swapaxes(2, 3)
@@ -187,7 +187,7 @@ def store_matrices(m, one, number, transposed):
         tiles = tiles.swapaxes(2, 3)
     programs, warps = (np.repeat(of[m.rows], 8 * number) for of in (m.program_of, m.warp_of))
     if m.counter:
-        m.counter.matrix_access(m, addresses)
+        m.counter.matrix_access(one, addresses)
     index = m.shared.index(programs, addresses.reshape(-1), 16)
     m.shared.write(index, programs, warps, tiles.reshape(-1, 8))
 

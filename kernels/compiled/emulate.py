@@ -134,7 +134,7 @@ def run(code, grid, parameters, shared_bytes, counter=None, watch=None):
     arguments = dict(zip(names, bits + [0] * (len(names) - len(bits)), strict=True))
     side_by_side = max(1, THREADS_AT_ONCE // code.program.threads)
     if counter is not None:
-        counter.begin(code.program, memory)
+        counter.begin(code.program)
     for first in range(0, grid, side_by_side):
         ids = range(first, min(first + side_by_side, grid))
         machine = Machine(code, arguments, memory, shared_bytes, ids, grid, counter, watch)

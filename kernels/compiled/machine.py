@@ -296,7 +296,7 @@ def _exit(m, one):
 
 
 def _barrier(m, one):
-    """bar.sync 0: a program's warps go on when all have come. What they wrote before is then there for all (9.7.13.1)."""
+    """bar.sync 0 (9.7.13.1): a program's warps go on when all have come, and see what the others wrote before."""
     if one.operands != (Immediate(0),):
         raise UnknownOpcode(f"the emulator knows only barrier 0 of all threads: {one}")
     m.state[m.rows] = AT_BARRIER

@@ -73,7 +73,7 @@ def multiply(m, one, n, k, type_, _):
 
     product = fragment_a(registers(a), type_) @ fragment_b(registers(b), type_) + accumulators(registers(c))
     if m.counter:
-        m.counter.product(m, m.count, 16 * int(n) * int(k))
+        m.counter.product(m.count * 16 * int(n) * int(k))
     result = accumulator_registers(product)
     for i, name in enumerate(d):
         m.put(name, np.ascontiguousarray(result[:, :, i]))
@@ -88,9 +88,9 @@ WGMMA_SWIZZLES, TCGEN05_SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}, {0: 16, 2: 128
 def element_addresses(descriptor, blackwell, rows, columns, item, transposed):
     """(rows, columns) addresses in shared memory of the elements, `item` bytes each, of the matrix of a descriptor.
 
-    Columns are those of k. Tiles of 8 rows of `width` bytes lie one after the other, and the 16-byte pieces of a row are
-    permuted by the swizzle: address bits 4 to 6 by exclusive or with bits 7 to 9, or one or two of them. Transposed,
-    the piece runs over rows of the matrix, and 8 steps of k take the place of the tile's rows.
+    Columns are those of k. A tile has 8 rows of `width` bytes, one after the other. The swizzle permutes the 16-byte
+    pieces of a row: exclusive or of address bits 4 to 6 with bits 7 to 9, or of fewer bits where rows are shorter.
+    Transposed, a piece runs over rows of the matrix, and 8 steps of k take the place of the tile's rows.
     """
     swizzle = descriptor >> 61 if blackwell else descriptor >> 62
     modes = TCGEN05_SWIZZLES if blackwell else WGMMA_SWIZZLES
@@ -165,7 +165,7 @@ def multiply_async(m, one, n, k, type_, _):
     _count(m.landing, d, rows, len(m.pc), 1)
     _count(m.held, a if in_registers else (), rows, len(m.pc), 1)
     if m.counter:
-        m.counter.product(m, len(groups), 64 * n * k)
+        m.counter.product(len(groups) * 64 * n * k)
 
     def finish(done):
         for group in np.flatnonzero(done.reshape(-1, 4).all(1)):
@@ -302,7 +302,7 @@ def multiply_tensor(m, one, kind):
         arguments = program, to, left, reads, rows, columns, type_, kept, m.shared.clock
         m.tensor_products[program].append(functools.partial(_add_tensor_product, m, *arguments))
         if m.counter:
-            m.counter.product(m, 1, rows * columns * k)
+            m.counter.product(rows * columns * k)
 
 
 def instruction_shape(descriptor, kind):

@@ -6,6 +6,7 @@ memory is kept in words of 2 bytes, for several programs side by side.
 """
 
 import ctypes
+import itertools
 import warnings
 
 import numpy as np
@@ -38,7 +39,7 @@ class Region:
                 merged[-1] = stride, merged[-1][1] * size
             else:
                 merged.append((stride, size))
-        nested = all(a >= b * n for (a, _), (b, n) in zip(merged, merged[1:], strict=False))
+        nested = all(a >= b * n for (a, _), (b, n) in itertools.pairwise(merged))
         self.dims = [(stride * self.item, size) for stride, size in merged] if nested else []
         self.start = self.base // 16 * 16
         length = -(-(self.base + self.size - self.start) // 16) * 16
