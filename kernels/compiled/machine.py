@@ -14,7 +14,7 @@ import numpy as np
 
 from . import data_movement, matrix_units
 from .arithmetic import NUMPY, PAIRS, UNSIGNED, operation
-from .memory import SHARED_BASE, Fault, SharedMemory, TensorMemory
+from .memory import SHARED_BASE, Fault, SharedMemory, TensorMemory, Time
 from .ptx import Immediate, Symbol
 
 READY, AT_BARRIER, ASLEEP, EXITED = range(4)
@@ -105,9 +105,10 @@ class Machine:
         self.ids, self.grid, self.warps_each = np.asarray(ids), grid, warps
         self.program_of = np.repeat(np.arange(len(ids)), warps)
         self.warp_of = np.tile(np.arange(warps), len(ids))
-        self.shared = SharedMemory(len(ids), shared_bytes)
-        self.tensor_memory = TensorMemory(len(ids)) if any("tcgen05" in one.opcode for one in
-                                                           self.program.instructions) else None  # fmt: skip
+        self.time = Time(len(ids))
+        self.shared = SharedMemory(len(ids), shared_bytes, self.time)
+        uses_tensor_memory = any(one.opcode.startswith("tcgen05") for one in self.program.instructions)
+        self.tensor_memory = TensorMemory(len(ids), self.time) if uses_tensor_memory else None
         self.registers = {}
         # {register: how many operations under way make it, or read it, for each warp}
         self.landing, self.loading, self.held = {}, {}, {}
@@ -156,7 +157,7 @@ class Machine:
 
     def _step(self, function, arguments, kind):
         one = self.program.instructions[self.at]
-        self.shared.clock += 1
+        self.time.now += 1
         self.executed[self.at] += self.count
         self.mask = None
         selected = self.rows
@@ -305,11 +306,11 @@ def _barrier(m, one):
         raise Fault("a warp waits at a barrier after another has ended")
     complete = waiting.all(1)
     m.state[np.repeat(complete, m.warps_each)] = READY
-    m.shared.epoch[complete] += 1
+    m.time.epoch[complete] += 1
 
 
 def _fence_proxy(m, one):
-    m.shared.fenced[m.program_of[m.rows]] = m.shared.clock
+    m.time.fenced[m.program_of[m.rows]] = m.time.now
 
 
 def _nothing(m, one):

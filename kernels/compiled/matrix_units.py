@@ -159,7 +159,7 @@ def multiply_async(m, one, n, k, type_, _):
         reads.append(words)
     a_values = fragment_a([m.value(name, "b32") for name in a], type_).reshape(-1, 64, k) if in_registers else None
     keep = np.broadcast_to(m.value(keep, "pred"), (m.count, LANES)).reshape(len(groups), -1)
-    since = m.shared.clock
+    since = m.time.now
     m.registers.update({name: np.full((len(m.pc), LANES), 0xFFFFFFFF, np.uint32) for name in d
                         if name not in m.registers})  # fmt: skip
     _count(m.landing, d, rows, len(m.pc), 1)
@@ -176,7 +176,7 @@ def multiply_async(m, one, n, k, type_, _):
                     values.append(a_values[group])
                     continue
                 values.append(_matrix(m.shared.end_async_read(words, since), type_))
-                m.shared.mark_read(words, program, m.warp_of[warps])
+                m.shared.mark_read(words, program)
             product = (values[0] @ values[1].T).reshape(4, 16, n)
             if keep[group, 0]:
                 product = product + accumulators([m.registers[name][warps] for name in d])
@@ -291,15 +291,20 @@ def multiply_tensor(m, one, kind):
     for program, warp, to, left, right, descriptor, kept in operands:
         rows, columns, type_, turned_a, turned_b = instruction_shape(descriptor, kind)
         item, k = (4, 8) if type_ == "tf32" else (2, 16)
+        lanes = _lanes_of(rows)[:, None]
         reads = []
         for operand, size, turned in ((a, rows, turned_a), (b, columns, turned_b)):
-            if operand is a and hasattr(a, "base"):
-                reads.append(None)
-                continue
-            addresses = element_addresses(left if operand is a else right, True, size, k, item, turned)
-            reads.append(_words(m, program, addresses, item))
-            m.shared.start_async_read(reads[-1], program, warp)
-        arguments = program, to, left, reads, rows, columns, type_, kept, m.shared.clock
+            if operand is a and hasattr(a, "base"):  # 8 columns of 32 bits, each one element or two
+                memory = m.tensor_memory
+                reads.append(memory.index(program, (left >> 16) + lanes, (left & 0xFFFF) + np.arange(8)))
+            else:
+                memory = m.shared
+                addresses = element_addresses(left if operand is a else right, True, size, k, item, turned)
+                reads.append(_words(m, program, addresses, item))
+            memory.start_async_read(reads[-1], program, warp)
+        sums = m.tensor_memory.index(program, (to >> 16) + lanes, (to & 0xFFFF) + np.arange(columns))
+        m.tensor_memory.start_product(sums, program, warp)
+        arguments = sums, reads, type_, kept, m.time.now
         m.tensor_products[program].append(functools.partial(_add_tensor_product, m, *arguments))
         if m.counter:
             m.counter.product(rows * columns * k)
@@ -322,21 +327,18 @@ def _lanes_of(rows):
     return row if rows == 128 else row // 16 * 32 + row % 16
 
 
-def _add_tensor_product(m, program, to, left, reads, rows, columns, type_, kept, since):
-    lanes = _lanes_of(rows)[:, None]
-    if reads[0] is None:  # a is in tensor memory: 32 bits a column, two elements of 16 bits
-        taken = 8  # columns
-        bits = m.tensor_memory.read(program, (left >> 16) + lanes, (left & 0xFFFF) + np.arange(taken)[None, :])
-        bits = np.ascontiguousarray(bits)
-        a = as_f32(bits if type_ == "tf32" else bits.view(np.uint16), type_)
-    else:
-        a = _matrix(m.shared.end_async_read(reads[0], since), type_)
-    b = _matrix(m.shared.end_async_read(reads[1], since), type_)
-    product = a @ b.T
-    where = (to >> 16) + lanes, (to & 0xFFFF) + np.arange(columns)[None, :]
+def _add_tensor_product(m, sums, reads, type_, kept, since):
+    values = []
+    for index in reads:
+        if index.ndim == 2:  # tensor memory
+            bits = np.ascontiguousarray(m.tensor_memory.end_async_read(index, since))
+            values.append(as_f32(bits if type_ == "tf32" else bits.view(np.uint16), type_))
+        else:
+            values.append(_matrix(m.shared.end_async_read(index, since), type_))
+    product = values[0] @ values[1].T
     if kept:
-        product = product + np.ascontiguousarray(m.tensor_memory.read(program, *where)).view(np.float32)
-    m.tensor_memory.write(program, *where, np.ascontiguousarray(product).view(np.uint32))
+        product = product + m.tensor_memory.data[sums].view(np.float32)
+    m.tensor_memory.end_product(sums, np.ascontiguousarray(product).view(np.uint32), since)
 
 
 def commit_tensor(m, one):
@@ -363,27 +365,26 @@ def _run_tensor_products(m, program, address):
             return
 
 
-def _tensor_places(m, address, form, count, split):
-    """(lanes, columns) of tensor memory, each (rows, 32, count), that the threads of each warp access (9.7.16.8)."""
-    base = np.array(_addresses(m, address, warps=True))
+def _tensor_cells(m, address, form, count, split):
+    """(rows, 32, count) cells of tensor memory that the threads of each warp access (9.7.16.8)."""
+    base = np.array(_addresses(m, address, warps=True))[:, None, None]
     lane, column = base >> 16, base & 0xFFFF
-    if (lane // 32 != m.warp_of[m.rows] % 4).any():
+    if (lane.reshape(-1) // 32 != m.warp_of[m.rows] % 4).any():
         raise Fault("a warp accesses lanes of tensor memory that belong to another of its group")
     thread = np.arange(LANES)[None, :, None]
-    columns = column[:, None, None] + np.arange(count)
-    if form == "32x32b":
-        return lane[:, None, None] + thread + 0 * columns, columns + 0 * thread
-    return lane[:, None, None] + thread % 16 + 0 * columns, columns + thread // 16 * split
+    column = column + np.arange(count)
+    if form == "16x32bx2":
+        thread, column = thread % 16, column + thread // 16 * split
+    return m.tensor_memory.index(m.program_of[m.rows][:, None, None], lane + thread, column)
 
 
 def load_tensor(m, one, form, count):
     """tcgen05.ld: its registers may be read after tcgen05.wait::ld."""
     names = one.operands[0] if type(one.operands[0]) is tuple else one.operands[:1]
     split = one.operands[2].bits if form == "16x32bx2" else 0
-    lanes, columns = _tensor_places(m, one.operands[1], form, int(count), split)
-    for row in range(m.count):
-        m.tensor_memory.check(m.program_of[m.rows][row], lanes[row], columns[row])
-    values = m.tensor_memory.data[m.program_of[m.rows][:, None, None], lanes, columns]
+    index = _tensor_cells(m, one.operands[1], form, int(count), split)
+    values = m.tensor_memory.read(index.reshape(m.count, -1), m.program_of[m.rows], m.warp_of[m.rows])
+    values = values.reshape(index.shape)
     for i, name in enumerate(names):
         m.put(name, np.ascontiguousarray(values[:, :, i]))
     mark_loading(m, names)
@@ -400,15 +401,12 @@ def store_tensor(m, one, form, count):
     """tcgen05.st: it has happened after tcgen05.wait::st."""
     names = one.operands[-1] if type(one.operands[-1]) is tuple else one.operands[-1:]
     split = one.operands[1].bits if form == "16x32bx2" else 0
-    lanes, columns = _tensor_places(m, one.operands[0], form, int(count), split)
+    index = _tensor_cells(m, one.operands[0], form, int(count), split).reshape(m.count, -1)
     values = np.stack([np.broadcast_to(m.value(name, "b32"), (m.count, LANES)) for name in names], -1)
-    rows = m.row_numbers()
-
-    def finish(done):
-        for i in np.flatnonzero(done):
-            m.tensor_memory.write(m.program_of[rows[i]], lanes[i], columns[i], values[i])
-
-    m.tensor_stores.add(rows, finish)
+    values = values.reshape(m.count, -1)
+    rows, programs, warps = m.row_numbers(), m.program_of[m.rows], m.warp_of[m.rows]
+    m.tensor_memory.start_copy(index, programs, warps)
+    m.tensor_stores.add(rows, lambda done: m.tensor_memory.land(index[done], programs[done], warps[done], values[done]))
 
 
 def wait_tensor(m, one, what):

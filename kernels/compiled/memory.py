@@ -1,8 +1,8 @@
 """Global, shared and tensor memory of an emulated GPU, and what is wrong with an access.
 
-Every access is checked: an address outside of every tensor or of shared memory, a misaligned vector, shared memory
-that was never written, and shared memory that one warp writes and another touches with no barrier between. Shared
-memory is kept in words of 2 bytes, for several programs side by side.
+Every access is checked: an address outside of every tensor or of shared memory, a misaligned vector, shared or tensor
+memory that was never written, that one warp writes and another touches with no barrier between, or that is touched
+before an asynchronous operation on it was waited for.
 """
 
 import ctypes
@@ -12,8 +12,9 @@ import warnings
 import numpy as np
 
 SHARED_BASE = 1024  # the first address of shared memory; the hardware keeps 1 kB too
-IN_FLIGHT = 2**31 - 1  # the owner of words that an asynchronous copy has not filled yet
 MANY = 255  # stands for "several warps" in place of a warp's number
+# Owners that are no warp: whose copy or product has not arrived yet; and of what every warp may read
+COPYING, MULTIPLYING, ALL_WARPS = 2**31 - 1, 2**31 - 2, 1
 
 
 class Fault(Exception):
@@ -115,24 +116,120 @@ class GlobalMemory:
         return f"nearest is {region.name}, {region.size} bytes from {region.base:#x}, offset {address - region.base}"
 
 
-class SharedMemory:
-    """Shared memory of `programs` programs, `size` bytes each, and who touched what since the last barrier.
+class Time:
+    """Of some programs: how many instructions were executed, and for each its barriers and its latest proxy fence."""
 
-    A word's owner is `epoch << 8 | warp` of its last writer, where a program's epoch counts its barriers; 0 stands for
-    never written. Likewise the last reader, with MANY for several warps of one epoch. `written` is when it was written.
+    def __init__(self, programs):
+        self.now = 0
+        self.epoch = np.ones(programs, np.int32)  # barriers, from 1
+        self.fenced = np.zeros(programs, np.int64)  # when fence.proxy.async was executed last
+
+
+class _Tracked:
+    """Memory of several programs that knows of each cell who touched it since its program's last barrier.
+
+    A cell's owner is `epoch << 8 | warp` of its last writer, 0 if it was never written. Its reader is likewise the last
+    reader, or MANY for several warps of one epoch. `written` is the time of the last write, `stored` that of a store.
     """
 
-    def __init__(self, programs, size):
+    name = ""
+
+    def __init__(self, cells, dtype, time):
+        self.time = time
+        self.data = np.full(cells, np.iinfo(dtype).max, dtype)  # NaN in every type
+        self.owner, self.reader = np.zeros(cells, np.int32), np.zeros(cells, np.int32)
+        self.written, self.stored = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
+
+    def _tags(self, programs, warps):
+        """(the first tag of each program's epoch, that of each warp in it), as columns beside an index (N, cells)."""
+        first = (self.time.epoch[programs] << 8)[:, None]
+        return first, first | warps[:, None].astype(np.int32)
+
+    def read(self, index, programs, warps):
+        """The cells index (N, cells), read by the warps (N,) of programs (N,)."""
+        first, mine = self._tags(programs, warps)
+        self._check_read(self.owner[index], first, mine)
+        reader = self.reader[index]
+        shared = (reader >= first) & (reader != mine)
+        self.reader[index] = np.where(shared, first | MANY, mine)
+        lost = (self.reader[index] != mine) & ~shared  # two warps read the cell in this very instruction
+        if lost.any():
+            self.reader[index[lost]] = np.broadcast_to(first | MANY, index.shape)[lost]
+        return self.data[index]
+
+    def _check_read(self, owner, first, mine):
+        wrong = (owner != mine) & ((owner >= first) | (owner == 0))
+        if not wrong.any():
+            return
+        if (owner == COPYING).any():
+            raise Fault(f"{self.name} is read before the asynchronous copy or store into it was waited for")
+        if (owner == MULTIPLYING).any():
+            raise Fault(f"{self.name} is read before the matrix product that makes it was waited for")
+        if (owner == 0).any():
+            raise Fault(f"{self.name} is read that was never written")
+        raise Fault(f"{_warps(owner, mine, wrong)} write and read the same {self.name} with no barrier between")
+
+    def write(self, index, programs, warps, values):
+        self.claim(index, programs, warps)
+        self.land(index, programs, warps, values)
+        self.stored[index] = self.time.now
+
+    def claim(self, index, programs, warps, product=False):
+        """Checks that the cells are free to be written: no other warp has touched them since the last barrier."""
+        first, mine = self._tags(programs, warps)
+        owner, reader = self.owner[index], self.reader[index]
+        wrong = (owner >= first) & (owner != mine)
+        if product:  # of one that is under way already
+            wrong &= owner != MULTIPLYING
+        if wrong.any():
+            if (owner[wrong] >= MULTIPLYING).any():
+                raise Fault(f"{self.name} is written while an asynchronous copy, store or product into it is under way")
+            raise Fault(f"{_warps(owner, mine, wrong)} write the same {self.name} with no barrier between")
+        wrong = (reader >= first) & (reader != mine)
+        if wrong.any():
+            raise Fault(f"{_warps(reader, mine, wrong)} read and write the same {self.name} with no barrier between")
+
+    def land(self, index, programs, warps, values):
+        """Writes cells that were claimed."""
+        _, mine = self._tags(programs, warps)
+        self.data[index] = values
+        self.owner[index] = mine
+        self.written[index] = self.time.now
+        # two warps may write a value that both of them hold
+        if ((self.owner[index] != mine) & (self.data[index] != values)).any():
+            raise Fault(f"two warps write different values into the same {self.name} at once")
+
+    def start_copy(self, index, programs, warps):
+        """An asynchronous copy or store into the cells begins: until `land` they may not be touched."""
+        self.claim(index, programs, warps)
+        self.owner[index] = COPYING
+        self.written[index] = self.time.now
+
+    def start_async_read(self, index, program, warp=None):
+        """A matrix product begins to read the cells of one program, started by a warp, or by several if None."""
+        first = self.time.epoch[program] << 8
+        self._check_read(self.owner[index], first, first | warp if warp is not None else -1)
+
+    def end_async_read(self, index, since):
+        """The cells, which may not have been written since the read began at the time `since`."""
+        if (self.written[index] > since).any():
+            raise Fault(f"{self.name} is written while a matrix product that reads it is under way")
+        return self.data[index]
+
+    def mark_read(self, index, program):
+        """Counts cells of one program as read now by several warps."""
+        self.reader[index] = self.time.epoch[program] << 8 | MANY
+
+
+class SharedMemory(_Tracked):
+    """Shared memory of `programs` programs, `size` bytes each, in words of 2 bytes."""
+
+    name = "shared memory"
+
+    def __init__(self, programs, size, time):
         self.size = -(-size // 16) * 16
         self.words = self.size // 2
-        self.data = np.full(programs * self.words, 0xFFFF, np.uint16)  # NaN in every type
-        self.owner = np.zeros(programs * self.words, np.int32)
-        self.reader = np.zeros(programs * self.words, np.int32)
-        self.written = np.zeros(programs * self.words, np.int64)
-        self.stored = np.zeros(programs * self.words, np.int64)  # when it was written by st, not by a copy
-        self.epoch = np.ones(programs, np.int32)
-        self.fenced = np.zeros(programs, np.int64)  # when fence.proxy.async was executed last
-        self.clock = 0
+        super().__init__(programs * self.words, np.uint16, time)
 
     def index(self, programs, addresses, size):
         """(N, size / 2): which words N accesses of `size` bytes touch."""
@@ -142,123 +239,49 @@ class SharedMemory:
         offset = addresses - SHARED_BASE
         outside = (offset < 0) | (offset + size > self.size)
         if outside.any():
-            raise Fault(
-                f"shared address {_hex(addresses[outside])} is outside of {self.size} bytes from {SHARED_BASE:#x}"
-            )
+            raise Fault(f"shared address {_hex(addresses[outside])} is not in the {self.size} bytes of shared memory")
         return (programs * self.words + offset // 2)[:, None] + np.arange(size // 2)
 
-    def _now(self, programs, warps):
-        now = (self.epoch[programs] << 8)[:, None]
-        return now, now | warps[:, None].astype(np.int32)
-
-    def read(self, index, programs, warps):
-        now, mine = self._now(programs, warps)
-        owner = self.owner[index]
-        if ((owner != mine) & ((owner >= now) | (owner == 0))).any():
-            self._explain_read(owner, mine, now)
-        reader = self.reader[index]
-        shared = (reader >= now) & (reader != mine)
-        self.reader[index] = np.where(shared, now | MANY, mine)
-        lost = (self.reader[index] != mine) & ~shared  # two warps read the word in this very instruction
-        if lost.any():
-            self.reader[index[lost]] = np.broadcast_to(now | MANY, index.shape)[lost]
-        return self.data[index]
-
-    def write(self, index, programs, warps, values):
-        self.claim(index, programs, warps)
-        self.land(index, programs, warps, values)
-        self.stored[index] = self.clock
-
-    def claim(self, index, programs, warps):
-        """Checks that no other warp touched the words since the last barrier."""
-        now, mine = self._now(programs, warps)
-        owner, reader = self.owner[index], self.reader[index]
-        wrong = (owner >= now) & (owner != mine)
-        if wrong.any():
-            if (owner[wrong] == IN_FLIGHT).any():
-                raise Fault("shared memory is written while an asynchronous copy into it is under way")
-            raise Fault(f"{_warps(owner, mine, wrong)} write the same shared memory with no barrier between")
-        wrong = (reader >= now) & (reader != mine)
-        if wrong.any():
-            raise Fault(f"{_warps(reader, mine, wrong)} read and write the same shared memory with no barrier between")
-
-    def land(self, index, programs, warps, values):
-        _, mine = self._now(programs, warps)
-        self.data[index] = values
-        self.owner[index] = mine
-        self.written[index] = self.clock
-        if (
-            (self.owner[index] != mine) & (self.data[index] != values)
-        ).any():  # what is held twice may be written twice
-            raise Fault("two warps write different values into the same shared memory at once")
-
-    def start_copy(self, index, programs, warps):
-        """An asynchronous copy into the words begins: until `land` they may not be touched."""
-        self.claim(index, programs, warps)
-        self.owner[index] = IN_FLIGHT
-        self.written[index] = self.clock
-
     def start_async_read(self, index, program, warp=None):
-        """The asynchronous proxy begins to read the words of one program for a warp, or for several if None.
-
-        Writes of the generic proxy, cp.async's too, need a fence.proxy.async before (9.7.13.4).
-        """
-        owner = self.owner[index]
-        now = self.epoch[program] << 8
-        if (owner == 0).any():
-            raise Fault("a matrix product reads shared memory that was never written")
-        if (owner == IN_FLIGHT).any():
-            raise Fault("a matrix product reads shared memory before a copy into it was waited for")
-        if ((owner >= now) & (owner != (now | warp if warp is not None else -1))).any():
-            raise Fault("a matrix product reads shared memory with no barrier after the write")
-        if (self.stored[index] > self.fenced[program]).any():
+        """The asynchronous proxy needs a fence after writes of the generic one, cp.async's too (9.7.13.4)."""
+        super().start_async_read(index, program, warp)
+        if (self.stored[index] > self.time.fenced[program]).any():
             raise Fault("a matrix product reads shared memory with no fence.proxy.async after the store")
-        if (self.written[index] > self.fenced[program]).any():
-            warnings.warn(
-                "a matrix product reads what cp.async copied with no fence.proxy.async between", MissingFence, 2
-            )
-
-    def end_async_read(self, index, since):
-        """The words, which may not have been written since the read began at the time `since`."""
-        if (self.written[index] > since).any():
-            raise Fault("shared memory is written while a matrix product that reads it is under way")
-        return self.data[index]
-
-    def mark_read(self, index, program, warps):
-        """Counts words of one program as read now by several warps."""
-        self.reader[index] = self.epoch[program] << 8 | (MANY if len(warps) > 1 else warps[0])
-
-    def _explain_read(self, owner, mine, now):
-        if (owner == IN_FLIGHT).any():
-            raise Fault("shared memory is read before an asynchronous copy into it was waited for")
-        if (owner == 0).any():
-            raise Fault("shared memory is read that was never written")
-        wrong = (owner >= now) & (owner != mine)
-        raise Fault(f"{_warps(owner, mine, wrong)} write and read the same shared memory with no barrier between")
+        if (self.written[index] > self.time.fenced[program]).any():
+            warnings.warn("a matrix product reads what cp.async copied with no fence.proxy.async between",
+                          MissingFence, stacklevel=2)  # fmt: skip
 
 
-class TensorMemory:
+class TensorMemory(_Tracked):
     """128 lanes of 512 columns of 32 bits for each program (9.7.16.1), handed out by tcgen05.alloc."""
 
+    name = "tensor memory"
     LANES, COLUMNS = 128, 512
 
-    def __init__(self, programs):
-        self.data = np.full((programs, self.LANES, self.COLUMNS), 0xFFFFFFFF, np.uint32)
-        self.allocated = np.zeros(programs, np.int64)
+    def __init__(self, programs, time):
+        super().__init__(programs * self.LANES * self.COLUMNS, np.uint32, time)
+        self.allocated = np.zeros(programs, np.int64)  # columns, from the first
+        # Triton loads what was never written where a loop has no steps, and looks at none of it: NaN will do
+        self.owner[:] = ALL_WARPS
 
-    def check(self, program, lanes, columns):
-        if lanes.min() < 0 or lanes.max() >= self.LANES or columns.min() < 0:
-            raise Fault(f"tensor memory has {self.LANES} lanes: lane {int(lanes.max())} is none of them")
-        if columns.max() >= self.allocated[program]:
-            raise Fault(f"column {int(columns.max())} of tensor memory: {int(self.allocated[program])} are allocated")
+    def index(self, programs, lanes, columns):
+        """The cells of lanes and columns, for arrays that are broadcast against each other."""
+        if lanes.min() < 0 or lanes.max() >= self.LANES:
+            raise Fault(f"tensor memory has {self.LANES} lanes, and lane {int(lanes.max())} is none of them")
+        if columns.min() < 0 or (columns >= self.allocated[programs]).any():
+            raise Fault(f"column {int(columns.max())} of tensor memory is not allocated")
+        return (programs * self.LANES + lanes) * self.COLUMNS + columns
 
-    def read(self, program, lanes, columns):
-        self.check(program, lanes, columns)
-        return self.data[program, lanes, columns]
+    def start_product(self, index, program, warp):
+        """A matrix product into the cells begins. Products into the same cells follow each other in order."""
+        self.claim(index.reshape(1, -1), np.array([program]), np.array([warp]), product=True)
+        self.owner[index] = MULTIPLYING
+        self.written[index] = self.time.now
 
-    def write(self, program, lanes, columns, values):
-        self.check(program, lanes, columns)
-        self.data[program, lanes, columns] = values
+    def end_product(self, index, values, since):
+        """The sums are there, unless a product that began later adds to them."""
+        self.data[index] = values
+        self.owner[index] = np.where(self.written[index] == since, ALL_WARPS, MULTIPLYING)
 
 
 def _hex(addresses):
