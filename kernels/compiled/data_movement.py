@@ -6,9 +6,9 @@ array (threads, values); only active threads are in it.
 
 import numpy as np
 
-from . import matrix_units
 from .arithmetic import NUMPY, UNSIGNED
 from .memory import Fault
+from .tcgen05 import mark_loading
 
 LANES = 32
 
@@ -140,7 +140,7 @@ def move(m, one, type_):
         waiting, m.loading = m.loading, {}
         move(m, one, type_)
         m.loading = waiting
-        matrix_units.mark_loading(m, _vector(target))
+        mark_loading(m, _vector(target))
         return
     if type(target) is tuple:
         part = m.value(source, type_).itemsize * 8 // len(target)

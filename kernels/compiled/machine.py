@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from . import data_movement, matrix_units
+from . import data_movement, matrix_units, tcgen05
 from .arithmetic import NUMPY, PAIRS, UNSIGNED, operation
 from .memory import SHARED_BASE, Fault, SharedMemory, TensorMemory, Time
 from .ptx import Immediate, Symbol
@@ -114,7 +114,7 @@ class Machine:
         self.landing, self.loading, self.held = {}, {}, {}
         self.copies, self.products = CommitGroups(total), CommitGroups(total)
         self.tensor_stores, self.tensor_loads = CommitGroups(total), CommitGroups(total)
-        self.mbarriers = {}  # {(program, address): matrix_units.Mbarrier}
+        self.mbarriers = {}  # {(program, address): tcgen05.Mbarrier}
         self.tensor_products = [[] for _ in ids]  # queues of tcgen05.mma and tcgen05.commit
         self.pc, self.state = np.zeros(total, np.int64), np.full(total, READY)
         self.rows, self.count, self.mask = slice(None), total, None
@@ -327,5 +327,6 @@ _HANDLERS = [
         (r"bar\.warp\.sync|wgmma\.fence\.sync\.aligned|fence\.mbarrier_init\.release\.cluster", _nothing, "warp"),
         *data_movement.HANDLERS,
         *matrix_units.HANDLERS,
+        *tcgen05.HANDLERS,
     )
 ]
