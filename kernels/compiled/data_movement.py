@@ -97,7 +97,8 @@ def copy_async(m, one, size):
     """cp.async (9.7.9.25.3.1): `size` bytes, of which the last operand says how many are read; the rest is zero."""
     target, source, size = one.operands[0], one.operands[1], one.operands[2].bits
     wanted = m.active_only(m.value(one.operands[3], "u32")) if len(one.operands) > 3 else np.uint32(size)
-    addresses, wanted = _address(m, target), np.broadcast_to(wanted, _address(m, target).shape)
+    addresses = _address(m, target)
+    wanted = np.broadcast_to(wanted, addresses.shape)
     if not np.isin(wanted, (0, size)).all():
         raise Fault(f"cp.async reads {int(wanted.max())} of {size} bytes: the emulator knows all or none")
     programs, warps = m.active()
@@ -144,13 +145,13 @@ def move(m, one, type_):
         return
     if type(target) is tuple:
         part = m.value(source, type_).itemsize * 8 // len(target)
-        pieces = np.ascontiguousarray(np.broadcast_to(m.value(source, type_), (m.count, LANES)))
+        pieces = m.threads(source, type_)
         pieces = pieces.view(UNSIGNED[part]).reshape(m.count, LANES, len(target))
         for i, name in enumerate(target):
             m.put(name, np.ascontiguousarray(pieces[:, :, i]))
     elif type(source) is tuple:
         part = NUMPY[type_].itemsize * 8 // len(source)
-        pieces = [np.broadcast_to(m.value(one_, f"b{part}"), (m.count, LANES)) for one_ in source]
+        pieces = [m.threads(piece, f"b{part}") for piece in source]
         m.put(target, np.stack(pieces, -1).view(NUMPY[type_])[:, :, 0])
     else:
         m.put(target, m.value(source, type_))
@@ -162,8 +163,8 @@ def load_matrices(m, one, number, transposed):
     Lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; transposed, those rows of column l / 4.
     """
     number = int(number)
-    targets, addresses = _vector(one.operands[0]), m.value(one.operands[1].base, "u32").astype(np.int64)
-    addresses = np.broadcast_to(addresses, (m.count, LANES))[:, : 8 * number] + one.operands[1].offset
+    targets, addresses = _vector(one.operands[0]), m.threads(one.operands[1].base, "u32").astype(np.int64)
+    addresses = addresses[:, : 8 * number] + one.operands[1].offset
     programs, warps = (np.repeat(of[m.rows], 8 * number) for of in (m.program_of, m.warp_of))
     index = m.shared.index(programs, addresses.reshape(-1), 16)
     if m.counter:
@@ -179,9 +180,9 @@ def load_matrices(m, one, number, transposed):
 def store_matrices(m, one, number, transposed):
     """stmatrix (9.7.14.5.16): ldmatrix the other way round."""
     number = int(number)
-    addresses = np.broadcast_to(m.value(one.operands[0].base, "u32"), (m.count, LANES)).astype(np.int64)
+    addresses = m.threads(one.operands[0].base, "u32").astype(np.int64)
     addresses = addresses[:, : 8 * number] + one.operands[0].offset
-    lanes = np.stack([m.value(source, "b32") for source in _vector(one.operands[1])], 1)
+    lanes = np.stack([m.threads(source, "b32") for source in _vector(one.operands[1])], 1)
     tiles = np.ascontiguousarray(lanes).view(np.uint16).reshape(m.count, number, 8, 8)
     if transposed:
         tiles = tiles.swapaxes(2, 3)
@@ -205,7 +206,7 @@ def shuffle(m, one, mode):
     wanted = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": first | b & ~segment}[mode]
     valid = wanted >= last if mode == "up" else wanted <= last
     taken = np.broadcast_to(np.where(valid, wanted, lane), (m.count, LANES))
-    values = np.broadcast_to(m.value(source, "b32"), (m.count, LANES))
+    values = m.threads(source, "b32")
     m.put(target, np.take_along_axis(values, taken, 1))
     if len(one.operands) == 6:  # target|predicate
         m.put(one.operands[1], np.broadcast_to(valid, (m.count, LANES)))

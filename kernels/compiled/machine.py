@@ -105,6 +105,9 @@ class Machine:
         self.ids, self.grid, self.warps_each = np.asarray(ids), grid, warps
         self.program_of = np.repeat(np.arange(len(ids)), warps)
         self.warp_of = np.tile(np.arange(warps), len(ids))
+        self.thread_program, self.thread_warp = (
+            np.repeat(of[:, None], LANES, 1) for of in (self.program_of, self.warp_of)
+        )
         self.time = Time(len(ids))
         self.shared = SharedMemory(len(ids), shared_bytes, self.time)
         uses_tensor_memory = any(one.opcode.startswith("tcgen05") for one in self.program.instructions)
@@ -183,17 +186,13 @@ class Machine:
         return np.arange(len(self.pc)) if isinstance(self.rows, slice) else self.rows
 
     def active(self):
-        """(program, warp) of each active thread, row after row, and which threads those are: (rows, 32) or None."""
-        shape = (self.count, LANES)
-        program = np.broadcast_to(self.program_of[self.rows][:, None], shape)
-        warp = np.broadcast_to(self.warp_of[self.rows][:, None], shape)
-        if self.mask is None:
-            return program.reshape(-1), warp.reshape(-1)
-        return program[self.mask], warp[self.mask]
+        """(program, warp) of each active thread, row after row."""
+        return self.active_only(self.thread_program[self.rows]), self.active_only(self.thread_warp[self.rows])
 
     def active_only(self, values):
         """(rows, 32) values as one axis, of active threads only."""
-        values = np.broadcast_to(values, (self.count, LANES))
+        if values.shape != (self.count, LANES):
+            values = np.broadcast_to(values, (self.count, LANES))
         return values.reshape(-1) if self.mask is None else values[self.mask]
 
     # registers
@@ -217,6 +216,13 @@ class Machine:
         if (operand, type_) not in self.constants:
             self.constants[operand, type_] = self._constant(operand, type_)
         return self.constants[operand, type_]
+
+    def threads(self, operand, type_):
+        """An operand that is no pair as an array of one value a thread: (rows, 32), a constant's too."""
+        values = self.value(operand, type_)
+        if values.shape == (self.count, LANES):
+            return values
+        return np.ascontiguousarray(np.broadcast_to(values, (self.count, LANES)))
 
     def _constant(self, operand, type_):
         dtype = NUMPY[type_]

@@ -66,10 +66,9 @@ def accumulator_registers(tile):
 def multiply(m, one, n, k, type_, _):
     """mma.sync.m16n8k*: d = a b + c, each spread over the registers of a warp."""
     d, a, b, c = one.operands
-    shape = m.count, LANES
 
     def registers(names):
-        return [np.broadcast_to(m.value(name, "b32"), shape) for name in names]
+        return [m.threads(name, "b32") for name in names]
 
     product = fragment_a(registers(a), type_) @ fragment_b(registers(b), type_) + accumulators(registers(c))
     if m.counter:
@@ -158,7 +157,7 @@ def multiply_async(m, one, n, k, type_, _):
             m.shared.start_async_read(words[-1], program)
         reads.append(words)
     a_values = fragment_a([m.value(name, "b32") for name in a], type_).reshape(-1, 64, k) if in_registers else None
-    keep = np.broadcast_to(m.value(keep, "pred"), (m.count, LANES)).reshape(len(groups), -1)
+    keep = m.threads(keep, "pred").reshape(len(groups), -1)
     since = m.time.now
     m.registers.update({name: np.full((len(m.pc), LANES), 0xFFFFFFFF, np.uint32) for name in d
                         if name not in m.registers})  # fmt: skip

@@ -61,7 +61,7 @@ def wait_mbarrier(m, one):
     """Lets what the mbarrier waits for happen. Warps for whom nothing is under way sleep until there is."""
     target, address, parity = one.operands
     rows, addresses = m.row_numbers(), _addresses(m, address, warps=True)
-    parities = np.broadcast_to(m.value(parity, "u32"), (m.count, LANES))[:, 0] & 1
+    parities = m.threads(parity, "u32")[:, 0] & 1
     complete = np.zeros(len(rows), bool)
     for i, row in enumerate(rows):
         program, warp = m.program_of[row], m.warp_of[row]
@@ -81,7 +81,7 @@ def wait_mbarrier(m, one):
 
 def _addresses(m, address, warps=False):
     """[base + offset] of the active threads, or of each warp's first thread."""
-    values = np.broadcast_to(m.value(address.base, "u32"), (m.count, LANES)).astype(np.int64) + address.offset
+    values = m.threads(address.base, "u32").astype(np.int64) + address.offset
     return [int(value) for value in (values[:, 0] if warps else m.active_only(values))]
 
 
@@ -208,7 +208,7 @@ def store_tensor(m, one, form, count):
     names = one.operands[-1] if type(one.operands[-1]) is tuple else one.operands[-1:]
     split = one.operands[1].bits if form == "16x32bx2" else 0
     index = _tensor_cells(m, one.operands[0], form, int(count), split).reshape(m.count, -1)
-    values = np.stack([np.broadcast_to(m.value(name, "b32"), (m.count, LANES)) for name in names], -1)
+    values = np.stack([m.threads(name, "b32") for name in names], -1)
     values = values.reshape(m.count, -1)
     rows, programs, warps = m.row_numbers(), m.program_of[m.rows], m.warp_of[m.rows]
     m.tensor_memory.start_copy(index, programs, warps)
