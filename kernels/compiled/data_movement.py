@@ -51,7 +51,7 @@ def load_global(m, one, count, type_):
     targets = _vector(one.operands[0])
     addresses = _address(m, one.operands[1], "u64")
     size = NUMPY[type_].itemsize
-    values, found = m.memory.read(addresses, size, int(count or 1), one)
+    values, found = m.memory.read(addresses, size, int(count or 1), m.active_ids(), one)
     if m.counter:
         m.counter.global_access(m, "load", addresses, size * len(targets), found)
     _write_loaded(m, targets, values, type_)
@@ -60,7 +60,7 @@ def load_global(m, one, count, type_):
 def store_global(m, one, count, type_):
     values = _read_stored(m, _vector(one.operands[1]), type_)
     addresses = _address(m, one.operands[0], "u64")
-    found = m.memory.write(addresses, values, one)
+    found = m.memory.write(addresses, values, m.active_ids(), one)
     if m.counter:
         m.counter.global_access(m, "store", addresses, values.shape[1] * values.itemsize, found)
 
@@ -107,7 +107,7 @@ def copy_async(m, one, size):
     reads = wanted > 0
     if reads.any():
         from_ = _address(m, source, "u64")[reads]
-        values, found = m.memory.read(from_, 4, size // 4, one)
+        values, found = m.memory.read(from_, 4, size // 4, m.active_ids()[reads], one)
         words[reads] = values.view(np.uint16)
         if m.counter:
             m.counter.global_access(m, "copy", from_, size, found, reads)

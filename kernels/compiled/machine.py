@@ -189,6 +189,10 @@ class Machine:
         """(program, warp) of each active thread, row after row."""
         return self.active_only(self.thread_program[self.rows]), self.active_only(self.thread_warp[self.rows])
 
+    def active_ids(self):
+        """The number in the grid of each active thread's program."""
+        return self.ids[self.active()[0]]
+
     def active_only(self, values):
         """(rows, 32) values as one axis, of active threads only."""
         if values.shape != (self.count, LANES):

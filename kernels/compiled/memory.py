@@ -2,7 +2,7 @@
 
 Every access is checked: an address outside of every tensor or of shared memory, a misaligned vector, shared or tensor
 memory that was never written, that one warp writes and another touches with no barrier between, or that is touched
-before an asynchronous operation on it was waited for.
+before an asynchronous operation on it was waited for; and an element of a tensor that two programs of a launch write.
 """
 
 import ctypes
@@ -42,6 +42,7 @@ class Region:
                 merged.append((stride, size))
         nested = all(a >= b * n for (a, _), (b, n) in itertools.pairwise(merged))
         self.dims = [(stride * self.item, size) for stride, size in merged] if nested else []
+        self.writer = None  # of each element, the program that wrote it, from 1
         self.start = self.base // 16 * 16
         length = -(-(self.base + self.size - self.start) // 16) * 16
         self.bytes = np.frombuffer((ctypes.c_uint8 * length).from_address(self.start), np.uint8) if self.size else None
@@ -59,8 +60,29 @@ class Region:
                 inside &= rest < self.item
         return inside
 
-    def elements(self, size):
-        return self.bytes.view(f"u{size}")
+    def words(self, addresses, size, count):
+        """(the tensor's bytes as words of `size` bytes, the indices (N, count) of those at addresses (N,))."""
+        return self.bytes.view(f"u{size}"), (addresses - self.start)[:, None] // size + np.arange(count)
+
+    def written_by_another(self, addresses, size, programs):
+        """Whether another program has written an element of these accesses of `size` bytes."""
+        return self.writer is not None and bool(np.any(self._strangers(addresses, size, programs)))
+
+    def claim(self, addresses, size, programs):
+        """Programs (N,) write the elements at addresses (N,): no other program may have written them."""
+        if self.writer is None:
+            self.writer = np.zeros(self.size // self.item, np.int32)
+        written = self._strangers(addresses, size, programs)
+        self.writer[self._elements(addresses, size)] = programs[:, None] + 1
+        if np.any(written | self._strangers(addresses, size, programs)):  # before, or in this very instruction
+            raise Fault(f"two programs write the same elements of {self.name}")
+
+    def _elements(self, addresses, size):
+        return (addresses - self.base)[:, None] // self.item + np.arange(max(1, size // self.item))
+
+    def _strangers(self, addresses, size, programs):
+        writer = self.writer[self._elements(addresses, size)]
+        return (writer != 0) & (writer != programs[:, None] + 1)
 
 
 class GlobalMemory:
@@ -89,21 +111,25 @@ class GlobalMemory:
             raise Fault(f"address {_hex(addresses[open_])} is in no tensor: {self._nearest(int(addresses[open_][0]))}")
         return found
 
-    def read(self, addresses, size, count, instruction):
-        """(len(addresses), count) unsigned integers of `size` bytes, and the regions they come from."""
+    def read(self, addresses, size, count, programs, instruction):
+        """(len(addresses), count) unsigned integers of `size` bytes, and what `find` says. programs: who reads."""
         found = self.find(addresses, size * count, instruction)
         values = np.empty((len(addresses), count), f"u{size}")
         for region, which in found:
-            index = (addresses[which] - region.start) // size
-            values[which] = region.elements(size)[index[:, None] + np.arange(count)]
+            if region.written_by_another(addresses[which], size * count, programs[which]):
+                raise Fault(f"a program reads elements of {region.name} that another writes")
+            words, index = region.words(addresses[which], size, count)
+            values[which] = words[index]
         return values, found
 
-    def write(self, addresses, values, instruction):
+    def write(self, addresses, values, programs, instruction):
+        """Writes values (len(addresses), count); returns what `find` says."""
         size, count = values.itemsize, values.shape[1]
         found = self.find(addresses, size * count, instruction)
         for region, which in found:
-            index = (addresses[which] - region.start) // size
-            region.elements(size)[index[:, None] + np.arange(count)] = values[which]
+            region.claim(addresses[which], size * count, programs[which])
+            words, index = region.words(addresses[which], size, count)
+            words[index] = values[which]
         return found
 
     def _nearest(self, address):

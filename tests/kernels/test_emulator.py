@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("triton")
 
 from kernels.compiled import Fault, UnknownOpcode
+from kernels.compiled.counts import Counter
 from kernels.compiled.emulate import code_of
 from kernels.compiled.emulate import run as run_grid
 
@@ -51,11 +52,11 @@ EXCHANGE = """
 """
 
 
-def run(body, inputs=None, outputs=64):
+def run(body, inputs=None, grid=1, **options):
     given = torch.arange(64, dtype=torch.int32) if inputs is None else inputs
-    result = torch.full((outputs,), -1, dtype=torch.int32)
+    result = torch.full((64,), -1, dtype=torch.int32)
     parameters = [("in", "*i32", given), ("out", "*i32", result)]
-    run_grid(code_of(DECLARATIONS + body), 1, parameters, shared_bytes=256)
+    run_grid(code_of(DECLARATIONS + body), grid, parameters, shared_bytes=256, **options)
     return result
 
 
@@ -107,6 +108,44 @@ def test_gaps_between_the_rows_of_a_tensor_are_not_part_of_it():
     assert run(STORE + EXCHANGE, padded[:, :64]).tolist() == [i ^ 32 for i in range(64)]
     with pytest.raises(Fault, match="is in no tensor"):
         run(STORE + EXCHANGE, padded[:, :62])
+
+
+def test_programs_may_not_write_the_same_elements():
+    with pytest.raises(Fault, match="two programs write the same elements of out"):
+        run(STORE + EXCHANGE, grid=2)
+
+
+def test_a_program_can_be_watched():
+    """What the first lane holds after each instruction of one line of the source."""
+    seen = []
+
+    def watch(machine, instruction):
+        if instruction.source.startswith("kernel.py:7:"):
+            seen.append((instruction.opcode, int(machine.registers["%r6"][0, 0])))
+
+    marked = EXCHANGE.replace("  ld.shared", "  .loc 1 7 3  // kernel.py:7:3\n  ld.shared")
+    run(STORE + marked.replace("  st.global", "  .loc 1 8 3  // kernel.py:8:3\n  st.global"), watch=watch)
+    assert seen == [("ld.shared.b32", 32)]
+
+
+def test_instructions_wavefronts_sectors_and_bytes_are_counted():
+    counter = Counter()
+    run(STORE + EXCHANGE, counter=counter)
+    counts = counter.kernels["small"]
+    assert counts.opcodes["ld.shared.b32"] == 64 and counts.kinds()["shared"] == 128
+    assert counts.wavefronts == {"st": 2, "ld": 2} and not counts.conflicts.total()
+    assert counts.sectors == counts.least_sectors == 16
+    assert counts.bytes_read == {"in": 256} and counts.bytes_written == {"out": 256}
+
+    # the lanes of a warp read words that lie 8 apart, two in each of 4 banks; and every second element of a tensor
+    strided = """mul.lo.s32 %r5, %r1, 4; cvt.u64.u32 %rd4, %r5; add.s64 %rd4, %rd4, %rd1; ld.global.b32 %r6, [%rd4];
+        st.shared.b32 [%r3], %r6; bar.sync 0; shl.b32 %r7, %r1, 5; and.b32 %r7, %r7, 255;
+        mov.b32 %r8, global_smem; add.s32 %r8, %r8, %r7; ld.shared.b32 %r9, [%r8]; ret; }"""
+    counter = Counter()
+    run(strided, torch.arange(128, dtype=torch.int32), counter=counter)
+    counts = counter.kernels["small"]
+    assert (counts.wavefronts["ld"], counts.conflicts["ld"]) == (4, 2)
+    assert (counts.sectors, counts.least_sectors) == (16, 8)
 
 
 def test_an_unknown_instruction_is_named():
