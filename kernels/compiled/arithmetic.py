@@ -34,7 +34,7 @@ def bf16_to_f32(bits):
 
 
 def f32_to_bf16(x):
-    """Rounds to the nearest, ties to even; every NaN becomes 0x7fff (9.7.9.22, cvt)."""
+    """Rounds to the nearest, ties to even; every NaN becomes 0x7fff (9.7.9.21, cvt)."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded.astype(np.uint16))
@@ -97,7 +97,7 @@ def _shift(function):
 
 
 def _bfe(a, position, length):
-    """Bits position .. position + length - 1 of a, with the sign of the last of them if a is signed (9.7.1.18)."""
+    """Bits position .. position + length - 1 of a, with the sign of the last of them if a is signed (9.7.1.19)."""
     position, length = (np.minimum(x & np.uint32(0xFF), np.uint32(64)).astype(np.int64) for x in (position, length))
     wide = a.astype(np.int64)
     signed = a.dtype.kind == "i"
@@ -110,14 +110,14 @@ def _bfe(a, position, length):
 
 
 def _bfi(a, b, position, length):
-    """The lowest `length` bits of a in b from `position` on (9.7.1.19)."""
+    """The lowest `length` bits of a in b from `position` on (9.7.1.20)."""
     position, length = (np.minimum(x & np.uint32(0xFF), np.uint32(32)).astype(np.uint64) for x in (position, length))
     mask = (np.left_shift(np.uint64(1), length) - np.uint64(1)) << position & np.uint64(0xFFFFFFFF)
     return (b & ~mask | (a.astype(np.uint64) << position) & mask).astype(np.uint32)
 
 
 def _prmt(a, b, selector):
-    """Four bytes of the eight of {b, a}; bit 3 of a selector takes the sign of its byte instead (9.7.8.7)."""
+    """Four bytes of the eight of {b, a}; bit 3 of a selector takes the sign of its byte instead (9.7.9.7)."""
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
     for i in range(4):
@@ -268,7 +268,7 @@ def _table():
 
 
 def _saturated(x, dtype):
-    """A rounded number as an integer: NaN is 0, what is too large is the largest (9.7.9.22)."""
+    """A rounded number as an integer: NaN is 0, what is too large is the largest (9.7.9.21)."""
     limits = np.iinfo(dtype)
     inside = (x > limits.min) & (x < limits.max)
     clipped = np.where(x >= limits.max, limits.max, np.where(x <= limits.min, limits.min, 0)).astype(dtype)

@@ -213,7 +213,7 @@ def shuffle(m, one, mode):
 
 
 def elect(m, one):
-    """elect.sync (9.7.13.15): true for one thread of the warp, here the first."""
+    """elect.sync (9.7.13.14): true for one thread of the warp, here the first."""
     first = np.broadcast_to(np.arange(LANES) == 0, (m.count, LANES))
     m.put(one.operands[0], np.zeros((m.count, LANES), np.uint32))
     m.put(one.operands[1], first)
