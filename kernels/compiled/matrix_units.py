@@ -145,14 +145,14 @@ def multiply_async(m, one, n, k, type_, _):
     for group, first in enumerate(groups[:, 0]):
         program = m.program_of[first]
         words = []
-        for operand, size, turned in ((a, 64, transposed[:-1]), (b, n, transposed[-1:])):
+        for operand, size, flag in ((a, 64, transposed[:-1]), (b, n, transposed[-1:])):
             if operand is a and in_registers:
                 words.append(None)
                 continue
             descriptor = m.value(operand, "u64").reshape(len(groups), -1)[group]
             if (descriptor != descriptor[0]).any():
                 raise Fault("the threads of a warp group have different matrix descriptors")
-            addresses = element_addresses(int(descriptor[0]), False, size, k, item, turned == [True])
+            addresses = element_addresses(int(descriptor[0]), False, size, k, item, flag == [True])
             words.append(shared_words(m, program, addresses, item))
             m.shared.start_async_read(words[-1], program)
         reads.append(words)

@@ -66,21 +66,21 @@ class Region:
 
     def written_by_another(self, addresses, size, programs):
         """Whether another program has written an element of these accesses of `size` bytes."""
-        return self.writer is not None and bool(np.any(self._strangers(addresses, size, programs)))
+        return self.writer is not None and bool(np.any(self._written_by_others(addresses, size, programs)))
 
     def claim(self, addresses, size, programs):
         """Programs (N,) write the elements at addresses (N,): no other program may have written them."""
         if self.writer is None:
             self.writer = np.zeros(self.size // self.item, np.int32)
-        written = self._strangers(addresses, size, programs)
+        written = self._written_by_others(addresses, size, programs)
         self.writer[self._elements(addresses, size)] = programs[:, None] + 1
-        if np.any(written | self._strangers(addresses, size, programs)):  # before, or in this very instruction
+        if np.any(written | self._written_by_others(addresses, size, programs)):  # before, or in this very instruction
             raise Fault(f"two programs write the same elements of {self.name}")
 
     def _elements(self, addresses, size):
         return (addresses - self.base)[:, None] // self.item + np.arange(max(1, size // self.item))
 
-    def _strangers(self, addresses, size, programs):
+    def _written_by_others(self, addresses, size, programs):
         writer = self.writer[self._elements(addresses, size)]
         return (writer != 0) & (writer != programs[:, None] + 1)
 

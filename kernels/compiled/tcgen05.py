@@ -97,17 +97,17 @@ def multiply_tensor(m, one, kind):
     operands = zip(programs, warps, _addresses(m, d), a_values, of_thread(b, "u64"), of_thread(shape, "u32"),
                    of_thread(keep, "pred"), strict=True)  # fmt: skip
     for program, warp, to, left, right, descriptor, kept in operands:
-        rows, columns, type_, turned_a, turned_b = instruction_shape(descriptor, kind)
+        rows, columns, type_, transposed_a, transposed_b = instruction_shape(descriptor, kind)
         item, k = (4, 8) if type_ == "tf32" else (2, 16)
         lanes = _lanes_of(rows)[:, None]
         reads = []
-        for operand, size, turned in ((a, rows, turned_a), (b, columns, turned_b)):
+        for operand, size, transposed in ((a, rows, transposed_a), (b, columns, transposed_b)):
             if operand is a and hasattr(a, "base"):  # 8 columns of 32 bits, each one element or two
                 memory = m.tensor_memory
                 reads.append(memory.index(program, (left >> 16) + lanes, (left & 0xFFFF) + np.arange(8)))
             else:
                 memory = m.shared
-                addresses = element_addresses(left if operand is a else right, True, size, k, item, turned)
+                addresses = element_addresses(left if operand is a else right, True, size, k, item, transposed)
                 reads.append(shared_words(m, program, addresses, item))
             memory.start_async_read(reads[-1], program, warp)
         sums = m.tensor_memory.index(program, (to >> 16) + lanes, (to & 0xFFFF) + np.arange(columns))
