@@ -14,7 +14,8 @@ import numpy as np
 
 NUMPY = {
     "pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64,
-    "s16": np.int16, "s32": np.int32, "s64": np.int64, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
+    "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
+    "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
     "f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16, "tf32": np.uint32,
     "f32x2": np.float32, "f16x2": np.float16, "bf16x2": np.uint16,
 }  # fmt: skip
@@ -88,7 +89,18 @@ def _wide(a, b):
 
 
 def _high(a, b):
-    return (_wide(a, b) >> np.array(32).astype(_wide(a, b).dtype)).astype(a.dtype)
+    """The upper half of a product."""
+    bits = a.itemsize * 8
+    if bits < 64:
+        return (_wide(a, b) >> _wide(a, b).dtype.type(bits)).astype(a.dtype)
+    return ((a.astype(object) * b.astype(object)) >> bits).astype(a.dtype)
+
+
+def _funnel(a, b, amount, left):
+    """shf (9.7.8.7): the upper (or lower) word of {b, a}, shifted left (or right) by the amount modulo 32."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    amount = (amount & np.uint32(31)).astype(np.uint64)
+    return ((both << amount >> np.uint64(32)) if left else both >> amount).astype(np.uint32)
 
 
 def _shift(function):
@@ -182,8 +194,11 @@ def _table():
     for t, wide in (("s16", "s32"), ("u16", "u32"), ("s32", "s64"), ("u32", "u64")):
         add(f"mul.wide.{t}", _wide, f"{t} {t}", wide)
         add(f"mad.wide.{t}", lambda a, b, c: _wide(a, b) + c, f"{t} {t} {wide}", wide)
-    for t in ("s32", "u32"):
+    for t in ("s16", "u16", "s32", "u32", "s64", "u64"):
         add(f"mul.hi.{t}", _high, f"{t} {t}", t)
+    add("shf.l.wrap.b32", lambda a, b, c: _funnel(a, b, c, True), "b32 b32 u32", "b32")
+    add("shf.r.wrap.b32", lambda a, b, c: _funnel(a, b, c, False), "b32 b32 u32", "b32")
+    for t in ("s32", "u32"):
         add(f"bfe.{t}", _bfe, f"{t} u32 u32", t)
     add("bfi.b32", _bfi, "b32 b32 u32 u32", "b32")
     add("prmt.b32", _prmt, "b32 b32 u32", "b32")
@@ -250,7 +265,7 @@ def _table():
         for order in orders:
             add(f"setp.{order}.{t}", lambda a, b, order=order: _compared(a, b, order), f"{t} {t}", "pred")
 
-    integers = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")[2:]
+    integers = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64")
     for a in integers:
         for b in integers:
             add(f"cvt.{a}.{b}", lambda x, t=NUMPY[a]: x.astype(t), b, a)

@@ -216,7 +216,10 @@ class Machine:
     def value(self, operand, type_):
         """An operand as an array of a PTX type: (rows, 32), for a pair such as f32x2 (rows, 64)."""
         if operand.__class__ is str:
-            return self.register(operand).view(NUMPY[type_])
+            values, dtype = self.register(operand), NUMPY[type_]
+            if dtype.itemsize < values.itemsize and type_ not in PAIRS:  # the lower bits of a wider register
+                values = values.astype(UNSIGNED[8 * dtype.itemsize])
+            return values.view(dtype)
         if (operand, type_) not in self.constants:
             self.constants[operand, type_] = self._constant(operand, type_)
         return self.constants[operand, type_]

@@ -178,6 +178,9 @@ ARITHMETIC = [  # opcode, sources, result: those of PTX that NumPy or Python wou
     ("lop3.b32", (0xF0F0F0F0, 0xCCCCCCCC, 0xAAAAAAAA, 0x96), 0x96969696),
     ("min.relu.s32", (-5, 3), 0),
     ("mul.hi.u32", (0x80000000, 6), 3),
+    ("mul.hi.s32", (-1, 5), -1),
+    ("shf.l.wrap.b32", (0x80000000, 1, 33), 3),
+    ("shf.r.wrap.b32", (2, 1, 1), 0x80000001),
     ("max.f32", (NAN, ONE), ONE),
     ("ex2.approx.ftz.f32", (float_bits(-140.0),), 0),
     ("fma.rn.f32", (float_bits(1 + 2**-12), float_bits(1 + 2**-12), float_bits(-1 - 2**-11)), float_bits(2**-24)),
@@ -195,6 +198,12 @@ def test_arithmetic_is_that_of_the_isa(opcode, sources, result):
     moves = "".join(f"mov.b32 %r{10 + i}, {source};" for i, source in enumerate(sources))
     found = run(f"{moves} {opcode} %r5, {operands}; st.global.b32 [%rd2], %r5; ret; }}")
     assert (found.numpy().view(np.uint32) == np.uint32(result & 0xFFFFFFFF)).all()
+
+
+def test_narrow_integers_are_the_lower_bits_of_a_register_and_keep_their_sign():
+    body = """mov.b32 %r5, 511; cvt.s8.s32 %rs1, %r5; cvt.s16.s8 %rs2, %rs1; mul.hi.s16 %rs3, %rs2, 16384;
+        cvt.u32.u16 %r6, %rs2; cvt.s32.s16 %r7, %rs3; add.s32 %r6, %r6, %r7; st.global.b32 [%rd2], %r6; ret; }"""
+    assert (run(body) == 0xFFFF - 1).all()  # 511 is -1 in 8 bits; (-1 * 16384) >> 16 is -1
 
 
 @pytest.mark.parametrize(
