@@ -8,6 +8,7 @@ Asynchronous operations happen as late as the program allows: a copy lands, and 
 waited for. What depends on an earlier moment is a `Fault`. PTX ISA 8.7; numbers in parentheses are its sections.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -86,12 +87,18 @@ class Code:
 
 def _bind(one):
     """(function, its arguments, kind) for an instruction. Raises UnknownOpcode."""
-    if found := operation(one.opcode, len(one.operands) - 1):
+    found = _executor(one.opcode, len(one.operands) - 1)
+    if found is None:
+        raise UnknownOpcode(f"the emulator does not know {one.opcode}: {one}")
+    return found
+
+
+@functools.cache
+def _executor(opcode, sources):
+    if found := operation(opcode, sources):
         return _arithmetic, (found,), "thread"
-    for pattern, function, kind in _HANDLERS:
-        if found := pattern.fullmatch(one.opcode):
-            return function, found.groups(), kind
-    raise UnknownOpcode(f"the emulator does not know {one.opcode}: {one}")
+    matches = ((pattern.fullmatch(opcode), function, kind) for pattern, function, kind in _HANDLERS)
+    return next(((found, match.groups(), kind) for match, found, kind in matches if match), None)
 
 
 class Machine:
