@@ -233,8 +233,9 @@ def _table():
         add(f"fma.rn.{t}", _in_f32(_fma), f"{t} {t} {t}", t)
     # 9.7.5: fp32 with one (add, sub) or two (fma) operands of half the width
     for t, widened in (("bf16", bf16_to_f32), ("f16", lambda x: x.astype(np.float32))):
-        add(f"add.rn.f32.{t}", lambda a, c, f=widened: f(a) + c, f"{t} f32", "f32")
-        add(f"sub.rn.f32.{t}", lambda a, c, f=widened: f(a) - c, f"{t} f32", "f32")
+        for rounding in ("", ".rn"):
+            add(f"add{rounding}.f32.{t}", lambda a, c, f=widened: f(a) + c, f"{t} f32", "f32")
+            add(f"sub{rounding}.f32.{t}", lambda a, c, f=widened: f(a) - c, f"{t} f32", "f32")
         add(f"fma.rn.f32.{t}", lambda a, b, c, f=widened: _fma(f(a), f(b), c), f"{t} {t} f32", "f32")
     for t in ("f32", "f16", "f64"):
         add(f"neg.{t}", np.negative, t, t)

@@ -98,7 +98,7 @@ def _executor(opcode, sources):
     if found := operation(opcode, sources):
         return _arithmetic, (found,), "thread"
     matches = ((pattern.fullmatch(opcode), function, kind) for pattern, function, kind in _HANDLERS)
-    return next(((found, match.groups(), kind) for match, found, kind in matches if match), None)
+    return next(((function, match.groups(), kind) for match, function, kind in matches if match), None)
 
 
 class Machine:

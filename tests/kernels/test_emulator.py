@@ -206,6 +206,13 @@ def test_narrow_integers_are_the_lower_bits_of_a_register_and_keep_their_sign():
     assert (run(body) == 0xFFFF - 1).all()  # 511 is -1 in 8 bits; (-1 * 16384) >> 16 is -1
 
 
+def test_halves_are_added_and_multiplied_in_fp32():
+    """Mixed precision of sm_100: 1.5 * 1.5 + 3 in one rounding, plus 1.5."""
+    body = f"""mov.b16 %rs1, {0x3FC0}; mov.b32 %r5, {float_bits(3)}; fma.rn.f32.bf16 %r6, %rs1, %rs1, %r5;
+        add.f32.bf16 %r6, %rs1, %r6; st.global.b32 [%rd2], %r6; ret; }}"""
+    assert (run(body).numpy().view(np.float32) == 6.75).all()
+
+
 @pytest.mark.parametrize(
     "instruction, lanes",
     [
