@@ -235,7 +235,7 @@ def resident_blocks(card, registers, warps, shared, tensor_memory_columns=0):
     return counts[limited_by], limited_by
 
 
-class _TargetOnly(DriverBase):
+class TargetOnly(DriverBase):
     """A driver for an absent card: Triton compiles with it, and cannot launch."""
 
     def __init__(self, target):
@@ -266,7 +266,7 @@ def _compiling_for(target, card):
     cuda = target.startswith("sm_")
     wanted = GPUTarget("cuda" if cuda else "hip", card.number if cuda else target, card.warp_size)
     before = driver._active  # `driver.active` would search for a GPU
-    driver.set_active(_TargetOnly(wanted))
+    driver.set_active(TargetOnly(wanted))
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import threading
+from importlib import metadata
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_a_run_directory_holds_settings_metrics_curves_and_both_checkpoints(tmp_
     }
     run = json.loads((out / "run.json").read_text())
     assert run["command"] == "python -m train" and run["trainer"]["batch_size"] == 4
-    assert run["versions"]["torch"] == torch.__version__
+    assert run["versions"]["torch"] == metadata.version("torch")
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", run["versions"]["commit"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == trainer.history.lines
