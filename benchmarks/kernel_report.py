@@ -75,6 +75,7 @@ def main(arguments=None):
     shapes = f"shapes for the model, W none for no window ({SHAPE.format('D')})"
     flags.add_argument("--shape", nargs="+", metavar="B,HQ,HKV,T,D,W", help=shapes)
     flags.add_argument("--details", action="store_true", help="more tables: pipes, source lines, published figures")
+    flags.add_argument("--run", action="store_true", help="run the PTX on a CPU, and count what a profiler would")
     flags.add_argument("--keep", metavar="DIR", help="write the machine code of every kernel into this directory")
     flags.add_argument("--json", metavar="FILE", help="write the document to this file")
     flags.add_argument("--plot", metavar="FILE", default="none", help="a PNG of the time on each pipe (none)")
@@ -105,6 +106,11 @@ def prepare(options, device):
         raise harness.BadInput(f"--shape has a head size of {lost[0].D}, which --head-dim does not")
     if options.keep:
         Path(options.keep).mkdir(parents=True, exist_ok=True)
+    if options.run:
+        if amd := [target for target in targets if not target.startswith("sm_")]:
+            raise harness.BadInput(f"--run runs PTX, which {amd[0]} does not have")
+        sizes = [(shape.D, min(shape.W or 256, 1024)) for shape in shapes] or [(D, 256) for D in head_dims]
+        return partial(counted, list(itertools.product(targets, dtypes, sizes)))
     points = list(itertools.product(targets, dtypes, head_dims, features.items()))
     return partial(report, points, shapes or [parse(SHAPE.format(D)) for D in head_dims], options)
 
@@ -138,6 +144,32 @@ def report(points, shapes, options):
         "plots": [] if options.plot == "none" else [pipes_plot(cycles)],
         "failed": [f"{row['point']}, {row['kernel']}: {row['error']}" for row in rows if row["error"]],
     }
+
+
+def counted(points):
+    """What executes in attention of four heads on one, T = 2 W: numbers from running the PTX, not from the model."""
+    from kernels.compiled.counts import PRODUCTS, count
+
+    rows = []
+    for target, dtype, (D, W) in points:
+        harness.progress(f"{target}, head size {D}, {harness.name_of(dtype)}, window {W}: running")
+        kernels, visible = count(target, head_dim=D, dtype=dtype, window=W, length=2 * W)
+        for name, counts in kernels.items():
+            wavefronts, useful = counts.wavefronts.total(), PRODUCTS.get(name, 0) * visible * D
+            most = itertools.islice(counts.kinds().items(), 3)
+            moved = (counts.bytes_read + counts.bytes_written).total()
+            rows.append({
+                "kernel": name, "target": target, "D": D, "dtype": harness.name_of(dtype), "W": W, "T": 2 * W,
+                "instructions a score": round(counts.instructions / visible, 1),
+                "most are": ", ".join(f"{kind} {n / counts.instructions:.0%}" for kind, n in most),
+                "shared wavefronts": wavefronts, "conflicts": f"{counts.conflicts.total() / max(1, wavefronts):.1%}",
+                "sectors": counts.sectors, "at least": counts.least_sectors, "bytes": moved,
+                "products useful": f"{useful / counts.multiplications:.1%}" if useful else "",
+            })  # fmt: skip
+    columns = list(rows[0])
+    lines = [[str(row[column]) for column in columns] for row in rows]
+    table = {"title": "Counted while the PTX runs", "columns": columns, "rows": lines, "notes": []}
+    return {"settings": {"group": 4}, "rows": rows, "tables": [table], "plots": [], "failed": []}
 
 
 def compile_point(target, D, dtype, name, settings, group, keep):

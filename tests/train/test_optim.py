@@ -191,7 +191,8 @@ def compare_sharded(rank, rendezvous):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     whole, sharded = GPT(GPTConfig(**CONFIG), seed=0), GPT(GPTConfig(**CONFIG), seed=0)
-    torch.distributed.fsdp.fully_shard(sharded)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))  # also where there is a GPU
+    torch.distributed.fsdp.fully_shard(sharded, mesh=mesh)
     take_steps(whole)
     take_steps(sharded)
     for expected, part in zip(whole.parameters(), sharded.parameters(), strict=True):
