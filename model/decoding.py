@@ -17,9 +17,9 @@ from . import gpt
 from .kv_cache import KVCache
 
 STANDARD_MODULES = {gpt.GPT, gpt.Block, gpt.Attention, gpt.MLP, nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList}
-# Multiply-adds of a token up to which one thread takes it: several wait for each other in each of a token's hundreds of
-# short calls, and beside a busy process they wait a hundred times as long. docs/sampling.md has the figures.
-ONE_THREAD_WORK = 2**23
+# Multiply-adds up to which one thread takes a token, and a prompt. Several threads wait for each other in each of some
+# hundred short calls; beside a busy process they wait up to a hundred times as long. docs/sampling.md has the figures.
+ONE_THREAD_TOKEN, ONE_THREAD_PROMPT = 2**23, 2**27
 WARM_UPS = 3  # forwards before a capture: Triton compiles its kernels, cuBLAS allocates its workspace
 
 
@@ -38,7 +38,7 @@ class Decoder:
         self.model, self.padding, self.prefill_chunk, self.compile = model, padding, prefill_chunk, compile
         self.rows, self.columns = tokens.shape
         self.cache = self.step = None
-        self.on_cpu, self.work = tokens.device.type == "cpu", self.rows * model.num_parameters()
+        self.on_cpu, self.row_work = tokens.device.type == "cpu", self.rows * model.num_parameters()
         self.is_standard = why_not_standard(model) is None
         self.longest_padding = int(padding.max()) if self.rows else 0
         self.max_columns = self.columns + max_new_tokens
@@ -92,10 +92,11 @@ class Decoder:
             return self.step(new)
 
     @contextmanager
-    def token_threads(self):
-        """Inside, PyTorch has the threads that a token is worth; afterwards the caller's number again."""
+    def threads(self):
+        """Inside, PyTorch has the threads that the next token or prompt is worth; afterwards the caller's number."""
         before = torch.get_num_threads()
-        if self.on_cpu and self.work <= ONE_THREAD_WORK:
+        columns, limit = (self.tokens.shape[1], ONE_THREAD_PROMPT) if self.cache is None else (1, ONE_THREAD_TOKEN)
+        if self.on_cpu and columns * self.row_work <= limit:
             torch.set_num_threads(1)
         try:
             yield

@@ -8,7 +8,6 @@ Learned positions end at context_length: after that every token reads the last c
 """
 
 from collections import deque
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +100,7 @@ def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_
 def _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities):
     new = None
     for _ in range(max_new_tokens):
-        with decoder.token_threads() if new is not None else nullcontext():  # a prompt is worth all threads
+        with decoder.threads():
             logits = decoder.prefill() if new is None else decoder.decode(new)
             new = params.choose(logits[:, :decodable], generators, seen if seen is None else seen[:, :decodable])
             if seen is not None:

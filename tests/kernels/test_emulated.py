@@ -179,7 +179,7 @@ def report(target):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_every_pass_as_compiled_is_within_its_budget(target):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7")  # 3.6 makes other PTX
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, target]

@@ -215,7 +215,8 @@ def test_the_sampler_takes_the_graph_and_gives_the_tokens_of_a_model_with_a_hook
 
 @pytest.mark.parametrize("large", [False, True])
 def test_a_small_models_token_takes_one_thread_and_the_caller_keeps_his(large, monkeypatch):
-    monkeypatch.setattr("model.decoding.ONE_THREAD_WORK", 0 if large else 2**23)
+    monkeypatch.setattr("model.decoding.ONE_THREAD_TOKEN", 0 if large else 2**23)
+    monkeypatch.setattr("model.decoding.ONE_THREAD_PROMPT", 0)
     model, seen = make(), []
     model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     torch.set_num_threads(2)
