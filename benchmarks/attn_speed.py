@@ -76,7 +76,9 @@ def measure(budget, contestants, passes):
     for problem in budget:
         try:
             rows += measure_point(problem, contestants, budget.share())
-        except torch.OutOfMemoryError:  # of the check or the inputs: a contestant's own is caught
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # a contestant's own is caught
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
             budget.left_out.append(f"{label(problem)} (the check does not fit into memory)")
     add_growth(rows)
     return {

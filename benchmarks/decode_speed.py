@@ -87,7 +87,8 @@ def prepare(options, device):
     long_run = options.long_run or LONG_RUN["quick" if options.quick else "default"]
     if min(min(b, w, *p) for b, w, p in grid) < 1 or min(long_run) < 0 or long_run[1] < long_run[0]:
         raise harness.BadInput("positions, batch sizes and windows must be at least 1; --long-run must not decrease")
-    sizes = {name: getattr(options, name) or size for name, size in MODEL[device.type].items()}
+    given = {name: getattr(options, name) for name in MODEL[device.type]}
+    sizes = MODEL[device.type] | {name: size for name, size in given.items() if size is not None}
     dtype = harness.dtype_of(options, device)
     try:
         configs = {window: GPTConfig(**sizes, window=window, context_length=window) for _, window, _ in grid}

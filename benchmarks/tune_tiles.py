@@ -133,10 +133,10 @@ def main(arguments=None):
 def candidates(name, head_dim, element_bytes):
     """The tiles of a pass that could fit into registers. Where the model sees no difference, the first one is taken.
 
-    Raises ValueError for a head size past 256 or an unknown pass.
+    Raises ValueError for a head size that is not 1 to 256, or an unknown pass.
     """
-    if head_dim > LARGEST_HEAD:
-        raise ValueError(f"head size {head_dim} is past {LARGEST_HEAD}")
+    if not 1 <= head_dim <= LARGEST_HEAD:
+        raise ValueError(f"head size {head_dim} is not 1 to {LARGEST_HEAD}")
     if name not in KERNELS:
         raise ValueError(f"there is no pass {name!r}")
     size, width = min(element_bytes, 4), model.padded(head_dim)

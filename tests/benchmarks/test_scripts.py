@@ -1,5 +1,6 @@
 """Each benchmark as it is run, on a tiny grid, without the contestants that are compiled for ten seconds first."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -51,3 +52,24 @@ def test_help_says_what_it_is(name):
     with pytest.raises(SystemExit) as stopped:
         script.main(["--help"])
     assert stopped.value.code == 0
+
+
+WRONG = {
+    "tune_tiles --head-dim 0": (2, "head size 0 is not 1 to 256"),
+    "decode_speed --quick --vocab-size 0": (2, "vocab_size=0 is not a whole number of at least 1"),
+    "attn_speed --only ours,SDPA --shapes 64,8": (2, "--only names 'ours,SDPA', wanted some of"),
+    "attn_speed --only ours --shapes 1000000000000,16 --plot none": (0, "(the check does not fit into memory)"),
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_input_is_one_line(command, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    name, *arguments = command.split()
+    status, words = WRONG[command]
+    try:
+        found = importlib.import_module(name).main([*arguments, *(["--device", "cpu"] if "speed" in name else [])])
+    except SystemExit as stopped:
+        found = stopped.code
+    shown = capsys.readouterr()
+    assert found == status and words in shown.out + shown.err and "Traceback" not in shown.err
