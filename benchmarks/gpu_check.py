@@ -112,7 +112,7 @@ def run_step(step, seconds):
             extra = ["--deadline", f"{0.6 * seconds:.0f}", "--json", str(file)]
         output, status, summary = run_python([*step.arguments, *extra], environment, seconds)
         document = json.loads(file.read_text()) if file.exists() and file.stat().st_size else None
-        if document is not None:
+        if document is not None and "command" in document:  # the file is gone when someone reads it
             document["command"] = document["command"].replace(f" --json {file}", "")
     lines = [
         line.replace(f"{harness.ROOT}{os.sep}", "").replace(sys.executable, "python")
