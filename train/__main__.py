@@ -8,8 +8,8 @@
     python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # fine-tune a model
     python -m train --resume --out-dir runs/mine          # continue after any stop, with the same settings
 
-The run directory holds the best and the last checkpoint, the curves and the settings (train/checkpoint.py). Ctrl-C and
-SIGTERM save a checkpoint and end the run; a second one ends it at once.
+The run directory holds the best and the last checkpoint, the curves and the settings (train/run_directory.py). Ctrl-C,
+SIGTERM and SIGHUP save a checkpoint and end the run; a second one ends it at once.
 """
 
 import dataclasses
