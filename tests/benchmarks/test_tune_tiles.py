@@ -55,7 +55,7 @@ def test_candidates_can_be_tiles(head_dim, element_bytes):
 
 
 def test_bad_entries_are_named():
-    with pytest.raises(ValueError, match="head size 257 is past 256"):
+    with pytest.raises(ValueError, match="head size 257 is not 1 to 256"):
         candidates("forward", 257, 2)
     with pytest.raises(ValueError, match="there is no pass 'sideways'"):
         candidates("sideways", 64, 2)
