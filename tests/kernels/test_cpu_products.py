@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import excess, run
+from torch import library
 
 from kernels import cpu, rope_tables, sliding_gqa_attention
 from kernels.backends.banded import attention as banded
@@ -191,11 +192,11 @@ def test_the_operators_of_bf16_inputs_pass_opcheck(products, with_lse, monkeypat
     q, k, v = (torch.randn(2, 80, heads, 16).bfloat16().transpose(1, 2) for heads in (4, 2, 2))
     shared = (*rope_tables(80, 8), 6, 0.25)
     forward, backward = torch.ops.sliding_gqa.banded_forward, torch.ops.sliding_gqa.banded_backward
-    torch.library.opcheck(forward, (q, k, v, *shared, with_lse, 2))
+    library.opcheck(forward, (q, k, v, *shared, with_lse, 2))
     out, lse, kept = forward(q, k, v, *shared, with_lse, 2)
     assert {x.dtype for x in kept} == {products}
     grads = torch.randn_like(out), torch.randn_like(lse) if with_lse else None
-    torch.library.opcheck(backward, (*grads, q, k, v, out, lse, kept, *shared, 2))
+    library.opcheck(backward, (*grads, q, k, v, out, lse, kept, *shared, 2))
 
 
 def gradients(T, dtype=torch.float32, seed=0):

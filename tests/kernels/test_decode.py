@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,9 +96,9 @@ def test_operators_pass_opcheck(backend, rope, device):
     k_cache, v_cache = torch.randn(2, 2, Hkv, 9, D, device=device)
     lengths = torch.tensor([12, 1], dtype=torch.int32, device=device)
     cos, sin = (None, None) if rope is None else rope_tables(16, rope, device=device)
-    torch.library.opcheck(torch.ops.sliding_gqa.append, (k, k, k_cache, v_cache, lengths, cos, sin, backend))
+    library.opcheck(torch.ops.sliding_gqa.append, (k, k, k_cache, v_cache, lengths, cos, sin, backend))
     sinks = None if rope is None else torch.randn(Hq, device=device)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.sliding_gqa.decode, (q, k_cache, v_cache, lengths, sinks, cos, sin, 8, 0.25, None, backend)
     )
 

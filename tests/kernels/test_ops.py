@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch import library
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,10 +33,10 @@ def test_operators_pass_opcheck(backend, everything, device):
     shared = (sinks, cos, sin, 6, 0.25, 5.0 if everything else None, backend)
     forward, backward = torch.ops.sliding_gqa.attention_forward, torch.ops.sliding_gqa.attention_backward
     if backend == "banded" and not everything:
-        torch.library.opcheck(forward, (q, k, v, *shared, False))
-    torch.library.opcheck(forward, (q, k, v, *shared, True))
+        library.opcheck(forward, (q, k, v, *shared, False))
+    library.opcheck(forward, (q, k, v, *shared, True))
     results = forward(q, k, v, *shared, True)
-    torch.library.opcheck(backward, (*grads_of(results, everything), q, k, v, *results, *shared))
+    library.opcheck(backward, (*grads_of(results, everything), q, k, v, *results, *shared))
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -44,10 +45,10 @@ def test_operators_that_keep_probabilities_pass_opcheck(T, S, with_lse, device):
     q, k, v = (x.detach() for x in inputs(T, S, device=device))
     shared = (*rope_tables(S, 8, device=device), 6, 0.25)
     forward, backward = torch.ops.sliding_gqa.banded_forward, torch.ops.sliding_gqa.banded_backward
-    torch.library.opcheck(forward, (q, k, v, *shared, with_lse, 2))
+    library.opcheck(forward, (q, k, v, *shared, with_lse, 2))
     *results, kept = forward(q, k, v, *shared, with_lse, 2)
     assert kept
-    torch.library.opcheck(backward, (*grads_of(results, with_lse), q, k, v, *results, kept, *shared, 2))
+    library.opcheck(backward, (*grads_of(results, with_lse), q, k, v, *results, kept, *shared, 2))
 
 
 def grads_of(results, with_lse):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from kernels import apply_rope, rope_tables
 from kernels.backends import reference
@@ -88,7 +89,7 @@ def test_operator_passes_opcheck(positions, device):
     cos, sin = rope_tables(30, 8, device=device)
     positions = None if positions is None else positions.to(device)
     arguments = (heads(4, device=device), heads(2, device=device), cos, sin, positions, 3, False, False, "triton")
-    torch.library.opcheck(torch.ops.sliding_gqa.rotate, arguments)
+    library.opcheck(torch.ops.sliding_gqa.rotate, arguments)
 
 
 def test_a_full_graph_serves_every_length_and_offset(device):

@@ -5,7 +5,8 @@ BLOCK_N in the interior. dk/dv: it owns BLOCK_N keys and walks rows, EDGE_M and 
 the band tight; a wide interior spreads the fixed cost of a step. Decoding: BLOCK_M is the most rows, one token of a
 group of up to 16 heads takes 16; BLOCK_N keys are copied at a time.
 
-`python benchmarks/tune_tiles.py --write` made the table with a model of each card. docs/kernels.md says how it
+`python benchmarks/tune_tiles.py --write` made the table with a model of each card, but for sm_90 in 16 bits at 64
+and 128, which were timed. docs/kernels.md says how it
 searched, which entries spill, and by how much. A head size takes the entry of the next larger one.
 """
 
