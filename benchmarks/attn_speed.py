@@ -9,6 +9,7 @@ explains (`Oracle`). A wrong one is named and not timed. Calls take turns. Colum
     shape        T, window, query heads / KV heads x head size; the batch size in front if it is not 1
     ms           median of the calls (20th to 80th percentile); fwd+bwd is one forward and one backward together
     host ms      on a GPU only: until the call returns to Python (measure.py)
+    busy ms      on a CPU only: of ours while another process keeps a core busy; faults: page faults a call
     TFLOP/s      over visible pairs only (GFLOP/s on a CPU): 4 D a pair forward, 3.5 times that with the backward
     of matmul    share of the FLOP/s of a large matrix product in the same dtype and the same turns
     MB           memory that a call takes at its peak: masks and results count, inputs do not
@@ -25,7 +26,18 @@ import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from attn_contestants import CONTESTANTS, Oracle, Problem, backend_of_ours
-from measure import alternate, call_of, large_matmul, peak_memory, ratio, shown, table, three_digits, with_memory_held
+from measure import (
+    add_busy,
+    alternate,
+    call_of,
+    large_matmul,
+    peak_memory,
+    ratio,
+    shown,
+    table,
+    three_digits,
+    with_memory_held,
+)
 
 # T, window[, Hq, Hkv, D[, B]]
 QUICK = {
@@ -117,6 +129,7 @@ def measure_point(problem, contestants, seconds):
         matmul()
         times = alternate({**calls, "matmul": matmul}, problem.device, seconds)
         add_figures(rows, times, problem.flops, matmul_flops)
+        add_busy(rows, calls, problem.device)
     return rows
 
 

@@ -23,6 +23,7 @@ from .checkpoint import from_pretrained, resolve_checkpoint
 from .command import Parser, resolve_device
 from .gpt import attention_backend
 from .sampling import TextUntil, generate
+from .shared_cores import SharedCores
 
 INTERACTIVE = "each line is a prompt; /help shows the settings, Ctrl-C stops the answer, /quit or Ctrl-D ends"
 SETTINGS = {  # options that interactive mode changes, by /temperature 0.8, and the types of their values
@@ -132,13 +133,14 @@ def _run(parser, options):
         except (ValueError, RuntimeError, OSError) as error:
             parser.error(f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error))
         print(writer.about, file=sys.stderr, flush=True)
-        if options.interactive:
-            return _interact(writer, options)
-        for number, text in enumerate(texts, start=1):
-            if options.num_samples > 1:
-                print(f"--- sample {number} of {options.num_samples}", file=sys.stderr, flush=True)
-            print("" if options.log_probabilities else prompt or writer.start, end="", flush=True)
-            writer.write(text)
+        with SharedCores(writer.model.wte.weight.device):
+            if options.interactive:
+                return _interact(writer, options)
+            for number, text in enumerate(texts, start=1):
+                if options.num_samples > 1:
+                    print(f"--- sample {number} of {options.num_samples}", file=sys.stderr, flush=True)
+                print("" if options.log_probabilities else prompt or writer.start, end="", flush=True)
+                writer.write(text)
     except KeyboardInterrupt:
         if writer is not None:
             print(writer.held, flush=True)

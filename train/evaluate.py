@@ -26,6 +26,7 @@ from tqdm import tqdm
 from model import CharTokenizer, from_pretrained
 from model.checkpoint import resolve_checkpoint
 from model.command import Parser, resolve_device, use_fast_products
+from model.shared_cores import SharedCores
 
 from .config import add_flags, check_values, from_flags, option
 from .corpus import Corpus
@@ -139,14 +140,15 @@ def _main(arguments):
             raise ValueError(f"checkpoint {checkpoint} has no tokenizer.json, which turns text into tokens")
         source, part, held_out = held_out_text(config, checkpoint, tokenizer)
         began = time.perf_counter()
-        result = evaluate(
-            model,
-            held_out.tokens,
-            stride=config.stride,
-            context_length=config.context_size,
-            batch_size=config.batch_size,
-            progress=True,
-        )
+        with SharedCores(device):
+            result = evaluate(
+                model,
+                held_out.tokens,
+                stride=config.stride,
+                context_length=config.context_size,
+                batch_size=config.batch_size,
+                progress=True,
+            )
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
     seconds = time.perf_counter() - began

@@ -23,6 +23,7 @@ import torch
 from model import GPT, flops_per_token
 from model.checkpoint import CheckpointError, resolve_checkpoint
 from model.command import fast_precision, resolve_device
+from model.shared_cores import SharedCores
 
 from .checkpoint import checkpoint_to_resume, note_resumption, point_last_at, read_state, save_checkpoint, versions
 from .config import TrainerConfig
@@ -135,7 +136,7 @@ class Trainer:
         self.started = self._meter_started - self.seconds
         bar = ProgressBar(self.total_steps, self.step, self.processes.rank == 0, self.config.eval_every)
         try:
-            with StopRequest() as stop, bar:
+            with StopRequest() as stop, bar, SharedCores(self.device):
                 self._loop(stop, bar)
         except BaseException:
             self.discard()
