@@ -12,15 +12,13 @@ without a message if the reader of a pipe closed it.
 
 import argparse
 import contextlib
-import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
 
 from .checkpoint import from_pretrained, resolve_checkpoint
-from .command import Parser, resolve_device
+from .command import Parser, command_output, resolve_device
 from .gpt import attention_backend
 from .sampling import TextUntil, generate
 from .shared_cores import SharedCores
@@ -110,15 +108,9 @@ def make_parser():
 def main(arguments=None) -> int:
     """Run the command with these arguments (default: the process's own) and return its exit status."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes a question mark
-    try:
-        return _run(parser, options)
-    except OSError as error:  # of standard output; Python must not flush to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            print(f"{parser.prog}: error: standard output cannot be written: {error.strerror}", file=sys.stderr)
-        return 1
+    with command_output(parser.prog, ends=True):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes a question mark
+        return _run(parser, parser.parse_args(arguments))
 
 
 def _run(parser, options):
@@ -296,6 +288,4 @@ def _setting(options, name):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # model/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -23,7 +23,7 @@ import torch
 
 from model import GPT, CharTokenizer, attention_backend, from_pretrained
 from model.checkpoint import CheckpointError, resolve_checkpoint
-from model.command import Parser, resolve_device, use_fast_products
+from model.command import Parser, command_output, resolve_device, use_fast_products
 
 from .checkpoint import checkpoint_to_resume, recall_flags
 from .config import (
@@ -41,8 +41,8 @@ from .corpus import given_tokenizer
 from .data import TextData, TokenDataset, load_data
 from .distributed import exit_process, is_main_process, join_processes, local_device
 from .lock import refuse_if_written
-from .memory import describe_estimate, require_memory
-from .metrics import SAMPLE_TEMPERATURE, command_output, sample_text
+from .memory import describe_estimate, model_memory, require_memory
+from .metrics import SAMPLE_TEMPERATURE, sample_text
 from .run_directory import check_run_directory, require_own
 from .trainer import Trainer
 
@@ -137,6 +137,8 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
         recorded=recorded,
     )
     if model is None:
+        if config.parallel != "fsdp":  # whose processes share the model
+            processes.run_on_main(require_memory, model_memory(run.model_config(data.tokenizer.vocab_size)), device)
         model = GPT(run.model_config(data.tokenizer.vocab_size), run.fused_kernels, run.backend, seed=config.seed)
     training_set, held_out_set = make_datasets(run, data)
     record = {"command": command, "stated": sorted(stated), "run": dataclasses.asdict(run), "data": data.record}

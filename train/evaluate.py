@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 from model import CharTokenizer, from_pretrained
 from model.checkpoint import resolve_checkpoint
-from model.command import Parser, resolve_device, use_fast_products
+from model.command import Parser, command_output, resolve_device, use_fast_products
 from model.shared_cores import SharedCores
 
 from .config import add_flags, check_values, from_flags, option
 from .corpus import Corpus
-from .metrics import command_output
 from .run_directory import read_facts
 from .tokens import Encoded, tokenize
 

@@ -5,9 +5,7 @@ import json
 import math
 import os
 import re
-import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -221,61 +219,6 @@ class ProgressBar(tqdm):
         """Prints a line on stdout, above the bar."""
         if not self.disable:
             self.write(line)
-
-
-class Output:
-    """A text stream that ends no run: what cannot be written (a closed pipe, a full disk, no terminal) is dropped."""
-
-    def __init__(self, stream, name: str):
-        self._stream, self._name, self.error = stream, name, None
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        self.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, function, *arguments):
-        try:
-            function(*arguments)
-        except OSError as error:
-            self.error = error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            if not isinstance(error, BrokenPipeError):
-                print(f"{self._name} cannot be written: {error.strerror}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def command_output(program: str):
-    """Inside the block stdout and stderr are `Output`s, a warning is one line, shown once, and so is the end by Ctrl-C.
-
-    Yields stdout.
-    """
-    before = sys.stdout, sys.stderr
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by train/__init__.py, while torch was loaded
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout, sys.stderr = Output(sys.stdout, "standard output"), Output(sys.stderr, "standard error")
-    shown = set()
-
-    def show(message, *where, **more):
-        if str(message) not in shown:
-            shown.add(str(message))
-            tqdm.write(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            yield sys.stdout
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
