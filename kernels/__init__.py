@@ -10,6 +10,7 @@ layout   (batch, heads, length, head size), any strides whose last one is 1. A p
          (B, T, H, D) and transposed to (B, H, T, D) costs nothing, and the result comes back in q's memory layout.
 window   how many keys a query sees, its own included; None sees every earlier key. It is Hugging Face's
          `sliding_window`; flash-attention's (left, right) is (window - 1, 0).
+         A pair (left, right) is flash-attention's: keys i - left .. i + right.
 groups   query head h reads KV head h // (Hq / Hkv); Hq / Hkv may be any whole number.
 lengths  queries are the *last* T of the S positions ("bottom-right"). T=3, S=5, window=3:
 
@@ -36,6 +37,7 @@ _HOME = {
     "sliding_gqa_attention": "attention",
     "apply_rope": "rope",
     "rope_tables": "rope",
+    "document_starts": "documents",
     "append_to_cache": "decode",
     "sliding_gqa_decode": "decode",
     "resolve_backend": "backend",

@@ -10,18 +10,31 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backend import autocast_dtype, backend_module, backward_reads_lse, resolve_backend
 from .band import attention_flops
-from .checks import check_heads, check_options, check_rope, check_tensor
+from .checks import (
+    check_heads,
+    check_options,
+    check_rope,
+    check_starts,
+    check_starts_values,
+    check_tensor,
+    check_window,
+)
 
 
 def sliding_gqa_attention(
-    q, k, v, window=None, *, scale=None, softcap=None, sinks=None, rope=None, return_lse=False, backend="auto"
-):
-    """Causal attention in which each query sees the `window` newest keys, its own included.
+    q, k, v, window=None, *, starts=None, scale=None, softcap=None, sinks=None, rope=None, return_lse=False,
+    backend="auto",
+):  # fmt: skip
+    """Attention in which each query sees the `window` newest keys, its own included; causal unless window is a pair.
 
     q (B, Hq, T, D); k, v (B, Hkv, S, D), S >= T, Hq % Hkv == 0. Query head h reads KV head h // (Hq / Hkv).
     Queries are the last T of S positions. window=3, T=3, S=5:      1 1 1 . .
     window=None sees every earlier key; scale defaults to D**-0.5.  . 1 1 1 .
                                                                     . . 1 1 1
+    window    (left, right) also sees later keys: i - left .. i + right, None or -1 for no bound. W is (W - 1, 0).
+              right other than 0 needs T = S.
+    starts    (B, S) int32, for each position the first position of its document (`document_starts`): attention stays
+              inside it. On a CPU, wrong values raise; on a GPU they give wrong rows, and read nothing outside.
     softcap   c bounds the scaled scores to c * tanh(s / c) (Gemma 2).
     sinks     (Hq,) one more logit a head that takes probability and gives no value (gpt-oss).
     rope      (cos, sin) of `rope_tables`, at least S long: q and k are rotated inside, half-split, at positions
@@ -39,21 +52,28 @@ def sliding_gqa_attention(
         check_tensor("k", k, k), check_tensor("v", v, v)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     check_heads(q, k, v, "k", "v")
-    window, scale, softcap = check_options(q, window, scale, softcap, sinks)
+    window, right = check_window(window)
+    scale, softcap = check_options(q, scale, softcap, sinks)
     if q.shape[2] > k.shape[2]:
         raise ValueError(
             f"q has {q.shape[2]} positions, more than k's {k.shape[2]}: queries are the last T of S positions"
         )
+    if right != 0 and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"window's right side is not 0, which needs as many queries as keys: q has {q.shape[2]} positions, k "
+            f"{k.shape[2]}"
+        )
+    check_starts(starts, q, k.shape[2])
     cos, sin = check_rope(rope, k.shape[2], q)
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     with_lse = return_lse or sinks is not None or backward_reads_lse(name)
-    arguments = q, k, v, sinks, cos, sin, window, scale, softcap
+    arguments = q, k, v, starts, sinks, cos, sin, window, right, scale, softcap
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
         attend = _Attention.apply
         # what a backend keeps for its backward pass depends on sizes, which are symbols in torch.compile
         if not torch.compiler.is_compiling():
             keeping = getattr(backend_module(name), "attend_keeping", None)
-            attend = (keeping and keeping(q, k, window, sinks, softcap)) or attend
+            attend = (keeping and keeping(q, k, starts, window, right, sinks, softcap)) or attend
         out, lse, *_ = attend(*arguments, name, with_lse)
     else:
         out, lse = torch.ops.sliding_gqa.attention_forward(*arguments, name, with_lse)
@@ -62,57 +82,64 @@ def sliding_gqa_attention(
 
 library.define(
     "sliding_gqa::attention_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, float scale, "
-    "float? softcap, str backend, bool with_lse) -> (Tensor out, Tensor lse)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, "
+    "SymInt? right, float scale, float? softcap, str backend, bool with_lse) -> (Tensor out, Tensor lse)",
 )
 library.define(
     "sliding_gqa::attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, float scale, float? softcap, str backend) "
+    "Tensor? starts, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, SymInt? right, float scale, "
+    "float? softcap, str backend) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
 )
 
 
 @library.impl("sliding_gqa::attention_forward", "default")
-def _forward(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
+def _forward(q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, backend, with_lse):
     rope = None if cos is None else (cos, sin)
+    if starts is not None and starts.is_cpu:
+        check_starts_values(starts)
+    options = {"right": right, "starts": starts, "scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
     with torch.autocast(q.device.type, enabled=False):
-        return backend_module(backend).attend(
-            q, k, v, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope, with_lse=with_lse
-        )
+        return backend_module(backend).attend(q, k, v, window, **options, with_lse=with_lse)
 
 
 @library.register_fake("sliding_gqa::attention_forward")
-def _forward_fake(q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
+def _forward_fake(q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, backend, with_lse):
     wide = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q), q.new_empty(q.shape[:3] if with_lse else 0, dtype=wide)
 
 
 @library.impl("sliding_gqa::attention_backward", "default")
-def _backward(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, window, scale, softcap, backend):
+def _backward(grad_out, grad_lse, q, k, v, out, lse, starts, sinks, cos, sin, window, right, scale, softcap, backend):
     rope = None if cos is None else (cos, sin)
+    options = {"right": right, "starts": starts, "scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
     with torch.autocast(q.device.type, enabled=False):
         dq, dk, dv, dsinks = backend_module(backend).attend_backward(
-            grad_out, grad_lse, q, k, v, out, lse, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
+            grad_out, grad_lse, q, k, v, out, lse, window, **options
         )
     # an operator's result is a tensor: without sinks, one of no elements
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
 @library.register_fake("sliding_gqa::attention_backward")
-def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, window, scale, softcap, backend):
+def _backward_fake(
+    grad_out, grad_lse, q, k, v, out, lse, starts, sinks, cos, sin, window, right, scale, softcap, backend
+):  # fmt: skip
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
 
 
 @register_flop_formula(torch.ops.sliding_gqa.attention_forward)
-def _forward_flops(q_shape, k_shape, v_shape, sinks, cos, sin, window, *args, **kwargs):
-    return attention_flops(q_shape, k_shape, window, products=2)
+def _forward_flops(q_shape, k_shape, v_shape, starts, sinks, cos, sin, window, right, *args, **kwargs):
+    return attention_flops(q_shape, k_shape, window, right, products=2)
 
 
 @register_flop_formula(torch.ops.sliding_gqa.attention_backward)
-def _backward_flops(grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, sinks, cos, sin, window, *args, **kwargs):
-    return attention_flops(q_shape, k_shape, window, products=5)
+def _backward_flops(
+    grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, starts, sinks, cos, sin, window, right, *args, **kwargs
+):  # fmt: skip
+    return attention_flops(q_shape, k_shape, window, right, products=5)
 
 
 backend_module("banded")  # has operators of its own, which a FLOP counter must know before their first call
@@ -121,24 +148,22 @@ backend_module("banded")  # has operators of its own, which a FLOP counter must 
 class _Attention(torch.autograd.Function):
     # forward takes ctx: with a setup_context beside it, PyTorch inspects its signature at every call, 0.1 ms on a CPU
     @staticmethod
-    def forward(ctx, q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
-        ctx.options, ctx.with_lse = (window, scale, softcap, backend), with_lse
-        out, lse = torch.ops.sliding_gqa.attention_forward(
-            q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse
-        )
+    def forward(ctx, q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, backend, with_lse):
+        ctx.options, ctx.with_lse = (window, right, scale, softcap, backend), with_lse
+        out, lse = torch.ops.sliding_gqa.attention_forward(q, k, v, starts, sinks, cos, sin, *ctx.options, with_lse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, sinks, cos, sin)
+        ctx.save_for_backward(q, k, v, out, lse, starts, sinks, cos, sin)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        q, k, v, out, lse, sinks, cos, sin = ctx.saved_tensors
+        q, k, v, out, lse, starts, sinks, cos, sin = ctx.saved_tensors
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
         if not ctx.with_lse:  # torch.compile sends zeros for a result that was not used
             grad_lse = None
         dq, dk, dv, dsinks = torch.ops.sliding_gqa.attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, sinks, cos, sin, *ctx.options
+            grad_out, grad_lse, q, k, v, out, lse, starts, sinks, cos, sin, *ctx.options
         )
-        return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
+        return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * 8

@@ -57,25 +57,78 @@ def check_tensor(name, x, q, q_name="q"):
         raise ValueError(f"{name} is on {x.device}, {q_name} is on {q.device}: move it with .to({q_name}.device)")
 
 
-def check_options(q, window, scale, softcap, sinks):
-    """(window, scale, softcap) as Python's numbers.
+def check_window(window):
+    """(keys up to the query's own, later keys), None for no bound, of a number W, None, or a pair (left, right).
+
+    Raises ValueError for all else.
+    """
+    if window is None:
+        return None, 0
+    if isinstance(window, tuple | list):
+        if len(window) != 2:
+            raise ValueError(f"window has {len(window)} numbers, expected one, or the two of (left, right)")
+        left, right = (_side(*named) for named in zip(("left", "right"), window, strict=True))
+        return None if left is None else left + 1, right
+    if type(window) is not int:
+        window = whole_number("window", window)
+    if window < 1:
+        raise ValueError(
+            f"window is {window}, expected None or at least 1, the query's own key included (flash-attn's (W - 1, 0))"
+        )
+    if window > LARGEST_INT:
+        raise ValueError(f"window is {window}, expected less than 2**63: None sees every earlier key")
+    return window, 0
+
+
+def _side(name, keys):
+    """A side of the window as a number of keys; None for no bound."""
+    if keys is None:
+        return None
+    keys = whole_number(f"window's {name} side", keys)
+    if keys == -1:
+        return None
+    if not 0 <= keys < LARGEST_INT:
+        raise ValueError(f"window's {name} side is {keys}, expected at least 0 keys, or None or -1 for no bound")
+    return keys
+
+
+def check_starts(starts, q, length):
+    """Raise ValueError unless starts is None or int32 (B, length), the first position of each position's document."""
+    if starts is None:
+        return
+    if not isinstance(starts, torch.Tensor):
+        raise ValueError(f"starts is {kind_of(starts)}, expected a tensor (batch, length): see document_starts")
+    expected = q.shape[0], length
+    if starts.dtype != torch.int32 or starts.shape != expected:
+        raise ValueError(
+            f"starts is {starts.dtype} {tuple(starts.shape)}, expected torch.int32 {expected}, one for each key: see "
+            "document_starts"
+        )
+    if starts.device != q.device:
+        raise ValueError(f"starts is on {starts.device}, q is on {q.device}: move it with .to(q.device)")
+
+
+def check_starts_values(starts):
+    """Raise ValueError unless each of starts (B, S) is its own position, or what the position before it has.
+
+    It reads them, so that it is for a CPU's tensor only.
+    """
+    position = torch.arange(starts.shape[1], dtype=starts.dtype, device=starts.device)
+    right = starts == position
+    right[:, 1:] |= starts[:, 1:] == starts[:, :-1]
+    if not right.all():
+        row, i = (~right).nonzero()[0].tolist()
+        before = f" or {starts[row, i - 1]}, its neighbour's" if i else ""
+        raise ValueError(
+            f"starts[{row}, {i}] is {starts[row, i]}, expected {i}, a document's begin{before}: see document_starts"
+        )
+
+
+def check_options(q, scale, softcap, sinks):
+    """(scale, softcap) as Python's numbers.
 
     Raises ValueError unless they and sinks mean something for q (B, Hq, T, D). scale None stands for D**-0.5.
     """
-    if window is not None:
-        if isinstance(window, tuple | list):
-            raise ValueError(
-                f"window is {window!r}, expected one number: flash-attn's (left, right) = (W - 1, 0) is window=W"
-            )
-        if type(window) is not int:
-            window = whole_number("window", window)
-        if window < 1:
-            raise ValueError(
-                f"window is {window}, expected None or at least 1, the query's own key included "
-                "(flash-attn's (W - 1, 0))"
-            )
-        if window > LARGEST_INT:
-            raise ValueError(f"window is {window}, expected less than 2**63: None sees every earlier key")
     scale = q.shape[3] ** -0.5 if scale is None else positive_number("scale", scale)
     softcap = None if softcap is None else positive_number("softcap", softcap, "None or ")
     if sinks is not None:
@@ -89,7 +142,7 @@ def check_options(q, window, scale, softcap, sinks):
             )
         if sinks.device != q.device:
             raise ValueError(f"sinks is on {sinks.device}, q is on {q.device}: move it with .to(q.device)")
-    return window, scale, softcap
+    return scale, softcap
 
 
 def check_rope(rope, length, q, q_name="q"):

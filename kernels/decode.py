@@ -15,7 +15,7 @@ import torch
 from torch import library
 
 from .backend import backend_module, resolve_backend
-from .checks import check_heads, check_options, check_reach, check_rope, check_tensor, kind_of
+from .checks import check_heads, check_options, check_reach, check_rope, check_tensor, check_window, kind_of
 
 
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
@@ -69,7 +69,10 @@ def sliding_gqa_decode(
     or of that position, is NaN.
     """
     check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
-    window, scale, softcap = check_options(q, window, scale, softcap, sinks)
+    window, right = check_window(window)
+    if right != 0:
+        raise ValueError("window's right side is not 0: a cache holds no keys after the newest token")
+    scale, softcap = check_options(q, scale, softcap, sinks)
     lengths = _check_ring(q, k_cache, lengths)
     T, C = q.shape[2], k_cache.shape[2]
     if window is not None and C < window + T - 1:

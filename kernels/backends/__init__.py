@@ -9,8 +9,9 @@
     READS_LENGTHS                                     whether it reads `lengths` on the host, also from a GPU
     BACKWARD_READS_LSE                                whether `attend_backward` reads lse
 
-The options of attention are scale, softcap, sinks and rope, as `sliding_gqa_attention` has them; `attend` also takes
-with_lse, False where nobody needs lse. Arguments are checked already, and results have the memory layout of q (k, v).
+The options of attention are starts, scale, softcap, sinks and rope, as `sliding_gqa_attention` has them, and right, the
+later keys that a query sees (None: all); `attend` also takes with_lse, False where nobody needs lse. Arguments are
+checked already, and results have the memory layout of q (k, v).
 Two more names are optional: `attend_keeping`, an attention that keeps more for its backward pass, and `token_step`, a
 module for one token at a time. banded has both.
 """

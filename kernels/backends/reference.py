@@ -1,6 +1,6 @@
 """The specification: attention, rotation and decoding written as their definitions, O(T * S), in any float dtype.
 
-    s_ij = scale * q_i . k_j                                  over the keys j that query i sees: i - window < j <= i
+    s_ij = scale * q_i . k_j            over the keys j that query i sees: i - window < j <= i + right, in its document
     s_ij = softcap * tanh(s_ij / softcap)                     if there is a softcap (Gemma 2, arXiv:2408.00118)
     lse_i = log(sum_j exp(s_ij) + exp(sink_h))                the sink of head h, if any (gpt-oss, arXiv:2508.10925)
     o_i = sum_j exp(s_ij - lse_i) v_j
@@ -54,10 +54,10 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
     return rotated(q, cos, sin, interleaved), rotated(k, cos, sin, interleaved)
 
 
-def attention(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None):
+def attention(q, k, v, window=None, *, scale, right=0, starts=None, softcap=None, sinks=None, rope=None):
     """(out, lse) of `sliding_gqa_attention`, by its definition; differentiable by PyTorch."""
     qw, kw, vw = _widened(q, k, v, rope)
-    seen = visible_mask(q.shape[2], k.shape[2], window, q.device)
+    seen = visible_mask(q.shape[2], k.shape[2], window, q.device, right=right, starts=starts)
     scores = _scores(qw @ kw.mT, seen, scale, softcap)
     return _average(scores, vw, _lse(scores, sinks), q.dtype)
 
@@ -105,7 +105,10 @@ def attend(q, k, v, window=None, *, with_lse=True, **options):
     return torch.empty_like(q).copy_(out), lse.contiguous() if with_lse else lse.new_empty(0)
 
 
-def attend_backward(grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale, softcap=None, sinks=None, rope=None):
+def attend_backward(
+    grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale, right=0, starts=None, softcap=None, sinks=None,
+    rope=None,
+):  # fmt: skip
     """(dq, dk, dv, dsinks), by the chain rule; out and lse are not read, so that nothing here is rounded twice.
 
     p_ij = exp(s_ij - lse_i)      dp_ij = do_i . v_j       delta_i = sum_j p_ij dp_ij - dlse_i
@@ -115,7 +118,8 @@ def attend_backward(grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale
     """
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     qw, kw, vw = _widened(q, k, v, rope)
-    scores = _scores(qw @ kw.mT, visible_mask(T, S, window, q.device), scale, softcap)
+    seen = visible_mask(T, S, window, q.device, right=right, starts=starts)
+    scores = _scores(qw @ kw.mT, seen, scale, softcap)
     lse = _lse(scores, sinks)[..., None]
     p = _probabilities(scores, lse)
     do = grad_out.to(qw.dtype)

@@ -6,7 +6,7 @@ from kernels.backends import reference
 from kernels.band import visible_mask
 
 
-def eager(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None):
+def eager(q, k, v, window, *, scale, right=0, starts=None, softcap=None, sinks=None, rope=None):
     """(out, lse) with every intermediate result in the inputs' dtype, as PyTorch users write attention."""
     T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     if rope is not None:
@@ -16,7 +16,8 @@ def eager(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None):
     scores = (q * scale) @ k.mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible_mask(T, S, window, q.device), float("-inf"))
+    seen = visible_mask(T, S, window, q.device, right=right, starts=starts)
+    scores = scores.masked_fill(~seen, float("-inf"))
     columns = scores
     if sinks is not None:
         columns = torch.cat([scores, sinks.to(scores)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)

@@ -30,7 +30,7 @@ def test_operators_pass_opcheck(backend, everything, device):
     q, k, v = (x.detach() for x in inputs(12, 15, device=device))
     sinks = torch.randn(4, device=device) if everything else None
     cos, sin = rope_tables(15, 8, device=device) if everything else (None, None)
-    shared = (sinks, cos, sin, 6, 0.25, 5.0 if everything else None, backend)
+    shared = (None, sinks, cos, sin, 6, 0, 0.25, 5.0 if everything else None, backend)
     forward, backward = torch.ops.sliding_gqa.attention_forward, torch.ops.sliding_gqa.attention_backward
     if backend == "banded" and not everything:
         library.opcheck(forward, (q, k, v, *shared, False))
@@ -196,8 +196,8 @@ BAD_CALLS = {
     "T > S": ({"q": torch.randn(2, 4, 7, 8)}, "q has 7 positions, more than k's 6"),
     "window below 1": ({"window": 0}, "window is 0, expected None or at least 1.*flash-attn's \\(W - 1, 0\\)"),
     "flash-attn's window": (
-        {"window": (3, 0)},
-        "window is \\(3, 0\\), expected one number.*\\(W - 1, 0\\) is window=W",
+        {"window": (3, 0, 1)},
+        "window has 3 numbers, expected one, or the two of \\(left, right\\)",
     ),
     "sinks": ({"sinks": torch.zeros(2)}, "sinks is torch.float32 \\(2,\\), expected one float for each of q's 4 heads"),
     "short tables": ({"rope": rope_tables(5, 8)}, "rope tables hold 5 positions, which is fewer than the 6"),

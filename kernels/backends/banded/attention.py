@@ -293,12 +293,15 @@ def _backward_in_blocks(
     return dq, dk, dv, dsinks
 
 
-def attend(q, k, v, window=None, *, scale, softcap=None, sinks=None, rope=None, with_lse=True):
+def attend(q, k, v, window=None, *, scale, right=0, starts=None, softcap=None, sinks=None, rope=None, with_lse=True):
     """(out, lse): see kernels/backends/__init__.py."""
     return _forward(q, k, v, window, scale, softcap, sinks, rope, with_lse)[:2]
 
 
-def attend_backward(grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale, softcap=None, sinks=None, rope=None):
+def attend_backward(
+    grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale, right=0, starts=None, softcap=None, sinks=None,
+    rope=None,
+):  # fmt: skip
     """(dq, dk, dv, dsinks) from recomputed probabilities: see kernels/backends/__init__.py."""
     return _backward(grad_out, grad_lse, q, k, v, out, lse, window, scale, softcap, sinks, rope)
 
@@ -307,13 +310,13 @@ def attend_backward(grad_out, grad_lse, q, k, v, out, lse, window=None, *, scale
 # kernels/attention.py, with `kept` between them, and `threads`, for how many the work is cut.
 
 
-def attend_keeping(q, k, window, sinks, softcap):
+def attend_keeping(q, k, starts, window, right, sinks, softcap):
     """A differentiable attention that keeps its probabilities for the backward pass; None where it should not.
 
     Its arguments are those of `kernels.attention._Attention.apply`. Nothing is kept with sinks or a softcap.
     """
     longest = max((step.region.keys for step in steps_of(q, k, window, 1)), default=0)
-    if sinks is None and softcap is None and longest <= KEPT_KEYS * q.shape[3]:
+    if starts is None and right == 0 and sinks is None and softcap is None and longest <= KEPT_KEYS * q.shape[3]:
         return _KeepingAttention.apply
     return None
 
@@ -368,17 +371,17 @@ def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, window
 
 @register_flop_formula(torch.ops.sliding_gqa.banded_forward)
 def _forward_flops(q_shape, k_shape, v_shape, cos, sin, window, *args, **kwargs):
-    return attention_flops(q_shape, k_shape, window, products=2)
+    return attention_flops(q_shape, k_shape, window, 0, products=2)
 
 
 @register_flop_formula(torch.ops.sliding_gqa.banded_backward)
 def _backward_flops(grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, kept, cos, sin, window, *args, **kwargs):
-    return attention_flops(q_shape, k_shape, window, products=5)
+    return attention_flops(q_shape, k_shape, window, 0, products=5)
 
 
 class _KeepingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, cos, sin, window, scale, softcap, backend, with_lse):
+    def forward(ctx, q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, backend, with_lse):
         ctx.options = window, scale, torch.get_num_threads()
         out, lse, kept = torch.ops.sliding_gqa.banded_forward(
             q, k, v, cos, sin, window, scale, with_lse, ctx.options[2]
@@ -396,4 +399,4 @@ class _KeepingAttention(torch.autograd.Function):
         grads = torch.ops.sliding_gqa.banded_backward(
             grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, *ctx.options
         )
-        return *grads, *[None] * 8
+        return *grads, *[None] * 10

@@ -272,8 +272,8 @@ def attention_dkdv_kernel(
 
 
 def attend_backward(
-    grad_out, grad_lse, q, k, v, out, lse, window, *, scale, softcap=None, sinks=None, rope=None, configs=(None, None),
-    parts=None,
+    grad_out, grad_lse, q, k, v, out, lse, window, *, scale, right=0, starts=None, softcap=None, sinks=None, rope=None,
+    configs=(None, None), parts=None,
 ):  # fmt: skip
     """(dq, dk, dv, dsinks) of `attention_forward`, each in the memory layout of what it is the gradient of.
 

@@ -99,7 +99,9 @@ def first_key(T, S, window):
     return 0 if window is None else max(0, S - T - window + 1)
 
 
-def attend(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None, with_lse=True, config=None):
+def attend(
+    q, k, v, window, *, scale, right=0, starts=None, softcap=None, sinks=None, rope=None, with_lse=True, config=None
+):
     """(out, lse) of `sliding_gqa_attention`: out in q's memory layout, lse (B, Hq, T) in fp32, for fp64 in fp64.
 
     With rope, k is rotated into a temporary first: in the loop it would be done again for every row block. lse costs
