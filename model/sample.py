@@ -5,7 +5,8 @@
     python -m model.sample --checkpoint runs/shakespeare --prompt-file letter.txt --min-p 0.1 --stop-string "\\n\\n"
     python -m model.sample --checkpoint runs/shakespeare --interactive
 
-The text goes to standard output as it is made, everything else to standard error. Exit status: 0; 2 for a wrong
+A text ends with --max-new-tokens, or where the model ends its document, by <|endoftext|>. It goes to standard output as
+it is made, everything else to standard error. Exit status: 0; 2 for a wrong
 argument or model directory; 130 after Ctrl-C, which keeps the text so far; 1 if standard output cannot be written, and
 without a message if the reader of a pipe closed it.
 """
@@ -217,8 +218,11 @@ class Writer:
         print(end="" if self.options.log_probabilities else "\n", flush=True)
 
     def _counted(self, stream):
+        """The tokens up to the one that ends a document."""
         for made in stream:
             self.tokens += 1
+            if self.tokenizer.end_of_text == int(made[0] if self.options.log_probabilities else made):
+                return
             yield made
 
     def _lines(self, stream, prompt):

@@ -1,6 +1,7 @@
 """What a run shows: metrics.jsonl, the curves, TensorBoard, the progress bar, sample texts, and the cards' peaks."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -227,14 +228,15 @@ SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
 def sample_text(model, tokenizer, length: int, seed: int) -> Iterator[str]:
     """The text of `length` sampled tokens, in pieces. The prompt is a line break, or token 0 if there is none.
 
-    The same weights and seed give the same text. torch's random state does not change.
+    It ends before the token that ends a document, if the vocabulary has one. The same weights and seed give the same
+    text. torch's random state does not change.
     """
     characters = isinstance(tokenizer, CharTokenizer)
     prompt = [0] if characters and "\n" not in tokenizer.stoi else tokenizer.encode("\n") or [0]
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
     chosen = {"temperature": SAMPLE_TEMPERATURE, "top_k": SAMPLE_TOP_K, "seed": seed}
-    sampled = generate(model, tokens, length, tokenizer=tokenizer, **chosen)
-    return tokenizer.stream((int(token) for token in sampled), prompt)
+    sampled = map(int, generate(model, tokens, length, tokenizer=tokenizer, **chosen))
+    return tokenizer.stream(itertools.takewhile(lambda token: token != tokenizer.end_of_text, sampled), prompt)
 
 
 class Peak(NamedTuple):
