@@ -101,7 +101,7 @@ def verify_sums(directory, advice="") -> list[str]:
     """The names of the files in SHA256SUMS; none for a directory without that file, which cannot be checked.
 
     advice: the end of the message for a changed file. Raises CheckpointError, in one line that names the file, unless
-    every byte is as it was written.
+    every byte is as it was written, and PermissionError for a file that is not ours to read.
     """
     sums = Path(directory) / SUMS
     try:
@@ -118,6 +118,8 @@ def verify_sums(directory, advice="") -> list[str]:
             path = sums.parent / name
             if checksums({name: path}) != line + "\n":
                 raise CheckpointError(f"{path} is not what was written{advice}")
+    except PermissionError as error:  # no damage: a resumed run must not go back to an older checkpoint, and delete it
+        raise PermissionError(f"{error.filename} cannot be read: {error.strerror}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{directory} is damaged: {error}") from None
     return names

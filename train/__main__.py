@@ -293,4 +293,8 @@ def _about_data(data, trainer):
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    try:
+        status = main()
+    except SystemExit as stopped:  # of wrong input: one of several processes must not clean up then either
+        status = stopped.code or 0
+    exit_process(status)
