@@ -20,6 +20,7 @@ from kernels import append_to_cache, resolve_backend, sliding_gqa_attention, sli
 from kernels.backend import PLAIN_PYTORCH, check_backend
 from kernels.band import visible_pairs
 
+from .gelu import gelu
 from .rotary import RopeTables
 from .sdpa import BandMasks, sdpa_attention
 
@@ -85,7 +86,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(config.mlp_width, config.d_model)
 
     def forward(self, x):
-        x = F.gelu(self.fc(x), approximate="tanh")
+        x = gelu(self.fc(x))
         return F.dropout(self.proj(x), self.dropout, self.training)
 
 
