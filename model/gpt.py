@@ -21,6 +21,7 @@ from kernels.backend import PLAIN_PYTORCH, check_backend
 from kernels.band import visible_mask, visible_pairs
 from kernels.checks import check_starts, check_starts_values
 
+from .gelu import gelu
 from .rotary import RopeTables
 from .sdpa import BandMasks, sdpa_attention
 
@@ -86,7 +87,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(config.mlp_width, config.d_model)
 
     def forward(self, x):
-        x = F.gelu(self.fc(x), approximate="tanh")
+        x = gelu(self.fc(x))
         return F.dropout(self.proj(x), self.dropout, self.training)
 
 
