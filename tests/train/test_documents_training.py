@@ -190,10 +190,15 @@ def test_writing_ends_where_the_model_ends_a_document(tmp_path, capsys, kind):
         assert written.out.strip() == "abc" if not extra else written.out.count("\n") == 3
 
 
-def test_plain_pytorch_trains_on_documents_to_the_same_losses(source, tmp_path):
+@pytest.mark.parametrize("architecture", ["original", "rope-window-gqa"])
+def test_plain_pytorch_trains_on_documents_to_the_same_losses(source, tmp_path, architecture):
     losses = []
-    for name, flags in (("kernels", []), ("plain", ["--no-fused-kernels", "--backend", "auto"])):
-        run_command("--data", source, *FAST, *flags, "--max-steps", 5, "--log-every", 1, "--out-dir", tmp_path / name)
+    steps = ["--max-steps", 5, "--log-every", 1]
+    plain = ["--no-fused-kernels", "--backend", "auto", "--activation-checkpointing"]
+    for name, flags in (("kernels", []), ("plain", plain)):
+        run_command(
+            "--data", source, *FAST, *flags, "--architecture", architecture, *steps, "--out-dir", tmp_path / name
+        )
         lines = [json.loads(line) for line in Path(tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-3)
