@@ -128,8 +128,8 @@ def test_the_command_trains_on_documents_evaluates_them_and_resumes(source, tmp_
     held_out, rows = (PackedDataset(part, LENGTH, tokenizer) for part in (data.held_out, data.training))
     share = len(data.held_out.tokens) / (len(data.held_out.tokens) + len(data.training.tokens))
     assert f"characters in 108 documents, {tokenizer.vocab_size} different; the last" in shown
-    assert f"the last {len(held_out.documents)} documents held out: {share:.0%} of the tokens" in shown
-    assert f"packed into {len(rows)} rows of 16, {rows.padding:.1%} of them padding" in shown
+    assert f"the last {len(held_out.documents)} documents held out, {100 * share:.1f} % of the tokens" in shown
+    assert f"packed into {len(rows)} rows of 16; {100 * rows.padding:.1f} % is padding" in shown
     record = json.loads((run / "run.json").read_text())
     assert record["run"]["documents"] is True and record["data"]["documents"] == 108
 
