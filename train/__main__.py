@@ -4,6 +4,7 @@
     python -m train --fused-kernels --data my.txt --context-size 256 --window 64 --max-steps 5000 --out-dir runs/mine
     python -m train --architecture original --no-fused-kernels     # GPT-2 in plain PyTorch, to compare with
     python -m train --fused-kernels --data 'books/*.txt' --embedding-type bpe --vocab-size 8192
+    python -m train --fused-kernels --data chats.jsonl            # documents, none of which is looked across
     python -m train --fused-kernels --random-config --seed 7                     # a model of random sizes
     python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # fine-tune a model
     python -m train --resume --out-dir runs/mine          # continue after any stop, with the same settings
@@ -262,7 +263,7 @@ def _first_lines(run, trainer, backend, data, estimate):
     rows = trainer.train_dataset
     examples = trainer.total_steps * config.batch_size * config.grad_accumulation
     if run.documents:
-        yield "", f"packed into {len(rows):,} rows of {rows.context_length}, {rows.padding:.1%} of them padding"
+        yield "", f"packed into {len(rows):,} rows of {rows.context_length}; {100 * rows.padding:.1f} % is padding"
         epochs = examples / len(rows)
     else:
         epochs = examples * rows.context_length / len(rows.tokens)
@@ -286,7 +287,9 @@ def _about_data(data, trainer):
     if held_out is None and "documents" in data:
         apart, trained_on = trainer.held_out_dataset, trainer.train_dataset
         share = len(apart.tokens) / (len(apart.tokens) + len(trained_on.tokens))
-        return f"{size}; the last {_count(len(apart.documents), 'document')} held out: {share:.0%} of the tokens"
+        return (
+            f"{size}; the last {_count(len(apart.documents), 'document')} held out, {100 * share:.1f} % of the tokens"
+        )
     if held_out is None:
         return f"{size}; the last 10 % are held out"
     return f"{size}; validation on {held_out['source']}: {held_out['characters']:,} characters"

@@ -63,7 +63,9 @@ class TrainerConfig:
     """
 
     max_steps: int | None = option(None, f"most steps to take (none: {DEFAULT_STEPS:,}, or --max-epochs)", True)
-    max_epochs: int | None = option(None, "most epochs to take (an example starts at every character)", True)
+    max_epochs: int | None = option(
+        None, "most epochs to take (an example starts at every token, or is a row of documents)", True
+    )
     batch_size: int = option(4, "examples in a batch, all processes together")
     grad_accumulation: int = option(1, "batches whose gradients are averaged for one step")
     optimizer: Literal["muon", "adamw"] = option("muon", "Muon for the hidden layers' matrices, or AdamW for all")

@@ -45,9 +45,13 @@ class PackedDataset(TokenDataset):
             raise ValueError("text has no document of two tokens, at least 2 are needed to predict one from another")
         rows = best_fit(pieces[:, 1], context_length)
         order = np.argsort(rows, kind="stable")
-        # (P, 3): first token, inputs, inputs before the first target that counts; row i has pieces _first[i] ..
-        self._pieces, rows = pieces[order], rows[order]
-        self._first = np.searchsorted(rows, np.arange(rows[-1] + 2))
+        begin, inputs, skipped = pieces[order].T
+        # row i holds pieces _first[i] .. _first[i + 1] - 1, in its first _filled[i] positions
+        self._first = np.append(0, np.cumsum(np.bincount(rows)))
+        before = np.append(0, np.cumsum(inputs))
+        self._filled = np.diff(before[self._first])
+        column = before[:-1] - before[self._first][rows[order]]
+        self._pieces = np.stack([begin, inputs, skipped, column], axis=1)
         self.padding = 1 - pieces[:, 1].sum() / (len(self) * context_length)
 
     def __len__(self) -> int:
@@ -55,28 +59,22 @@ class PackedDataset(TokenDataset):
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rows `indices` (B,): x and y int64, starts int32, all (B, T)."""
-        T, indices = self.context_length, np.asarray(indices)
-        of_row = [np.arange(self._first[row], self._first[row + 1]) for row in indices]
-        begin, inputs, skipped = self._pieces[np.concatenate(of_row)].T
-        filled = np.concatenate([np.cumsum(self._pieces[some, 1]) for some in of_row])
-        row = np.repeat(np.arange(len(indices)), [len(some) for some in of_row])
-        # every position of a token, piece after piece: in its piece, in the text, in the batch
+        T, rows = self.context_length, np.asarray(indices)
+        of_row = [np.arange(self._first[row], self._first[row + 1]) for row in rows]
+        begin, inputs, skipped, column = self._pieces[np.concatenate(of_row)].T
+        first = np.repeat(np.arange(len(rows)) * T, [len(pieces) for pieces in of_row])
+        # one entry for each token, piece after piece: its place in the piece, and in the batch
         within = np.arange(inputs.sum()) - np.repeat(np.cumsum(inputs) - inputs, inputs)
-        start = np.repeat(filled - inputs, inputs)
-        at = np.repeat(row * T, inputs) + start + within
-        last = np.array([self._pieces[some, 1].sum() for some in of_row])
-        starts = np.repeat(last, T)  # the padding is one document
-        starts[at] = start
-        position, counts = np.zeros(len(indices) * T, dtype=np.int64), np.zeros(len(indices) * T, dtype=bool)
+        at = np.repeat(first + column, inputs) + within
+        position, counts = np.full(len(rows) * T, -1), np.zeros(len(rows) * T, dtype=bool)
         position[at] = np.repeat(begin, inputs) + within
         counts[at] = within >= np.repeat(skipped, inputs)
-        found = self.tokens[torch.from_numpy(np.stack([position, position + 1]))].long()
-        is_token = torch.zeros(len(position), dtype=torch.bool)
-        is_token[torch.from_numpy(at)] = True
-        x = found[0].masked_fill_(~is_token, self.tokenizer.end_of_text)
-        y = found[1].masked_fill_(~torch.from_numpy(counts), -1)
-        starts = torch.from_numpy(starts.astype(np.int32))
-        return tuple(tensor.view(len(indices), T) for tensor in (x, y, starts))
+        starts = np.repeat(self._filled[rows], T).astype(np.int32)  # the padding is one more document
+        starts[at] = np.repeat(column, inputs)
+        x, y = self.tokens[torch.from_numpy(np.maximum(0, [position, position + 1]))].long()
+        x = x.masked_fill_(torch.from_numpy(position < 0), self.tokenizer.end_of_text)
+        y = y.masked_fill_(torch.from_numpy(~counts), -1)
+        return tuple(tensor.view(len(rows), T) for tensor in (x, y, torch.from_numpy(starts)))
 
 
 def find_documents(encoded: Encoded, end_of_text: int) -> np.ndarray:

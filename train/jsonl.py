@@ -48,7 +48,7 @@ def _document(line):
 
 def _reason(error):
     if isinstance(error, json.JSONDecodeError):
-        return f"it is not JSON ({error.msg} at column {error.colno})"
+        return f"it is not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start})"
     if isinstance(error, UnicodeEncodeError):

@@ -275,10 +275,7 @@ class Trainer:
         return TrainingFailed(f"{what}: {advice}")
 
     def _weights(self, batches) -> list[float]:
-        """What the mean loss of each of this process's batches of a step counts, 1 on average over all processes.
-
-        With documents, batches differ in the number of their targets.
-        """
+        """What each of this process's batches of a step counts, 1 on average: documents' batches differ in targets."""
         if len(batches[0]) == 2:
             return [1.0] * len(batches)
         targets = [_targets(batch) for batch in batches]
