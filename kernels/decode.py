@@ -25,6 +25,7 @@ from .checks import (
     kind_of,
     whole_number,
 )
+from .namespace import NAMESPACE, OPERATORS
 
 
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
@@ -59,7 +60,7 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto
     cos, sin = check_rope(rope, 0, k, "k")
     name, _ = resolve_backend(backend, k.device)
     with torch.no_grad():
-        torch.ops.sliding_gqa.append(k, v, k_cache, v_cache, lengths, cos, sin, name)
+        OPERATORS.append(k, v, k_cache, v_cache, lengths, cos, sin, name)
 
 
 def sliding_gqa_decode(
@@ -96,9 +97,7 @@ def sliding_gqa_decode(
         raise ValueError(f"num_splits is {num_splits}, expected None or a whole number of at least 1")
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     with torch.no_grad():
-        return torch.ops.sliding_gqa.decode(
-            q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, name
-        )
+        return OPERATORS.decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, name)
 
 
 def _check_ring(x, k_cache, lengths):
@@ -156,12 +155,12 @@ def _check_lengths(lengths, slots, cos, backend):
 
 
 library.define(
-    "sliding_gqa::append",
+    f"{NAMESPACE}::append",
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? cos, Tensor? sin, "
     "str backend) -> ()",
 )
 library.define(
-    "sliding_gqa::decode",
+    f"{NAMESPACE}::decode",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, Tensor? cos, Tensor? sin, "
     "SymInt? window, float scale, float? softcap, SymInt? num_splits, str backend) -> Tensor",
 )
@@ -175,10 +174,10 @@ def _append(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     backend_module(backend).append(k, v, k_cache, v_cache, lengths, rope=rope)
 
 
-library.impl("sliding_gqa::append", "default", _append)
+library.impl(f"{NAMESPACE}::append", "default", _append)
 
 
-@library.register_fake("sliding_gqa::append")
+@library.register_fake(f"{NAMESPACE}::append")
 def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     return None
 
@@ -191,9 +190,9 @@ def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softca
     return out if q.is_contiguous() and out.is_contiguous() else torch.empty_like(q).copy_(out)
 
 
-library.impl("sliding_gqa::decode", "default", _decode)
+library.impl(f"{NAMESPACE}::decode", "default", _decode)
 
 
-@library.register_fake("sliding_gqa::decode")
+@library.register_fake(f"{NAMESPACE}::decode")
 def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend):
     return torch.empty_like(q)
