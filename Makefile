@@ -1,10 +1,11 @@
 # Two commands from a fresh clone: `make train` and `make test`. Both make .venv and install into it first.
+# `make dist` builds what others install, into dist/, and needs nothing but Python.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint gpu-check clean
+.PHONY: train test lint dist gpu-check clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -16,6 +17,9 @@ test: $(VENV)/.installed-test lint
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+dist:
+	$(PYTHON) dist.py
 
 # With the Python and the packages that are there: nothing is installed.
 gpu-check:
@@ -35,4 +39,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

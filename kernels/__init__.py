@@ -27,9 +27,6 @@ Importing this package loads neither torch nor Triton: the names below are impor
 """
 
 import importlib
-import importlib.util
-import os
-import pkgutil
 
 __version__ = "0.1.0"
 
@@ -45,30 +42,11 @@ _HOME = {
 }
 __all__ = sorted(_HOME)
 
-# Hugging Face publishes another package named `kernels`, and transformers imports from whichever comes first on the
-# path. Ours keeps that working: submodules we lack are looked for in later path entries, and so are unknown names.
-_OURS = os.path.realpath(os.path.dirname(__file__))
-__path__ = [__path__[0]] + [p for p in pkgutil.extend_path(__path__, __name__)[1:] if os.path.realpath(p) != _OURS]
-_other_package = None
+if __name__ == "kernels":  # Hugging Face has a package of this name, too
+    from .namesake import Namesake
 
-
-def _load_other_package():
-    """The next package named `kernels` on the path, executed once as a module of its own; None if there is none."""
-    global _other_package
-    if _other_package is None:
-        for directory in __path__[1:]:
-            init = os.path.join(directory, "__init__.py")
-            if os.path.isfile(init):
-                spec = importlib.util.spec_from_file_location(__name__, init, submodule_search_locations=[directory])
-                module = importlib.util.module_from_spec(spec)
-                _other_package = module  # before it runs: its own imports may ask us for names again
-                try:
-                    spec.loader.exec_module(module)
-                except BaseException:
-                    _other_package = None
-                    raise
-                break
-    return _other_package
+    _namesake = Namesake(__name__, __path__)
+    __path__ = _namesake.path
 
 
 def __getattr__(name):
@@ -76,12 +54,8 @@ def __getattr__(name):
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    # `from . import checks` asks here before it imports our own submodule
-    ours = os.path.exists(os.path.join(_OURS, f"{name}.py")) or os.path.isdir(os.path.join(_OURS, name))
-    if not name.startswith("_") and not ours:
-        other = _load_other_package()
-        if other is not None and hasattr(other, name):
-            return getattr(other, name)
+    if "_namesake" in globals():
+        return _namesake.attribute(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -19,6 +19,7 @@ from .checks import (
     check_tensor,
     check_window,
 )
+from .namespace import NAMESPACE, OPERATORS
 
 
 def sliding_gqa_attention(
@@ -76,17 +77,17 @@ def sliding_gqa_attention(
             attend = (keeping and keeping(q, k, starts, window, right, sinks, softcap)) or attend
         out, lse, *_ = attend(*arguments, name, with_lse)
     else:
-        out, lse = torch.ops.sliding_gqa.attention_forward(*arguments, name, with_lse)
+        out, lse = OPERATORS.attention_forward(*arguments, name, with_lse)
     return (out, lse) if return_lse else out
 
 
 library.define(
-    "sliding_gqa::attention_forward",
+    f"{NAMESPACE}::attention_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, "
     "SymInt? right, float scale, float? softcap, str backend, bool with_lse) -> (Tensor out, Tensor lse)",
 )
 library.define(
-    "sliding_gqa::attention_backward",
+    f"{NAMESPACE}::attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor? starts, Tensor? sinks, Tensor? cos, Tensor? sin, SymInt? window, SymInt? right, float scale, "
     "float? softcap, str backend) "
@@ -94,7 +95,7 @@ library.define(
 )
 
 
-@library.impl("sliding_gqa::attention_forward", "default")
+@library.impl(f"{NAMESPACE}::attention_forward", "default")
 def _forward(q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, backend, with_lse):
     rope = None if cos is None else (cos, sin)
     if starts is not None and starts.is_cpu:
@@ -104,13 +105,13 @@ def _forward(q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, ba
         return backend_module(backend).attend(q, k, v, window, **options, with_lse=with_lse)
 
 
-@library.register_fake("sliding_gqa::attention_forward")
+@library.register_fake(f"{NAMESPACE}::attention_forward")
 def _forward_fake(q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, backend, with_lse):
     wide = torch.promote_types(q.dtype, torch.float32)
     return torch.empty_like(q), q.new_empty(q.shape[:3] if with_lse else 0, dtype=wide)
 
 
-@library.impl("sliding_gqa::attention_backward", "default")
+@library.impl(f"{NAMESPACE}::attention_backward", "default")
 def _backward(grad_out, grad_lse, q, k, v, out, lse, starts, sinks, cos, sin, window, right, scale, softcap, backend):
     rope = None if cos is None else (cos, sin)
     options = {"right": right, "starts": starts, "scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
@@ -122,7 +123,7 @@ def _backward(grad_out, grad_lse, q, k, v, out, lse, starts, sinks, cos, sin, wi
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@library.register_fake("sliding_gqa::attention_backward")
+@library.register_fake(f"{NAMESPACE}::attention_backward")
 def _backward_fake(
     grad_out, grad_lse, q, k, v, out, lse, starts, sinks, cos, sin, window, right, scale, softcap, backend
 ):  # fmt: skip
@@ -130,12 +131,12 @@ def _backward_fake(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
 
 
-@register_flop_formula(torch.ops.sliding_gqa.attention_forward)
+@register_flop_formula(OPERATORS.attention_forward)
 def _forward_flops(q_shape, k_shape, v_shape, starts, sinks, cos, sin, window, right, *args, **kwargs):
     return attention_flops(q_shape, k_shape, window, right, products=2)
 
 
-@register_flop_formula(torch.ops.sliding_gqa.attention_backward)
+@register_flop_formula(OPERATORS.attention_backward)
 def _backward_flops(
     grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, starts, sinks, cos, sin, window, right, *args, **kwargs
 ):  # fmt: skip
@@ -150,7 +151,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, backend, with_lse):
         ctx.options, ctx.with_lse = (window, right, scale, softcap, backend), with_lse
-        out, lse = torch.ops.sliding_gqa.attention_forward(q, k, v, starts, sinks, cos, sin, *ctx.options, with_lse)
+        out, lse = OPERATORS.attention_forward(q, k, v, starts, sinks, cos, sin, *ctx.options, with_lse)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, starts, sinks, cos, sin)
         return out, lse
@@ -163,7 +164,7 @@ class _Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         if not ctx.with_lse:  # torch.compile sends zeros for a result that was not used
             grad_lse = None
-        dq, dk, dv, dsinks = torch.ops.sliding_gqa.attention_backward(
+        dq, dk, dv, dsinks = OPERATORS.attention_backward(
             grad_out, grad_lse, q, k, v, out, lse, starts, sinks, cos, sin, *ctx.options
         )
         return dq, dk, dv, None, None if sinks is None else dsinks, *[None] * 8

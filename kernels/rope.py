@@ -15,6 +15,7 @@ from torch import library
 
 from .backend import backend_module, resolve_backend
 from .checks import check_reach, check_tables, check_tensor, kind_of, positive_number, whole_number
+from .namespace import NAMESPACE, OPERATORS
 
 
 def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None):
@@ -169,13 +170,13 @@ def _check_positions(positions, B, T, cos):
 
 
 library.define(
-    "sliding_gqa::rotate",
+    f"{NAMESPACE}::rotate",
     "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse, "
     "str backend) -> (Tensor q, Tensor k)",
 )
 
 
-@library.impl("sliding_gqa::rotate", "default")
+@library.impl(f"{NAMESPACE}::rotate", "default")
 def _rotate(q, k, cos, sin, positions, offset, interleaved, inverse, backend):
     if positions is None:
         positions = offset
@@ -185,7 +186,7 @@ def _rotate(q, k, cos, sin, positions, offset, interleaved, inverse, backend):
     return backend_module(backend).rotate(q, k, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
 
 
-@library.register_fake("sliding_gqa::rotate")
+@library.register_fake(f"{NAMESPACE}::rotate")
 def _rotate_fake(q, k, cos, sin, positions, offset, interleaved, inverse, backend):
     return torch.empty_like(q), torch.empty_like(k)
 
@@ -193,7 +194,7 @@ def _rotate_fake(q, k, cos, sin, positions, offset, interleaved, inverse, backen
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(q, k, cos, sin, positions, offset, interleaved, inverse, backend):
-        return torch.ops.sliding_gqa.rotate(q, k, cos, sin, positions, offset, interleaved, inverse, backend)
+        return OPERATORS.rotate(q, k, cos, sin, positions, offset, interleaved, inverse, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -9,7 +9,8 @@ A page is read from top to bottom, in an empty directory that has README.md:
     other blocks, code spans     what starts with `python -m`, `python benchmarks/` or torchrun is parsed; in a code
                                  span required flags and a last flag's value may be absent
     <!-- test: CODE -->          CODE runs first: it makes what the page takes as given, such as a text or a run.
-                                 It may use TEXT, make_text(file), make_run(directory) and make_model(directory)
+                                 It may use TEXT, make_text(file), make_run(directory), make_model(directory) and
+                                 make_wheel()
 """
 
 import argparse
@@ -29,6 +30,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.run
+
+import dist
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
@@ -86,6 +89,7 @@ def commands(block, first, may_run):
 def problems(page, name, monkeypatch):
     """What is wrong with a page, a line each. The working directory is where its commands run."""
     setup = {"TEXT": TEXT, "make_text": make_text, "make_run": make_run, "make_model": make_model}
+    setup["make_wheel"] = make_wheel
     namespace, found = setup, []
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # interactive commands find its end
     for line, kind, text in parts(page):
@@ -217,11 +221,19 @@ def make_model(directory):
     shutil.copytree(f"{directory}-run/best", directory)
 
 
+def make_wheel():
+    """The wheel of `make dist`, on the path."""
+    assert dist.main(["--out", "dist"]) == 0
+    (wheel,) = Path("dist").glob("*.whl")
+    sys.path.insert(0, str(wheel.absolute()))
+
+
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
     """An empty working directory with README.md in it."""
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("train.__main__.SAMPLE_TOKENS", 20)
     monkeypatch.setattr("train.metrics.History.plot", lambda history: None)  # it takes longer than the training

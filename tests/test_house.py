@@ -47,7 +47,7 @@ def test_no_kernel_imports_the_reference():
 
 
 def test_a_backend_imports_no_other_and_nothing_that_chooses_among_them():
-    """Of `kernels` it may use the band and what the CPU multiplies fast. Only compiled/ imports its own tools."""
+    """Of `kernels` it may use the band, names and what the CPU multiplies fast. Only compiled/ imports its tools."""
     for path in (ROOT / "kernels").rglob("*.py"):
         room = path.relative_to(ROOT / "kernels").parts
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -55,7 +55,7 @@ def test_a_backend_imports_no_other_and_nothing_that_chooses_among_them():
                 module = (*room[: len(room) - node.level], *(node.module or "").split("."))
                 assert module[0] != "compiled" or room[0] == "compiled", path
                 if room[0] == "backends":
-                    shared = module[0] in ("band", "cpu") or module == ("backends", "triton")
+                    shared = module[0] in ("band", "cpu", "namesake", "namespace") or module == ("backends", "triton")
                     assert shared or module[:2] == room[:2], path
 
 

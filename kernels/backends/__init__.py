@@ -5,7 +5,7 @@
     attend_backward(grad_out, grad_lse, q, k, v, out, lse, window, **options)    -> (dq, dk, dv, dsinks)
     rotate(q, k, cos, sin, *, positions, interleaved, inverse)                   -> (q, k), new tensors
     append(k, v, k_cache, v_cache, lengths, *, rope)                             writes into the rings
-    attend_to_cache(q, k_cache, v_cache, lengths, window, **options)             -> out
+    attend_to_cache(q, k_cache, v_cache, lengths, window, num_splits=None, **options)    -> out
     READS_LENGTHS                                     whether it reads `lengths` on the host, also from a GPU
     BACKWARD_READS_LSE                                whether `attend_backward` reads lse
 
@@ -16,26 +16,9 @@ Two more names are optional: `attend_keeping`, an attention that keeps more for 
 module for one token at a time. banded has both.
 """
 
-import importlib.machinery
-import importlib.util
-import os
-import pkgutil
-import sys
+if __name__ == "kernels.backends":  # Hugging Face's package `kernels` has a module of this name, too
+    from ..namesake import Namesake
 
-# Hugging Face's package `kernels` has a module of this name too: its names are found here, see kernels/__init__.py.
-_HERE = os.path.dirname(__file__)
-_parent = sys.modules[__package__.rpartition(".")[0]]
-_others = [path for path in _parent.__path__ if os.path.realpath(path) != os.path.realpath(os.path.dirname(_HERE))]
-__path__ = [_HERE, *(path for path in pkgutil.extend_path(__path__, __name__) if path != _HERE)]
-_other_module = None
-
-
-def __getattr__(name):
-    global _other_module
-    if not name.startswith("__"):
-        if _other_module is None and (spec := importlib.machinery.PathFinder.find_spec(__name__, _others)):
-            _other_module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(_other_module)
-        if _other_module is not None and hasattr(_other_module, name):
-            return getattr(_other_module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _namesake = Namesake(__name__, __path__)
+    __path__ = _namesake.path
+    __getattr__ = _namesake.attribute

@@ -10,7 +10,6 @@ this file and this file to PyTorch's SDPA; nothing here is meant to be fast, and
 """
 
 import torch
-from einops import rearrange, reduce, repeat
 
 from ..band import visible_mask
 
@@ -47,7 +46,7 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
         # NaN for positions that the tables lack
         cos, sin = (table[row].masked_fill((row != positions)[..., None], float("nan")) for table in (cos, sin))
         if positions.dim() == 2:
-            cos, sin = rearrange(cos, "b t r -> b 1 t r"), rearrange(sin, "b t r -> b 1 t r")
+            cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, R / 2)
     else:
         cos, sin = cos[positions : positions + q.shape[2]], sin[positions : positions + q.shape[2]]
     sin = -sin if inverse else sin
@@ -69,7 +68,7 @@ def _widened(q, k, v, rope):
     if rope is not None:
         cos, sin = rope
         q, k = rotated(q, cos[S - T : S], sin[S - T : S]), rotated(k, cos[:S], sin[:S])
-    k, v = (repeat(x, "b h s d -> b (h group) s d", group=group) for x in (k, v))  # head i reads KV head i // group
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))  # head i reads KV head i // group
     return q, k, v
 
 
@@ -135,12 +134,10 @@ def attend_backward(
         cos, sin = rope
         dq = rotated(dq, cos[S - T : S], -sin[S - T : S])
         dk = rotated(dk, cos[:S], -sin[:S])
-    dk, dv = (reduce(x, "b (h group) s d -> b h s d", "sum", group=group) for x in (dk, dv))
+    dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
     dsinks = None
     if sinks is not None:
-        dsinks = -reduce((sinks.to(lse.dtype)[:, None, None] - lse).exp() * delta, "b h t 1 -> h", "sum").to(
-            sinks.dtype
-        )
+        dsinks = -((sinks.to(lse.dtype)[:, None, None] - lse).exp() * delta).sum((0, 2, 3)).to(sinks.dtype)
     return *(torch.empty_like(x).copy_(grad) for x, grad in ((q, dq), (k, dk), (v, dv))), dsinks
 
 
@@ -158,8 +155,13 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
                 v_cache[b, :, pos % C] = v[b, :, i]
 
 
-def attend_to_cache(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None):
-    """`sliding_gqa_decode`, one row and one query at a time, reading exactly the slots that the query sees."""
+def attend_to_cache(
+    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, num_splits=None
+):
+    """`sliding_gqa_decode`, one row and one query at a time, reading exactly the slots that the query sees.
+
+    num_splits is not read: no keys are cut, and no row depends on another.
+    """
     T, C = q.shape[2], k_cache.shape[2]
     group = q.shape[1] // k_cache.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -174,10 +176,7 @@ def attend_to_cache(q, k_cache, v_cache, lengths, window=None, *, scale, softcap
                 token = rotated(token, rope[0][pos : pos + 1], rope[1][pos : pos + 1])
             first = 0 if window is None else max(0, pos - window + 1)
             slots = torch.arange(first, pos + 1, device=q.device) % C
-            keys, values = (
-                repeat(cache[b][:, slots].to(wide), "h s d -> (h group) s d", group=group)
-                for cache in (k_cache, v_cache)
-            )
+            keys, values = (cache[b][:, slots].to(wide).repeat_interleave(group, dim=0) for cache in (k_cache, v_cache))
             seen = torch.ones(1, len(slots), dtype=torch.bool, device=q.device)
             scores = _scores(token @ keys.mT, seen, scale, softcap)
             out[b, :, i : i + 1] = _average(scores, values, _lse(scores, sinks), q.dtype)[0]

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ...band import attention_flops
 from ...cpu import has_bf16_products, onednn_is_exact, through_onednn
+from ...namespace import NAMESPACE, OPERATORS
 from .plan import steps_of
 from .rope import rotate_pairs, rotate_pairs_back, rotation_of
 from .short import is_short, short_backward, short_forward
@@ -322,25 +323,25 @@ def attend_keeping(q, k, starts, window, right, sinks, softcap):
 
 
 library.define(
-    "sliding_gqa::banded_forward",
+    f"{NAMESPACE}::banded_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, SymInt? window, float scale, bool with_lse, "
     "int threads) -> (Tensor out, Tensor lse, Tensor[] kept)",
 )
 library.define(
-    "sliding_gqa::banded_backward",
+    f"{NAMESPACE}::banded_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] kept, "
     "Tensor? cos, Tensor? sin, SymInt? window, float scale, int threads) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
 
-@library.impl("sliding_gqa::banded_forward", "default")
+@library.impl(f"{NAMESPACE}::banded_forward", "default")
 def _forward_op(q, k, v, cos, sin, window, scale, with_lse, threads):
     rope = None if cos is None else (cos, sin)
     with torch.autocast(q.device.type, enabled=False):
         return _forward(q, k, v, window, scale, None, None, rope, with_lse, threads)
 
 
-@library.register_fake("sliding_gqa::banded_forward")
+@library.register_fake(f"{NAMESPACE}::banded_forward")
 def _forward_fake(q, k, v, cos, sin, window, scale, with_lse, threads):
     lse = q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.promote_types(q.dtype, torch.float32))
     shapes = _kept_shapes(q, k, window, cos, threads)
@@ -357,24 +358,24 @@ def _kept_shapes(q, k, window, rope, threads):
     return shapes + ([k.shape] if rope is not None and shapes else [])
 
 
-@library.impl("sliding_gqa::banded_backward", "default")
+@library.impl(f"{NAMESPACE}::banded_backward", "default")
 def _backward_op(grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, window, scale, threads):
     rope = None if cos is None else (cos, sin)
     with torch.autocast(q.device.type, enabled=False):
         return _backward(grad_out, grad_lse, q, k, v, out, lse, window, scale, None, None, rope, kept, threads)[:3]
 
 
-@library.register_fake("sliding_gqa::banded_backward")
+@library.register_fake(f"{NAMESPACE}::banded_backward")
 def _backward_fake(grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, window, scale, threads):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-@register_flop_formula(torch.ops.sliding_gqa.banded_forward)
+@register_flop_formula(OPERATORS.banded_forward)
 def _forward_flops(q_shape, k_shape, v_shape, cos, sin, window, *args, **kwargs):
     return attention_flops(q_shape, k_shape, window, 0, products=2)
 
 
-@register_flop_formula(torch.ops.sliding_gqa.banded_backward)
+@register_flop_formula(OPERATORS.banded_backward)
 def _backward_flops(grad_out, grad_lse, q_shape, k_shape, v_shape, out, lse, kept, cos, sin, window, *args, **kwargs):
     return attention_flops(q_shape, k_shape, window, 0, products=5)
 
@@ -383,9 +384,7 @@ class _KeepingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, backend, with_lse):
         ctx.options = window, scale, torch.get_num_threads()
-        out, lse, kept = torch.ops.sliding_gqa.banded_forward(
-            q, k, v, cos, sin, window, scale, with_lse, ctx.options[2]
-        )
+        out, lse, kept = OPERATORS.banded_forward(q, k, v, cos, sin, window, scale, with_lse, ctx.options[2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, cos, sin, *kept)
         return out, lse
@@ -396,7 +395,5 @@ class _KeepingAttention(torch.autograd.Function):
         q, k, v, out, lse, cos, sin, *kept = ctx.saved_tensors
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
-        grads = torch.ops.sliding_gqa.banded_backward(
-            grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, *ctx.options
-        )
+        grads = OPERATORS.banded_backward(grad_out, grad_lse, q, k, v, out, lse, kept, cos, sin, *ctx.options)
         return *grads, *[None] * 10
