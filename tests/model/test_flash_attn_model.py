@@ -1,4 +1,4 @@
-"""A model written against flash-attention's two functions, as nanochat is: ours in their place train and write the same.
+"""A model written against flash-attention's two functions, as nanochat is, trains and writes the same on ours.
 
 The module is handed in, so that the model runs on SDPA through the same two names.
 """
