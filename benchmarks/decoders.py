@@ -43,13 +43,22 @@ class Decoder(ABC):
 class Ours(Decoder):
     """model.generate: a ring of `window` slots a layer."""
 
+    batch_invariant = False
+
     def __init__(self, model, prompt, room):
         super().__init__(model, prompt, room)
-        self.new = generate(model, prompt, room, temperature=0, prefill_chunk=PREFILL_CHUNK)
+        options = {"prefill_chunk": PREFILL_CHUNK, "batch_invariant": self.batch_invariant}
+        self.new = generate(model, prompt, room, temperature=0, **options)
 
     def take(self, count):
         made = [next(self.new) for _ in range(count)]
         self.tokens = torch.cat([self.tokens, torch.stack(made, dim=1)], dim=1)
+
+
+class OursBatchInvariant(Ours):
+    """The same, each row of the batch by itself: at batch 1 there is no difference."""
+
+    batch_invariant = True
 
 
 class Recompute(Decoder):
@@ -185,6 +194,7 @@ def _synchronize(device):
 
 DECODERS = {
     "ours": Ours,
+    "ours, batch-invariant": OursBatchInvariant,
     "recompute": Recompute,
     "growing cache, cut": GrowingCache,
     "growing cache, mask": GrowingCacheMasked,

@@ -15,7 +15,16 @@ import torch
 from torch import library
 
 from .backend import backend_module, resolve_backend
-from .checks import check_heads, check_options, check_reach, check_rope, check_tensor, check_window, kind_of
+from .checks import (
+    check_heads,
+    check_options,
+    check_reach,
+    check_rope,
+    check_tensor,
+    check_window,
+    kind_of,
+    whole_number,
+)
 
 
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
@@ -54,8 +63,9 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto
 
 
 def sliding_gqa_decode(
-    q, k_cache, v_cache, lengths, window=None, *, scale=None, softcap=None, sinks=None, rope=None, backend="auto"
-):
+    q, k_cache, v_cache, lengths, window=None, *, scale=None, softcap=None, sinks=None, rope=None, num_splits=None,
+    backend="auto",
+):  # fmt: skip
     """Attention of the newest tokens q (B, Hq, T_new, D) over the rings that `append_to_cache` filled.
 
     lengths are those of `append_to_cache`. Query i of row b is at position lengths[b] - T_new + i and sees the `window`
@@ -63,10 +73,14 @@ def sliding_gqa_decode(
     the keys were rotated when they were written. Slots never written are never read. Not differentiable. Returns
     (B, Hq, T_new, D) in q's dtype and memory layout.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, and for a ring that is too small: C must be at
-    least window + T_new - 1. What only `lengths` tell is an error too, on a CPU: a row that is longer than C without a
-    window, and a position past the tables of rope. On a GPU, where nothing waits for `lengths`, the result of that row,
-    or of that position, is NaN.
+    num_splits   into how many parts Triton cuts the keys of a row; None for what suits the batch, the window and the
+                 GPU. The other backends cut nothing. 1: the bits of a row do not depend on the other rows of its
+                 batch, and banded takes the rows one by one for that.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, for a num_splits that is no whole number of at
+    least 1, and for a ring that is too small: C must be at least window + T_new - 1. What only `lengths` tell is an
+    error too, on a CPU: a row that is longer than C without a window, and a position past the tables of rope. On a GPU,
+    where nothing waits for `lengths`, the result of that row, or of that position, is NaN.
     """
     check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
     window, right = check_window(window)
@@ -78,9 +92,13 @@ def sliding_gqa_decode(
     if window is not None and C < window + T - 1:
         raise ValueError(f"k_cache has {C} slots, expected at least window + T_new - 1 = {window + T - 1}")
     cos, sin = check_rope(rope, 0, q)
+    if num_splits is not None and (num_splits := whole_number("num_splits", num_splits)) < 1:
+        raise ValueError(f"num_splits is {num_splits}, expected None or a whole number of at least 1")
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     with torch.no_grad():
-        return torch.ops.sliding_gqa.decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, name)
+        return torch.ops.sliding_gqa.decode(
+            q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, name
+        )
 
 
 def _check_ring(x, k_cache, lengths):
@@ -145,7 +163,7 @@ library.define(
 library.define(
     "sliding_gqa::decode",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, Tensor? cos, Tensor? sin, "
-    "SymInt? window, float scale, float? softcap, str backend) -> Tensor",
+    "SymInt? window, float scale, float? softcap, SymInt? num_splits, str backend) -> Tensor",
 )
 
 
@@ -165,12 +183,11 @@ def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     return None
 
 
-def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, backend):
+def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend):
     _check_lengths(lengths, k_cache.shape[2] if window is None else None, cos, backend)
     rope = None if cos is None else (cos, sin)
-    out = backend_module(backend).attend_to_cache(
-        q, k_cache, v_cache, lengths, window, scale=scale, softcap=softcap, sinks=sinks, rope=rope
-    )
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope, "num_splits": num_splits}
+    out = backend_module(backend).attend_to_cache(q, k_cache, v_cache, lengths, window, **options)
     return out if q.is_contiguous() and out.is_contiguous() else torch.empty_like(q).copy_(out)
 
 
@@ -178,5 +195,5 @@ library.impl("sliding_gqa::decode", "default", _decode)
 
 
 @library.register_fake("sliding_gqa::decode")
-def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, backend):
+def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend):
     return torch.empty_like(q)

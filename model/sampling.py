@@ -8,6 +8,7 @@ Learned positions end at context_length: after that every token reads the last c
 """
 
 from collections import deque
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ def generate(
     tokenizer=None,
     log_probabilities=False,
     prefill_chunk=128,
+    batch_invariant=False,
     compile=False,
 ):
     """An iterator over the next tokens of each row: at most max_new_tokens tensors (B,) on the model's device.
@@ -57,6 +59,10 @@ def generate(
                    probability for the token, before penalty, temperature and filters; 0 for finished rows.
     prefill_chunk  prompt tokens that are read at once: memory grows with it, not with the prompt. Past the end of
                    learned positions, the last context_length tokens are read at once in any case.
+    batch_invariant
+                   True gives a prompt the same bits alone and in any batch, on one machine: each row is computed by
+                   itself, so that a token of B rows takes the time of B tokens. False: the rows of a batch share each
+                   step, and products of more rows may round otherwise. Not with compile.
     compile        compile the steps with torch.compile; no effect on CUDA, where they are a CUDA graph.
 
     The iterator shares nothing with other iterators or with torch's random state. A model in training mode is
@@ -78,22 +84,36 @@ def generate(
     )
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk={prefill_chunk} is below 1")
-    finished = FinishedRows(stop_tokens, stop_strings, tokenizer, tokens, padding)
-    generators = RowGenerators(_row_seeds(seed, len(tokens)), device) if params.is_random else None
-    seen = None if repetition_penalty == 1 else _seen_tokens(tokens, padding, model.config.vocab_size)
+    if batch_invariant and compile:
+        raise ValueError("batch_invariant=True with compile=True would compile a step for every row: leave one out")
     decodable = None if tokenizer is None else tokenizer.vocab_size
-    decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
-    return _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities)
+
+    def stream(tokens, padding, seeds):
+        finished = FinishedRows(stop_tokens, stop_strings, tokenizer, tokens, padding)
+        generators = RowGenerators(seeds, device) if params.is_random else None
+        seen = None if repetition_penalty == 1 else _seen_tokens(tokens, padding, model.config.vocab_size)
+        decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
+        return _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities)
+
+    seeds = _row_seeds(seed, len(tokens))
+    if not batch_invariant or len(tokens) == 0:
+        return stream(tokens, padding, seeds)
+    rows = zip(tokens.split(1), padding.tolist(), seeds, strict=True)
+    streams = [stream(row[:, pad:], padding.new_zeros(1), [seed]) for row, pad, seed in rows]
+    return _side_by_side(streams, device, log_probabilities)
 
 
-def sample(model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_p=None, seed=None):
+def sample(
+    model, tokens, steps, temperature=1.0, sample=False, top_k=None, top_p=None, seed=None, batch_invariant=False
+):
     """The prompts tokens (B, T) with `steps` more tokens each, (B, T + steps), as minGPT's function of this name.
 
     sample=False takes the most likely token each time, sample=True draws one. The other arguments are `generate`'s.
     """
     new = generate(
-        model, tokens, steps, temperature=temperature, greedy=not sample, top_k=top_k, top_p=top_p, seed=seed
-    )
+        model, tokens, steps, temperature=temperature, greedy=not sample, top_k=top_k, top_p=top_p, seed=seed,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
     return torch.cat([tokens, *(token[:, None].to(tokens) for token in new)], dim=1)
 
 
@@ -112,6 +132,16 @@ def _stream(decoder, params, generators, seen, finished, decodable, max_new_toke
         yield shown
         if finished.update(new):
             return
+
+
+def _side_by_side(streams, device, log_probabilities):
+    """What the streams of single rows yield as one batch, until all have ended; a row that has ended is finished."""
+    finished = torch.full((1,), FINISHED, device=device)
+    if not log_probabilities:
+        yield from map(torch.cat, zip_longest(*streams, fillvalue=finished))
+        return
+    for items in zip_longest(*streams, fillvalue=(finished, finished.new_zeros(1, dtype=torch.float32))):
+        yield tuple(map(torch.cat, zip(*items, strict=True)))
 
 
 class FinishedRows:

@@ -158,8 +158,13 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
                 v_cache[b, :, pos % C] = v[b, :, i]
 
 
-def attend_to_cache(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None):
-    """`sliding_gqa_decode`, one row and one query at a time, reading exactly the slots that the query sees."""
+def attend_to_cache(
+    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, num_splits=None
+):
+    """`sliding_gqa_decode`, one row and one query at a time, reading exactly the slots that the query sees.
+
+    num_splits is not read: no keys are cut, and no row depends on another.
+    """
     T, C = q.shape[2], k_cache.shape[2]
     group = q.shape[1] // k_cache.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)

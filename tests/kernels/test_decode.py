@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import append_to_cache, rope_tables, sliding_gqa_attention, sliding_gqa_decode
-from kernels.backends import reference
+from kernels.backends import reference, triton
 
 BACKENDS = ["banded", "reference", "triton"]
 Hq, Hkv, D = 6, 2, 16
@@ -78,6 +78,36 @@ def test_decoding_equals_attention_over_the_whole_history(backend, ring, option,
         torch.testing.assert_close(out[b, :, pad:], expected[0], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("window, T", [(None, 1), (40, 1), (40, 3)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_one_split_a_row_has_the_same_bits_alone_and_in_any_batch(backend, window, T, device):
+    """Rows begin at odd places in memory, where MKL adds up in another order."""
+    rows, slots, head = 5, 71, 17
+    q = torch.randn(rows, T, Hkv, head, device=device).transpose(1, 2)
+    k_cache, v_cache = torch.randn(2, rows, Hkv, slots, head, device=device)
+    lengths = torch.tensor([70, 3, 33, 70, 1] if window is None else [700, 3, 40, 77, 1], dtype=torch.int32)
+    options = {"rope": rope_tables(701, 8, device=device), "sinks": torch.randn(Hkv, device=device), "backend": backend}
+    arguments = q, k_cache, v_cache, lengths.to(device)
+
+    def decode(batch, num_splits):
+        own = (x[batch] for x in arguments)
+        return sliding_gqa_decode(*own, window, num_splits=num_splits, **options)
+
+    for batch in ([0, 1], [4, 0], [2, 3], [0, 1, 2, 3, 4]):
+        for row, out in zip(batch, decode(batch, 1), strict=True):
+            assert torch.equal(out, decode([row], 1)[0])
+    whole = slice(None)
+    torch.testing.assert_close(decode(whole, 1), decode(whole, None), atol=1e-5, rtol=1e-5)
+
+
+def test_triton_cuts_the_keys_into_as_many_parts_as_it_is_told(device):
+    q, (k_cache, v_cache) = torch.randn(1, Hq, 1, D, device=device), torch.randn(2, 1, Hkv, 300, D, device=device)
+    arguments = q, k_cache, v_cache, torch.tensor([300], dtype=torch.int32, device=device)
+    whole, cut = (sliding_gqa_decode(*arguments, num_splits=n, backend="triton") for n in (1, 3))
+    assert torch.equal(cut, triton.attend_to_cache(*arguments, scale=D**-0.5, num_splits=3))
+    assert not torch.equal(cut, whole)  # as the parts are added up, they are rounded
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_keeps_dtype_and_layout(dtype):
     q = torch.randn(2, 1, Hq, D, dtype=dtype).transpose(1, 2)
@@ -99,7 +129,7 @@ def test_operators_pass_opcheck(backend, rope, device):
     library.opcheck(torch.ops.sliding_gqa.append, (k, k, k_cache, v_cache, lengths, cos, sin, backend))
     sinks = None if rope is None else torch.randn(Hq, device=device)
     library.opcheck(
-        torch.ops.sliding_gqa.decode, (q, k_cache, v_cache, lengths, sinks, cos, sin, 8, 0.25, None, backend)
+        torch.ops.sliding_gqa.decode, (q, k_cache, v_cache, lengths, sinks, cos, sin, 8, 0.25, None, 2, backend)
     )
 
 
@@ -200,6 +230,8 @@ def call(**changed):
         ({"q": torch.randn(2, 3, 2, 8)}, "k_cache has 2 heads, which do not divide q's 3"),
         ({"v_cache": torch.randn(2, 2, 5, 8)}, "v_cache has shape \\(2, 2, 5, 8\\), expected k_cache's"),
         ({"window": 0}, "window is 0"),
+        ({"num_splits": 0}, "num_splits is 0, expected None or a whole number of at least 1"),
+        ({"num_splits": 1.0}, "num_splits is 1.0, expected a whole number"),
         ({"backend": "cuda"}, "backend is 'cuda', expected one of"),
     ],
 )

@@ -136,6 +136,39 @@ def test_a_row_of_a_batch_is_drawn_as_if_it_were_alone():
     assert torch.equal(same[0], same[3]) and torch.equal(same[0], together[0])
 
 
+@pytest.mark.parametrize(
+    "name, backend, count",
+    [
+        *((name, "banded", 40) for name in ("rope-window-gqa", "pattern", "original", "untied")),
+        ("rope-window-gqa", "triton", 4),
+    ],
+)
+def test_a_batch_invariant_prompt_has_the_same_bits_alone_and_in_any_batch(name, backend, count, device):
+    """Tokens and log-probabilities, of prompts of different lengths in batches of 1, 2 and 5."""
+    model = make(name, backend=backend).to(device)
+    prompts = [torch.randint(41, (length,)).tolist() for length in (3, 12, 9, 3, 10)]
+
+    def continued(rows, stop_tokens=()):
+        stream = generate(
+            model, [prompts[row] for row in rows], count, seed=rows, temperature=0.9, top_k=9, repetition_penalty=1.1,
+            prefill_chunk=8, stop_tokens=stop_tokens, log_probabilities=True, batch_invariant=True,
+        )  # fmt: skip
+        return [torch.stack(part, dim=1) for part in zip(*stream, strict=True)]
+
+    stop_tokens = [int(continued([1])[0][0, 1])]  # the second row ends at its second token, if not at its first
+    alone = [continued([row], stop_tokens) for row in range(5)]
+    assert alone[1][0].shape[1] <= 2
+    for rows in ([0, 1], [4, 0], [2, 3, 1, 0, 4]):
+        tokens, log_probabilities = continued(rows, stop_tokens)
+        assert tokens.shape[1] == max(alone[row][0].shape[1] for row in rows)
+        for i, row in enumerate(rows):
+            own, own_log_probabilities = alone[row]
+            length = own.shape[1]
+            assert torch.equal(tokens[i, :length], own[0]) and (tokens[i, length:] == -1).all()
+            assert torch.equal(log_probabilities[i, :length], own_log_probabilities[0])
+            assert not log_probabilities[i, length:].any()
+
+
 def test_a_row_is_finished_by_a_stop_string_across_tokens():
     model, tokenizer = make(), CharTokenizer([chr(ord("A") + i) for i in range(41)])
     prompts = [[1, 2], [3, 4, 5], [6]]
@@ -372,6 +405,7 @@ def test_no_token_is_drawn_that_the_tokenizer_cannot_decode(options):
         ([[1]], {"stop_strings": [""], "tokenizer": CharTokenizer("AB")}, r"stop_strings=\[''\] has an empty string"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 is negative"),
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk=0 is below 1"),
+        ([[1]], {"compile": True, "batch_invariant": True}, "would compile a step for every row: leave one out"),
     ],
 )
 def test_wrong_arguments_are_refused_at_the_call_not_at_the_first_token(tokens, options, message):

@@ -42,8 +42,27 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
         cache.scatter_(2, slots, torch.where(written, new, cache.gather(2, slots)))
 
 
-def attend_to_cache(q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None):
-    """`sliding_gqa_decode`: products over the slots that are seen, or over the whole ring under a mask."""
+def attend_to_cache(
+    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, num_splits=None
+):
+    """`sliding_gqa_decode`: products over the slots that are seen, or over the whole ring under a mask.
+
+    num_splits 1 takes the rows one by one: the sums of a product and of a softmax begin and end elsewhere in a larger
+    batch, whose longest row they must cover. Other numbers mean nothing here.
+    """
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
+    if num_splits == 1 and q.shape[0]:
+        batch = zip(*(x.split(1) for x in (q, k_cache, v_cache, lengths)), strict=True)
+        return torch.cat([_attend(*map(_aligned, row), window, **options) for row in batch])
+    return _attend(q, k_cache, v_cache, lengths, window, **options)
+
+
+def _aligned(x):
+    """x, or a copy where its memory begins elsewhere than that of a new tensor: MKL would add up in another order."""
+    return x.clone() if x.data_ptr() % 64 else x
+
+
+def _attend(q, k_cache, v_cache, lengths, window, *, scale, softcap, sinks, rope):
     B, Hq, T, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     lost = None
