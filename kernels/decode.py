@@ -63,15 +63,15 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto
 
 
 def sliding_gqa_decode(
-    q, k_cache, v_cache, lengths, window=None, *, scale=None, softcap=None, sinks=None, rope=None, num_splits=None,
-    backend="auto",
+    q, k_cache, v_cache, lengths, window=None, *, scale=None, softcap=None, sinks=None, rope=None, return_lse=False,
+    num_splits=None, backend="auto",
 ):  # fmt: skip
     """Attention of the newest tokens q (B, Hq, T_new, D) over the rings that `append_to_cache` filled.
 
     lengths are those of `append_to_cache`. Query i of row b is at position lengths[b] - T_new + i and sees the `window`
     newest positions up to its own. The other arguments are those of `sliding_gqa_attention`; rope rotates q only, since
     the keys were rotated when they were written. Slots never written are never read. Not differentiable. Returns
-    (B, Hq, T_new, D) in q's dtype and memory layout.
+    (B, Hq, T_new, D) in q's dtype and memory layout; with return_lse also (B, Hq, T_new) fp32, -inf for padding.
 
     num_splits   into how many parts Triton cuts the keys of a row; None for what suits the batch, the window and the
                  GPU. The other backends cut nothing. 1: the bits of a row do not depend on the other rows of its
@@ -96,9 +96,10 @@ def sliding_gqa_decode(
         raise ValueError(f"num_splits is {num_splits}, expected None or a whole number of at least 1")
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     with torch.no_grad():
-        return torch.ops.sliding_gqa.decode(
-            q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, name
+        out, lse = torch.ops.sliding_gqa.decode(
+            q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, name, return_lse
         )
+    return (out, lse) if return_lse else out
 
 
 def _check_ring(x, k_cache, lengths):
@@ -163,7 +164,8 @@ library.define(
 library.define(
     "sliding_gqa::decode",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, Tensor? cos, Tensor? sin, "
-    "SymInt? window, float scale, float? softcap, SymInt? num_splits, str backend) -> Tensor",
+    "SymInt? window, float scale, float? softcap, SymInt? num_splits, str backend, bool with_lse) "
+    "-> (Tensor out, Tensor lse)",
 )
 
 
@@ -183,17 +185,24 @@ def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     return None
 
 
-def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend):
+def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend, with_lse):
     _check_lengths(lengths, k_cache.shape[2] if window is None else None, cos, backend)
     rope = None if cos is None else (cos, sin)
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope, "num_splits": num_splits}
+    lse = _new_lse(q, with_lse)
+    if with_lse:
+        options["lse"] = lse
     out = backend_module(backend).attend_to_cache(q, k_cache, v_cache, lengths, window, **options)
-    return out if q.is_contiguous() and out.is_contiguous() else torch.empty_like(q).copy_(out)
+    return out if q.is_contiguous() and out.is_contiguous() else torch.empty_like(q).copy_(out), lse
+
+
+def _new_lse(q, with_lse):
+    return q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 library.impl("sliding_gqa::decode", "default", _decode)
 
 
 @library.register_fake("sliding_gqa::decode")
-def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend):
-    return torch.empty_like(q)
+def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend, with_lse):
+    return torch.empty_like(q), _new_lse(q, with_lse)
