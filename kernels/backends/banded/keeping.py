@@ -143,7 +143,5 @@ class _KeepingAttention(torch.autograd.Function):
         q, k, v, out, lse, starts, cos, sin, *kept = ctx.saved_tensors
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
-        grads = OPERATORS.banded_backward(
-            grad_out, grad_lse, q, k, v, out, lse, kept, starts, cos, sin, *ctx.options
-        )
+        grads = OPERATORS.banded_backward(grad_out, grad_lse, q, k, v, out, lse, kept, starts, cos, sin, *ctx.options)
         return *grads, *[None] * 10

@@ -35,6 +35,7 @@ import triton.language as tl
 from . import tile_configs
 from .rope import rotary_tables
 from .tiles import (
+    LN_2,
     LOG2_E,
     attend_tiles,
     head_block,
@@ -90,13 +91,15 @@ def append_kernel(
     do_not_specialize=["num_new", "num_kv_heads", "num_slots", "window", "max_length", "num_positions", "num_splits"]
 )
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr, acc_ptr, max_ptr, sum_ptr,
     strides,  # of q, k, v, out: of batch, head, position or slot, in units of UNIT elements; the last stride is 1
     num_new, num_kv_heads, num_slots, window, max_length, num_positions, num_splits, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one row block, into out, or if acc_ptr is not None, into (rows, num_splits, HEAD_DIM).
+
+    lse_ptr is None where nobody needs lse.
 
     NaN, since the host has not seen lengths: for rows longer than max_length, whose ring has overwritten what they see,
     and for queries whose position is past the num_positions rows of the tables.
@@ -164,13 +167,16 @@ def decode_kernel(
     )  # fmt: skip
     acc, row_sum, row_max = state
 
+    out_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_new + token
     if acc_ptr is None:
         # a row that saw nothing has acc = 0; NaN is a sum, too
         out = acc / tl.where(row_sum != 0, row_sum, 1.0)[:, None]
         out_rows = out_ptr + row_offset(batch, head, token, in_elements(strides[3], UNIT))[:, None]
         tl.store(out_rows + element[None, :], out.to(out_ptr.dtype.element_ty), mask=ok)
+        if lse_ptr is not None:
+            lse_log2 = tl.where(row_sum != 0, row_max * scale_log2 + tl.log2(row_sum), float("-inf"))
+            tl.store(lse_ptr + out_row, lse_log2 * LN_2, mask=in_rows)
     else:
-        out_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_new + token
         partial = out_row * num_splits + split
         tl.store(max_ptr + partial, row_max * scale_log2, mask=in_rows)
         tl.store(sum_ptr + partial, row_sum, mask=in_rows)
@@ -179,7 +185,7 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["num_new", "num_heads", "num_splits"])
 def combine_kernel(
-    acc_ptr, max_ptr, sum_ptr, out_ptr, out_strides, num_new, num_heads, num_splits,
+    acc_ptr, max_ptr, sum_ptr, out_ptr, lse_ptr, out_strides, num_new, num_heads, num_splits,
     HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one row, BLOCK_S at a time: the online softmax again, with a part in the place of a key."""
@@ -209,6 +215,9 @@ def combine_kernel(
     head = row // num_new % num_heads
     out_row = row_offset(row // (num_new * num_heads), head, token, out_strides)
     tl.store(out_ptr + out_row + element, out.to(out_ptr.dtype.element_ty), mask=in_head)
+    if lse_ptr is not None:
+        lse_log2 = tl.where(row_sum != 0, row_max + tl.log2(row_sum), float("-inf"))
+        tl.store(lse_ptr + row + tl.arange(0, 1), lse_log2 * LN_2)
 
 
 def append(k, v, k_cache, v_cache, lengths, *, rope=None):
@@ -231,11 +240,11 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
 
 def attend_to_cache(
     q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None,
-    config=None, num_splits=None,
+    config=None, num_splits=None, lse=None,
 ):  # fmt: skip
     """`sliding_gqa_decode`: one launch, or two if the keys are split.
 
-    config, num_splits: in place of the table's DecodeTile and of what `split_count` says.
+    config, num_splits: in place of the table's DecodeTile and of what `split_count` says. lse (B, Hq, T) is written to.
     """
     B, Hq, T, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
@@ -262,7 +271,7 @@ def attend_to_cache(
     unit, strides = strides_of(q, k_cache, v_cache, out)
     with torch.cuda.device_of(q):
         decode_kernel[(programs * num_splits,)](
-            q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, out, acc, maxima, sums,
+            q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, out, lse, acc, maxima, sums,
             strides,
             T, Hkv, C, C if window is None else window, C if window is None else 2**31 - 1, num_positions, num_splits,
             scale_log2, cap_scale,
@@ -272,7 +281,7 @@ def attend_to_cache(
         )  # fmt: skip
         if num_splits > 1:
             combine_kernel[(B * Hq * T,)](
-                acc, maxima, sums, out, out.stride()[:3], T, Hq, num_splits, HEAD_DIM=D, BLOCK_S=COMBINE_SPLITS,
+                acc, maxima, sums, out, lse, out.stride()[:3], T, Hq, num_splits, HEAD_DIM=D, BLOCK_S=COMBINE_SPLITS,
                 num_warps=8, num_stages=1,
             )  # fmt: skip
     return out
