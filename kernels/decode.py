@@ -272,6 +272,6 @@ def _new_lse(q, with_lse):
 library.impl(f"{NAMESPACE}::decode", "default", _decode)
 
 
-@library.register_fake("sliding_gqa::decode")
+@library.register_fake(f"{NAMESPACE}::decode")
 def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend, with_lse):
     return torch.empty_like(q), _new_lse(q, with_lse)
