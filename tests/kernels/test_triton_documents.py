@@ -71,6 +71,7 @@ def test_one_document_is_none_to_the_last_bit(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_what_is_outside_of_a_document_is_not_read(device):
     """A document that begins and ends at the borders of tiles, in the middle of NaN, is what it is alone, bit for bit.
 
