@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
-from .attention_forward import first_key
+from .attention_forward import first_key, starts_from
 from .rope import rotary_tables, rotate
 from .tiles import (
     LOG2_E,
     dot,
+    end_of,
+    first_of,
     head_block,
     head_columns,
     in_elements,
@@ -47,7 +49,8 @@ from .tiles import (
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
+    dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, limits, scale_log2,
+    cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +73,7 @@ def _add_dq(
             scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
         p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
         if MASKED:
-            p = tl.where(visible(q_pos[:, None], k_pos[None, :], window), p, 0.0)
+            p = tl.where(visible(q_pos[:, None], k_pos[None, :], window, limits), p, 0.0)
         ds = p * (dot(do, v, None, PRECISION) - delta[:, None])
         if cap_scale is not None:
             ds *= 1 - scores * scores
@@ -84,13 +87,14 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, dq_ptr, delta_ptr, rotated_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr, delta_ptr,
+    rotated_ptr,
     strides,  # of do, q, k, v, out, dq, rotated: of batch, head, position, in units of UNIT elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta and, with rope, the rotated q. k is rotated already; dlse_ptr and cap_scale may be None."""
+    """dq, delta and, with rope, the rotated q. k is rotated already; dlse_ptr, starts_ptr and cap_scale may be None."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     do_strides = in_elements(strides[0], UNIT)
     q_strides = in_elements(strides[1], UNIT)
@@ -131,15 +135,19 @@ def attention_dq_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     first_pos = block * BLOCK_Q + offset
     last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
-    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N)
+    limits = None
+    if starts_ptr is not None:
+        starts_ptr += batch.to(tl.int64) * num_keys
+        limits = (first_of(q_pos, window, num_keys, starts_ptr)[:, None], q_pos[:, None] + 1)
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N, num_keys, starts_ptr)
     dq = tl.zeros((BLOCK_M, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
     dq = _add_dq(
         dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window,
-        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, EDGE_N, PRECISION, True,
+        limits, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, EDGE_N, PRECISION, True,
     )  # fmt: skip
     dq = _add_dq(
         dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window,
-        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_N, PRECISION, False,
+        limits, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     dq *= scale
     query, head = packed_rows(recomputed(block, num_queries) * BLOCK_Q, first_head, PACK, BLOCK_M)
@@ -155,7 +163,7 @@ def attention_dq_kernel(
 @triton.jit
 def _add_dkdv(
     state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, span,
-    num_queries, offset, window, scale_log2, cap_scale,
+    num_queries, offset, window, limits, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +192,8 @@ def _add_dkdv(
             scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
         p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
         if MASKED:
-            p = tl.where(visible((row_query + offset)[None, :], k_pos[:, None], window), p, 0.0)
+            seen = visible((row_query + offset)[None, :], k_pos[:, None], window, limits, OF_KEYS=True)
+            p = tl.where(seen, p, 0.0)
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
         ds = p * (dot(v, tl.trans(do), None, PRECISION) - delta[None, :])
         if cap_scale is not None:
@@ -201,14 +210,17 @@ def _add_dkdv(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, ends_ptr, dk_ptr, dv_ptr,
     strides,  # of do, q, k, v, dk, dv: of batch, head, position, in units of UNIT elements
     part_stride,  # of the parts of dk and dv, in elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over GROUP / PARTS query heads of each KV head. q and k are rotated already."""
+    """dk and dv, summed over GROUP / PARTS query heads of each KV head. q and k are rotated already.
+
+    ends_ptr: where the document of each position ends; None where there are no documents.
+    """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     do_strides = in_elements(strides[0], UNIT)
     q_strides = in_elements(strides[1], UNIT)
@@ -238,7 +250,15 @@ def attention_dkdv_kernel(
 
     offset = num_keys - num_queries
     last_key = tl.minimum(block * BLOCK_N + BLOCK_N, num_keys) - 1
-    edges, interior = query_spans(block * BLOCK_N, last_key, window, offset, num_queries, EDGE_Q, BLOCK_Q)
+    limits = None
+    if ends_ptr is not None:
+        ends_ptr += batch.to(tl.int64) * num_keys
+        limits = (k_pos[:, None] - offset, end_of(k_pos, window, num_keys, ends_ptr)[:, None] - offset)
+    edges, interior = query_spans(
+        block * BLOCK_N, last_key, window, offset, num_queries, EDGE_Q, BLOCK_Q, num_keys, ends_ptr
+    )
+    if ends_ptr is not None:
+        offset = 0  # limits count queries: with an addition in the loop, all features at once would spill on sm_90
     lse_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
     delta_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
     dk = tl.zeros((BLOCK_N, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
@@ -248,11 +268,13 @@ def attention_dkdv_kernel(
         first_head = kv_head * GROUP + (part * (GROUP // PACK // PARTS) + pack) * PACK
         state = _add_dkdv(
             state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, edges,
-            num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, EDGE_Q, PRECISION, True,
+            num_queries, offset, window, limits, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, EDGE_Q, PRECISION,
+            True,
         )  # fmt: skip
         state = _add_dkdv(
             state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, interior,
-            num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, BLOCK_Q, PRECISION, False,
+            num_queries, offset, window, limits, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, BLOCK_Q, PRECISION,
+            False,
         )  # fmt: skip
     dk, dv = state
     dk *= scale
@@ -301,6 +323,7 @@ def attend_backward(
         k, v, to_dk, to_dv = (x[:, :, first:] for x in (k, v, dk, dv))
         cos, sin, S = cos[first:], sin[first:], S - first
         k, _ = rotate(k, None, cos, sin)
+        starts = starts_from(starts, first)
         # Halves that pad to a wider tile, 48 of 128 elements to 64: a rotation before and one after cost less
         separate = head_block(D, rotary_dim) > head_block(D)
         if separate:
@@ -308,6 +331,8 @@ def attend_backward(
             q_rotated, tables, cos, sin, rotary_dim = q, (cos, sin), None, None, 0
         else:
             q_rotated = torch.empty_like(q)
+    starts = None if starts is None else starts.contiguous()
+    ends = None if starts is None else document_ends(starts)
     arch = tile_configs.architecture(q.device)
     by_row = configs[0] or tile_configs.tile_config("dq", D, q.dtype, arch)
     by_key = configs[1] or tile_configs.tile_config("dkdv", D, q.dtype, arch)
@@ -327,12 +352,12 @@ def attend_backward(
     key_unit, key_strides = strides_of(grad_out, q_rotated, k, v, dk_part, dv_part)
     with torch.cuda.device_of(q):
         attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.BLOCK_M // pack),)](
-            grad_out, q, k, v, out, lse, grad_lse, cos, sin, to_dq, delta, q_rotated, row_strides, *scalars,
+            grad_out, q, k, v, out, lse, grad_lse, cos, sin, starts, to_dq, delta, q_rotated, row_strides, *scalars,
             **shape, PACK=pack, UNIT=row_unit, **by_row._asdict(),
         )  # fmt: skip
         attention_dkdv_kernel[(key_programs * parts,)](
-            grad_out, q_rotated, k, v, lse, delta, cos, sin, dk_part, dv_part, key_strides, to_dk.numel(), *scalars,
-            **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, **by_key._asdict(),
+            grad_out, q_rotated, k, v, lse, delta, cos, sin, ends, dk_part, dv_part, key_strides, to_dk.numel(),
+            *scalars, **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, **by_key._asdict(),
         )  # fmt: skip
     if parts > 1:
         to_dk.copy_(wide[0].sum(0))
@@ -345,6 +370,13 @@ def attend_backward(
         weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # what the sink takes of each row
         dsinks = (weight * delta).sum((0, 2)).neg().to(sinks.dtype)
     return dq, dk, dv, dsinks
+
+
+def document_ends(starts):
+    """For each position the end of its document, (B, S) int32, from `starts`. On the device, without waiting for it."""
+    position = torch.arange(starts.shape[1], dtype=starts.dtype, device=starts.device)
+    # starts do not decrease: those that are not past a position belong to its document or to one before it
+    return torch.searchsorted(starts, position.expand_as(starts).contiguous(), right=True, out_int32=True)
 
 
 def head_parts(programs, packs, processors):

@@ -159,11 +159,11 @@ def decode_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     state = attend_tiles(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, oldest % num_slots,
-        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
+        num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
     state = attend_tiles(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, oldest % num_slots,
-        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
+        num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
 
