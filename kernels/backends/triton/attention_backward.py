@@ -58,8 +58,8 @@ def _add_dq(
     v_element, v_in_head = head_columns(HEAD_DIM)
     start = walk_start(span, MASKED)
     key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
-    k_ptrs = k_ptr + key[:, None] * k_stride + k_element[None, :]
-    v_ptrs = v_ptr + key[None, :] * v_stride + v_element[:, None]
+    k_ptrs = k_ptr + k_element[None, :] + key[:, None] * k_stride
+    v_ptrs = v_ptr + v_element[:, None] + key[None, :] * v_stride
     for _ in range(span[3]):
         k_pos = start + tl.arange(0, BLOCK_N)
         in_keys = k_pos < num_keys
@@ -106,26 +106,29 @@ def attention_dq_kernel(
     q_pos = query + offset
     in_queries = query < num_queries
 
+    # rows past the last query repeat it, and are not stored: a load without a mask needs no zeros
+    row = tl.minimum(query, num_queries - 1)
     element, in_head = head_columns(HEAD_DIM)
-    ok = in_queries[:, None] & in_head[None, :]
-    do_row = row_offset(batch, head, query, do_strides)
-    out_row = row_offset(batch, head, query, out_strides)
-    lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + query
-    do = tl.load(do_ptr + do_row[:, None] + element[None, :], mask=ok, other=0.0)
-    out = tl.load(out_ptr + out_row[:, None] + element[None, :], mask=ok, other=0.0)
-    lse_log2 = tl.load(lse_ptr + lse_row, mask=in_queries, other=0.0) * LOG2_E
+    PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
+    do_ptrs = do_ptr + element[None, :] + row_offset(batch, head, row, do_strides)[:, None]
+    out_ptrs = out_ptr + element[None, :] + row_offset(batch, head, row, out_strides)[:, None]
+    lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + row
+    do = load_tile(do_ptrs, None, in_head[None, :], False, PADDED)
+    out = load_tile(out_ptrs, None, in_head[None, :], False, PADDED)
+    lse_log2 = tl.load(lse_ptr + lse_row) * LOG2_E
     delta = tl.sum(out.to(WIDE) * do.to(WIDE), 1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + lse_row, mask=in_queries, other=0.0)
+        delta -= tl.load(dlse_ptr + lse_row)
     tl.store(delta_ptr + lse_row, delta, mask=in_queries)
 
     element, in_head = head_columns(HEAD_DIM, ROTARY_DIM)
-    ok = in_queries[:, None] & in_head[None, :]
-    q_row = row_offset(batch, head, query, q_strides)
-    q = load_rotated(q_ptr + q_row[:, None], element[None, :], ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    in_columns = in_head[None, :] if head_block(HEAD_DIM, ROTARY_DIM) != HEAD_DIM else None
+    q_row = row_offset(batch, head, row, q_strides)[:, None]
+    q = load_rotated(q_ptr, q_row, element[None, :], in_columns, (row + offset)[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
     if ROTARY_DIM > 0:
-        rotated_row = row_offset(batch, head, query, rotated_strides)
-        tl.store(rotated_ptr + rotated_row[:, None] + element[None, :], q, mask=ok)
+        rotated_row = row_offset(batch, head, row, rotated_strides)
+        ok = in_queries[:, None] & in_head[None, :]
+        tl.store(rotated_ptr + element[None, :] + rotated_row[:, None], q, mask=ok)
 
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
@@ -149,7 +152,7 @@ def attention_dq_kernel(
     if ROTARY_DIM > 0:
         dq = rotate_back(dq, q_pos, in_queries, cos_ptr, sin_ptr, ROTARY_DIM)
     dq_row = row_offset(batch, head, query, dq_strides)
-    tl.store(dq_ptr + dq_row[:, None] + element[None, :], dq.to(dq_ptr.dtype.element_ty), mask=ok)
+    tl.store(dq_ptr + element[None, :] + dq_row[:, None], dq.to(dq_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -167,8 +170,8 @@ def _add_dkdv(
     do_element, do_in_head = head_columns(HEAD_DIM)
     start = walk_start(span, MASKED)
     query, head = packed_rows(start, first_head, PACK, BLOCK_Q * PACK)
-    do_ptrs = do_ptr + row_offset(batch, head, query, do_strides)[:, None] + do_element[None, :]
-    q_ptrs = q_ptr + row_offset(batch, head, query, q_strides)[:, None] + q_element[None, :]
+    do_ptrs = do_ptr + do_element[None, :] + row_offset(batch, head, query, do_strides)[:, None]
+    q_ptrs = q_ptr + q_element[None, :] + row_offset(batch, head, query, q_strides)[:, None]
     lse_row = head.to(tl.int64) * num_queries + query
     lse_ptrs = lse_ptr + lse_row
     delta_ptrs = delta_ptr + lse_row
@@ -226,15 +229,14 @@ def attention_dkdv_kernel(
     kv_head = pair % num_kv_heads
 
     k_pos = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_keys = k_pos < num_keys
+    # rows past the last key repeat it, as those of the dq kernel do
+    row = tl.minimum(k_pos, num_keys - 1)
     k_element, k_in_head = head_columns(HEAD_DIM, ROTARY_DIM)
     v_element, v_in_head = head_columns(HEAD_DIM)
-    k_ok = in_keys[:, None] & k_in_head[None, :]
-    v_ok = in_keys[:, None] & v_in_head[None, :]
-    k_row = row_offset(batch, kv_head, k_pos, k_strides)
-    v_row = row_offset(batch, kv_head, k_pos, v_strides)
-    k = tl.load(k_ptr + k_row[:, None] + k_element[None, :], mask=k_ok, other=0.0)
-    v = tl.load(v_ptr + v_row[:, None] + v_element[None, :], mask=v_ok, other=0.0)
+    k_ptrs = k_ptr + k_element[None, :] + row_offset(batch, kv_head, row, k_strides)[:, None]
+    v_ptrs = v_ptr + v_element[None, :] + row_offset(batch, kv_head, row, v_strides)[:, None]
+    k = load_tile(k_ptrs, None, k_in_head[None, :], False, head_block(HEAD_DIM, ROTARY_DIM) != HEAD_DIM)
+    v = load_tile(v_ptrs, None, v_in_head[None, :], False, head_block(HEAD_DIM) != HEAD_DIM)
 
     offset = num_keys - num_queries
     last_key = tl.minimum(block * BLOCK_N + BLOCK_N, num_keys) - 1
@@ -267,8 +269,8 @@ def attention_dkdv_kernel(
         dv_ptr += part.to(tl.int64) * part_stride
     dk_row = row_offset(batch, kv_head, k_pos, dk_strides)
     dv_row = row_offset(batch, kv_head, k_pos, dv_strides)
-    tl.store(dk_ptr + dk_row[:, None] + k_element[None, :], dk.to(dk_ptr.dtype.element_ty), mask=k_ok)
-    tl.store(dv_ptr + dv_row[:, None] + v_element[None, :], dv.to(dv_ptr.dtype.element_ty), mask=v_ok)
+    tl.store(dk_ptr + k_element[None, :] + dk_row[:, None], dk.to(dk_ptr.dtype.element_ty), mask=k_ok)
+    tl.store(dv_ptr + v_element[None, :] + dv_row[:, None], dv.to(dv_ptr.dtype.element_ty), mask=v_ok)
 
 
 def attend_backward(

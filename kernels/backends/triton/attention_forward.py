@@ -52,11 +52,12 @@ def attention_forward_kernel(
     query, head = packed_rows(block * BLOCK_Q, first_head, PACK, BLOCK_M)
     offset = num_keys - num_queries
     q_pos = query + offset
-    in_queries = query < num_queries
     element, in_head = head_columns(HEAD_DIM)
-    ok = in_queries[:, None] & in_head[None, :]
-    q_row = row_offset(batch, head, query, q_strides)
-    q = load_rotated(q_ptr + q_row[:, None], element[None, :], ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    in_columns = in_head[None, :] if head_block(HEAD_DIM) != HEAD_DIM else None
+    # rows past the last query repeat it, and are not stored: a load without a mask needs no zeros
+    row = tl.minimum(query, num_queries - 1)
+    q_row = row_offset(batch, head, row, q_strides)[:, None]
+    q = load_rotated(q_ptr, q_row, element[None, :], in_columns, (row + offset)[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
 
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
@@ -88,10 +89,12 @@ def attention_forward_kernel(
         lse_log2 = with_sink
 
     lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + query
+    in_queries = query < num_queries
     tl.store(lse_ptr + lse_row, lse_log2 * LN_2, mask=in_queries)
     out_row = row_offset(batch, head, query, out_strides)
     out = (acc * norm[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + out_row[:, None] + element[None, :], out, mask=ok)
+    ok = in_queries[:, None] & in_head[None, :]
+    tl.store(out_ptr + element[None, :] + out_row[:, None], out, mask=ok)
 
 
 def first_key(T, S, window):

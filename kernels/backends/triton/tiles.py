@@ -202,20 +202,23 @@ def load_tile(ptrs, row_ok, column_ok, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, num_positions=None):
-    """Load the elements (1, columns) of rows (rows, 1), each rotated by the angle of its row's position.
+def load_rotated(ptr, row, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, num_positions=None):
+    """Load the elements (1, columns) of rows that begin at `row` (rows, 1), rotated by the angle of a row's position.
 
     (a, b) -> (a cos - b sin, b cos + a sin) in wide precision, rounded once. The partner of every element is loaded
     beside it: a second read of lines that are in L1 by then, instead of moving elements between threads.
 
-    num_positions: rows of the tables, for positions that the host has not seen: where a table ends, the row is NaN.
+    ok: which of them there are, None for all. num_positions: rows of the tables, for positions that the host has not
+    seen: where a table ends, the row is NaN.
     """
-    x = tl.load(row_ptrs + element, mask=ok, other=0.0)
+    x = load_tile(ptr + element + row, ok, None, ok is not None, False)
     if ROTARY_DIM > 0:
         HALF: tl.constexpr = ROTARY_DIM // 2
         is_first = element < HALF
-        in_pairs = ok & (element < ROTARY_DIM)
-        partner = tl.load(row_ptrs + tl.where(is_first, element + HALF, element - HALF), mask=in_pairs, other=0.0)
+        in_pairs = element < ROTARY_DIM
+        if ok is not None:
+            in_pairs &= ok
+        partner = tl.load(ptr + tl.where(is_first, element + HALF, element - HALF) + row, mask=in_pairs, other=0.0)
         angle = position.to(tl.int64) * HALF + element % HALF
         if num_positions is not None:
             in_table = (position >= 0) & (position < num_positions)
@@ -322,15 +325,15 @@ def attend_tiles(
     if num_slots is None:
         key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
         # pointers are carried, not computed: a 64-bit product a tile costs 10 to 20 instructions
-        k_ptrs = k_ptr + key[None, :] * k_stride + element[:, None]
-        v_ptrs = v_ptr + key[:, None] * v_stride + element[None, :]
+        k_ptrs = k_ptr + element[:, None] + key[None, :] * k_stride
+        v_ptrs = v_ptr + element[None, :] + key[:, None] * v_stride
     for _ in range(span[3]):
         k_pos = start + tl.arange(0, BLOCK_N)
         in_keys = k_pos < num_keys
         if num_slots is not None:
             slot = ring_slot(oldest_slot, k_pos, num_slots).to(tl.int64)
-            k_ptrs = k_ptr + slot[None, :] * k_stride + element[:, None]
-            v_ptrs = v_ptr + slot[:, None] * v_stride + element[None, :]
+            k_ptrs = k_ptr + element[:, None] + slot[None, :] * k_stride
+            v_ptrs = v_ptr + element[None, :] + slot[:, None] * v_stride
         k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
         scores = dot(q, k, None, PRECISION)
         if cap_scale is not None:
