@@ -25,6 +25,7 @@ from .tiles import (
     load_rotated,
     packed_heads,
     packed_rows,
+    partial_sums,
     row_offset,
     row_program,
     softmax_scales,
@@ -39,7 +40,8 @@ def attention_forward_kernel(
     strides,  # of q, k, v, out: of batch, head, position, in units of UNIT elements; the last stride is 1
     num_queries, num_keys, num_kv_heads, window, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """k is rotated already, q is rotated here. sinks_ptr and cap_scale are None where there are none."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
@@ -65,7 +67,7 @@ def attention_forward_kernel(
     last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
     edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N)
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
-    row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
+    row_sum = tl.zeros((BLOCK_M, SUMS), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
     state = (acc, row_sum, row_max)
     state = attend_tiles(
@@ -77,6 +79,7 @@ def attention_forward_kernel(
         cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
+    row_sum = tl.sum(row_sum, 1)
 
     has_keys = row_sum != 0  # true of NaN, which lse must not hide
     lse_log2 = tl.where(has_keys, row_max * scale_log2 + tl.log2(row_sum), float("-inf"))
@@ -131,6 +134,6 @@ def attend(q, k, v, window, *, scale, softcap=None, sinks=None, rope=None, with_
             q, k, v, out, lse, sinks, cos, sin, strides,
             T, S, Hkv, S if window is None else min(window, S), scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack, UNIT=unit,
-            PRECISION=tile_configs.dot_precision(q.dtype, arch), **config._asdict(),
+            SUMS=partial_sums(config), PRECISION=tile_configs.dot_precision(q.dtype, arch), **config._asdict(),
         )  # fmt: skip
     return out, lse if with_lse else lse.new_empty(0)

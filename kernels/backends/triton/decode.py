@@ -143,7 +143,7 @@ def decode_kernel(
     interior = (full_begin, full_end, full_end, (full_end - full_begin) // BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
-    row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
+    row_sum = tl.zeros((BLOCK_M, 1), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
     if sinks_ptr is not None:
         # the sink is a key without a value, which the first part has seen before all others
@@ -163,6 +163,7 @@ def decode_kernel(
         num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
+    row_sum = tl.sum(row_sum, 1)
 
     if acc_ptr is None:
         # a row that saw nothing has acc = 0; NaN is a sum, too
