@@ -6,7 +6,7 @@
     dsink = -sum_i exp(sink - lse_i) delta_i
 
 The dq kernel owns rows and walks keys, like the forward. Since it loads do and q anyway, it also writes delta and, with
-rope, the rotated q: no pass of their own reads them. The dk/dv kernel owns keys and walks the rows that see them, all
+rope, the rotated q: no pass of their own reads them. And lse in the form in which dk/dv adds it to every score. The dk/dv kernel owns keys and walks the rows that see them, all
 heads of the group within one program, so that nothing is summed afterwards and nothing is added atomically. Both turn
 their fp32 accumulators back by the angles before the store: RoPE's backward has no pass of its own.
 """
@@ -47,7 +47,7 @@ from .tiles import (
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
+    dq, q, do, pivot, delta, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def _add_dq(
         scores = dot(q, tl.trans(k), None, PRECISION)
         if cap_scale is not None:
             scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
-        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        p = tl.exp2(scores * scale_log2 + pivot[:, None])
         if MASKED:
             p = tl.where(visible(q_pos[:, None], k_pos[None, :], window), p, 0.0)
         ds = p * (dot(do, v, None, PRECISION) - delta[:, None])
@@ -84,13 +84,17 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, dq_ptr, delta_ptr, rotated_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, dq_ptr, pivot_ptr, delta_ptr,
+    rotated_ptr,
     strides,  # of do, q, k, v, out, dq, rotated: of batch, head, position, in units of UNIT elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta and, with rope, the rotated q. k is rotated already; dlse_ptr and cap_scale may be None."""
+    """dq and what dk/dv takes of each row: pivot = -log2(e) lse, delta and, with rope, the rotated q.
+
+    k is rotated already; dlse_ptr and cap_scale may be None.
+    """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     do_strides = in_elements(strides[0], UNIT)
     q_strides = in_elements(strides[1], UNIT)
@@ -115,7 +119,8 @@ def attention_dq_kernel(
     lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + row
     do = load_tile(do_ptrs, None, in_head[None, :], False, PADDED)
     out = load_tile(out_ptrs, None, in_head[None, :], False, PADDED)
-    lse_log2 = tl.load(lse_ptr + lse_row) * LOG2_E
+    pivot = tl.load(lse_ptr + lse_row) * -LOG2_E
+    tl.store(pivot_ptr + lse_row, pivot, mask=in_queries)
     delta = tl.sum(out.to(WIDE) * do.to(WIDE), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + lse_row)
@@ -137,11 +142,11 @@ def attention_dq_kernel(
     edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N)
     dq = tl.zeros((BLOCK_M, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
     dq = _add_dq(
-        dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window,
+        dq, q, do, pivot, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window,
         scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, EDGE_N, PRECISION, True,
     )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window,
+        dq, q, do, pivot, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window,
         scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     dq *= scale
@@ -157,7 +162,7 @@ def attention_dq_kernel(
 
 @triton.jit
 def _add_dkdv(
-    state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, span,
+    state, k, v, k_pos, do_ptr, q_ptr, pivot_ptr, delta_ptr, do_strides, q_strides, batch, first_head, span,
     num_queries, offset, window, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -172,20 +177,20 @@ def _add_dkdv(
     query, head = packed_rows(start, first_head, PACK, BLOCK_Q * PACK)
     do_ptrs = do_ptr + do_element[None, :] + row_offset(batch, head, query, do_strides)[:, None]
     q_ptrs = q_ptr + q_element[None, :] + row_offset(batch, head, query, q_strides)[:, None]
-    lse_row = head.to(tl.int64) * num_queries + query
-    lse_ptrs = lse_ptr + lse_row
-    delta_ptrs = delta_ptr + lse_row
+    row = head.to(tl.int64) * num_queries + query
+    pivot_ptrs = pivot_ptr + row
+    delta_ptrs = delta_ptr + row
     for _ in range(span[3]):
         row_query = start + tl.arange(0, BLOCK_Q * PACK) // PACK
         in_queries = row_query < num_queries
         q = load_tile(q_ptrs, in_queries[:, None], q_in_head[None, :], MASKED, Q_PADDED)
         do = load_tile(do_ptrs, in_queries[:, None], do_in_head[None, :], MASKED, DO_PADDED)
-        lse = load_tile(lse_ptrs, in_queries, None, MASKED, False)
+        pivot = load_tile(pivot_ptrs, in_queries, None, MASKED, False)
         delta = load_tile(delta_ptrs, in_queries, None, MASKED, False)
         scores = dot(k, tl.trans(q), None, PRECISION)
         if cap_scale is not None:
             scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
-        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
+        p = tl.exp2(scores * scale_log2 + pivot[None, :])
         if MASKED:
             p = tl.where(visible((row_query + offset)[None, :], k_pos[:, None], window), p, 0.0)
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
@@ -197,14 +202,14 @@ def _add_dkdv(
         start += step
         do_ptrs += step * wide_stride(do_strides[2])
         q_ptrs += step * wide_stride(q_strides[2])
-        lse_ptrs += step
+        pivot_ptrs += step
         delta_ptrs += step
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, pivot_ptr, delta_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
     strides,  # of do, q, k, v, dk, dv: of batch, head, position, in units of UNIT elements
     part_stride,  # of the parts of dk and dv, in elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
@@ -241,7 +246,7 @@ def attention_dkdv_kernel(
     offset = num_keys - num_queries
     last_key = tl.minimum(block * BLOCK_N + BLOCK_N, num_keys) - 1
     edges, interior = query_spans(block * BLOCK_N, last_key, window, offset, num_queries, EDGE_Q, BLOCK_Q)
-    lse_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
+    pivot_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
     delta_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
     dk = tl.zeros((BLOCK_N, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
     dv = tl.zeros((BLOCK_N, head_block(HEAD_DIM)), dtype=WIDE)
@@ -249,11 +254,11 @@ def attention_dkdv_kernel(
     for pack in range(GROUP // PACK // PARTS):
         first_head = kv_head * GROUP + (part * (GROUP // PACK // PARTS) + pack) * PACK
         state = _add_dkdv(
-            state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, edges,
+            state, k, v, k_pos, do_ptr, q_ptr, pivot_ptr, delta_ptr, do_strides, q_strides, batch, first_head, edges,
             num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, EDGE_Q, PRECISION, True,
         )  # fmt: skip
         state = _add_dkdv(
-            state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, interior,
+            state, k, v, k_pos, do_ptr, q_ptr, pivot_ptr, delta_ptr, do_strides, q_strides, batch, first_head, interior,
             num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, BLOCK_Q, PRECISION, False,
         )  # fmt: skip
     dk, dv = state
@@ -292,7 +297,7 @@ def attend_backward(
         grad_out = grad_out.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.to(lse.dtype).contiguous()
-    delta = torch.empty_like(lse)
+    pivot, delta = torch.empty_like(lse), torch.empty_like(lse)
     cos, sin, rotary_dim = rotary_tables(rope)
     to_dq, to_dk, to_dv, separate = dq, dk, dv, False
     q_rotated = q
@@ -329,11 +334,11 @@ def attend_backward(
     key_unit, key_strides = strides_of(grad_out, q_rotated, k, v, dk_part, dv_part)
     with torch.cuda.device_of(q):
         attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.BLOCK_M // pack),)](
-            grad_out, q, k, v, out, lse, grad_lse, cos, sin, to_dq, delta, q_rotated, row_strides, *scalars,
+            grad_out, q, k, v, out, lse, grad_lse, cos, sin, to_dq, pivot, delta, q_rotated, row_strides, *scalars,
             **shape, PACK=pack, UNIT=row_unit, **by_row._asdict(),
         )  # fmt: skip
         attention_dkdv_kernel[(key_programs * parts,)](
-            grad_out, q_rotated, k, v, lse, delta, cos, sin, dk_part, dv_part, key_strides, to_dk.numel(), *scalars,
+            grad_out, q_rotated, k, v, pivot, delta, cos, sin, dk_part, dv_part, key_strides, to_dk.numel(), *scalars,
             **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, **by_key._asdict(),
         )  # fmt: skip
     if parts > 1:
