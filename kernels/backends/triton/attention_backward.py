@@ -6,9 +6,10 @@
     dsink = -sum_i exp(sink - lse_i) delta_i
 
 The dq kernel owns rows and walks keys, like the forward. Since it loads do and q anyway, it also writes delta and, with
-rope, the rotated q: no pass of their own reads them. And lse in the form in which dk/dv adds it to every score. The dk/dv kernel owns keys and walks the rows that see them, all
-heads of the group within one program, so that nothing is summed afterwards and nothing is added atomically. Both turn
-their fp32 accumulators back by the angles before the store: RoPE's backward has no pass of its own.
+rope, the rotated q: no pass of their own reads them. It writes -log2(e) lse too, as dk/dv adds it to every score. The
+dk/dv kernel owns keys and walks the rows that see them, all heads of the group within one program, so that nothing is
+summed afterwards and nothing is added atomically. Both turn their fp32 accumulators back by the angles before the
+store: RoPE's backward has no pass of its own.
 """
 
 import torch
