@@ -37,7 +37,7 @@ MUTATIONS = {
         "past_last // EDGE_Q * EDGE_Q",
     ),
     "no jump between the edges": ("tiles.py", "second - end_first, 0)", "0, 0)"),
-    "missing rescale of the sums": ("tiles.py", "row_sum * rescale + tl.sum(p, 1)", "row_sum + tl.sum(p, 1)"),
+    "missing rescale of the sums": ("tiles.py", "row_sum * rescale[:, None] + tl.sum(", "row_sum + tl.sum("),
     "missing rescale of the values": ("tiles.py", "acc * rescale[:, None]", "acc"),
     "no guard for rows without a key yet": ("tiles.py", "tl.where(new_max == ", "tl.where(new_max > "),
     "sign of the rotation of q": ("tiles.py", "tl.where(is_first, -sin, sin)", "tl.where(is_first, sin, -sin)"),
@@ -56,8 +56,8 @@ MUTATIONS = {
     "out without sinks": ("attention_forward.py", "norm *= tl.exp2(lse_log2 - with_sink)", "norm *= 1.0"),
     "strides swapped": (
         "attention_forward.py",
-        "row_offset(batch, head, query, q_strides)",
-        "row_offset(batch, query, head, q_strides)",
+        "row_offset(batch, head, row, q_strides)",
+        "row_offset(batch, row, head, q_strides)",
     ),
     "strides of k for v": (
         "attention_forward.py",

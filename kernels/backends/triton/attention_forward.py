@@ -26,6 +26,7 @@ from .tiles import (
     load_rotated,
     packed_heads,
     packed_rows,
+    partial_sums,
     row_offset,
     row_program,
     softmax_scales,
@@ -40,7 +41,8 @@ def attention_forward_kernel(
     strides,  # of q, k, v, out: of batch, head, position, in units of UNIT elements; the last stride is 1
     num_queries, num_keys, num_kv_heads, window, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """k is rotated already, q is rotated here. sinks_ptr, starts_ptr and cap_scale are None where there are none."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
@@ -53,11 +55,12 @@ def attention_forward_kernel(
     query, head = packed_rows(block * BLOCK_Q, first_head, PACK, BLOCK_M)
     offset = num_keys - num_queries
     q_pos = query + offset
-    in_queries = query < num_queries
     element, in_head = head_columns(HEAD_DIM)
-    ok = in_queries[:, None] & in_head[None, :]
-    q_row = row_offset(batch, head, query, q_strides)
-    q = load_rotated(q_ptr + q_row[:, None], element[None, :], ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    in_columns = in_head[None, :] if head_block(HEAD_DIM) != HEAD_DIM else None
+    # rows past the last query repeat it, and are not stored: a load without a mask needs no zeros
+    row = tl.minimum(query, num_queries - 1)
+    q_row = row_offset(batch, head, row, q_strides)[:, None]
+    q = load_rotated(q_ptr, q_row, element[None, :], in_columns, (row + offset)[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
 
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
@@ -69,7 +72,7 @@ def attention_forward_kernel(
         limits = (first_of(q_pos, window, num_keys, starts_ptr)[:, None], q_pos[:, None] + 1)
     edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N, num_keys, starts_ptr)
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
-    row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
+    row_sum = tl.zeros((BLOCK_M, SUMS), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
     state = (acc, row_sum, row_max)
     state = attend_tiles(
@@ -81,6 +84,7 @@ def attention_forward_kernel(
         scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
+    row_sum = tl.sum(row_sum, 1)
 
     has_keys = row_sum != 0  # true of NaN, which lse must not hide
     lse_log2 = tl.where(has_keys, row_max * scale_log2 + tl.log2(row_sum), float("-inf"))
@@ -93,10 +97,12 @@ def attention_forward_kernel(
         lse_log2 = with_sink
 
     lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + query
+    in_queries = query < num_queries
     tl.store(lse_ptr + lse_row, lse_log2 * LN_2, mask=in_queries)
     out_row = row_offset(batch, head, query, out_strides)
     out = (acc * norm[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + out_row[:, None] + element[None, :], out, mask=ok)
+    ok = in_queries[:, None] & in_head[None, :]
+    tl.store(out_ptr + element[None, :] + out_row[:, None], out, mask=ok)
 
 
 def first_key(T, S, window):
@@ -142,6 +148,6 @@ def attend(
             q, k, v, out, lse, sinks, cos, sin, starts, strides,
             T, S, Hkv, S if window is None else min(window, S), scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack, UNIT=unit,
-            PRECISION=tile_configs.dot_precision(q.dtype, arch), **config._asdict(),
+            SUMS=partial_sums(config), PRECISION=tile_configs.dot_precision(q.dtype, arch), **config._asdict(),
         )  # fmt: skip
     return out, lse if with_lse else lse.new_empty(0)

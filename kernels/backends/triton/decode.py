@@ -78,11 +78,11 @@ def append_kernel(
     element, in_head = head_columns(HEAD_DIM)
     # positions below 0 are padding
     ok = (in_rows & (position >= 0))[:, None] & in_head[None, :]
-    k_rows = k_ptr + row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
+    k_row = row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
     v_rows = v_ptr + row_offset(batch, head, token, in_elements(strides[1], UNIT))[:, None]
     k_slots = k_cache_ptr + row_offset(batch, head, slot, in_elements(strides[2], UNIT))[:, None]
     v_slots = v_cache_ptr + row_offset(batch, head, slot, in_elements(strides[3], UNIT))[:, None]
-    k = load_rotated(k_rows, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
+    k = load_rotated(k_ptr, k_row, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
     tl.store(k_slots + element[None, :], k, mask=ok)
     tl.store(v_slots + element[None, :], tl.load(v_rows + element[None, :], mask=ok, other=0.0), mask=ok)
 
@@ -125,10 +125,10 @@ def decode_kernel(
     q_pos = offset + token
     element, in_head = head_columns(HEAD_DIM)
     ok = in_rows[:, None] & in_head[None, :]
-    q_rows = q_ptr + row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
+    q_row = row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
     # positions below 0 are padding, and have no angles
     q_ok = ok & (q_pos >= 0)[:, None]
-    q = load_rotated(q_rows, element[None, :], q_ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
+    q = load_rotated(q_ptr, q_row, element[None, :], q_ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
 
     first_pos = offset + first_row // GROUP
     last_pos = offset + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // GROUP
@@ -146,7 +146,7 @@ def decode_kernel(
     interior = (full_begin, full_end, full_end, (full_end - full_begin) // BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
-    row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
+    row_sum = tl.zeros((BLOCK_M, 1), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
     if sinks_ptr is not None:
         # the sink is a key without a value, which the first part has seen before all others
@@ -166,6 +166,7 @@ def decode_kernel(
         num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
+    row_sum = tl.sum(row_sum, 1)
 
     out_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_new + token
     if acc_ptr is None:

@@ -241,20 +241,23 @@ def load_tile(ptrs, row_ok, column_ok, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, num_positions=None):
-    """Load the elements (1, columns) of rows (rows, 1), each rotated by the angle of its row's position.
+def load_rotated(ptr, row, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, num_positions=None):
+    """Load the elements (1, columns) of rows that begin at `row` (rows, 1), rotated by the angle of a row's position.
 
     (a, b) -> (a cos - b sin, b cos + a sin) in wide precision, rounded once. The partner of every element is loaded
     beside it: a second read of lines that are in L1 by then, instead of moving elements between threads.
 
-    num_positions: rows of the tables, for positions that the host has not seen: where a table ends, the row is NaN.
+    ok: which of them there are, None for all. num_positions: rows of the tables, for positions that the host has not
+    seen: where a table ends, the row is NaN.
     """
-    x = tl.load(row_ptrs + element, mask=ok, other=0.0)
+    x = load_tile(ptr + element + row, ok, None, ok is not None, False)
     if ROTARY_DIM > 0:
         HALF: tl.constexpr = ROTARY_DIM // 2
         is_first = element < HALF
-        in_pairs = ok & (element < ROTARY_DIM)
-        partner = tl.load(row_ptrs + tl.where(is_first, element + HALF, element - HALF), mask=in_pairs, other=0.0)
+        in_pairs = element < ROTARY_DIM
+        if ok is not None:
+            in_pairs &= ok
+        partner = tl.load(ptr + tl.where(is_first, element + HALF, element - HALF) + row, mask=in_pairs, other=0.0)
         angle = position.to(tl.int64) * HALF + element % HALF
         if num_positions is not None:
             in_table = (position >= 0) & (position < num_positions)
@@ -321,6 +324,7 @@ def tanh(x, ACCURATE: tl.constexpr):
 def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Fold one tile of scores and its values into state = (acc, row_sum, row_max) of the online softmax.
 
+    row_sum (rows, n) is the sums over every n-th column, see `partial_sums`.
     Weights are 2^(scale_log2 * (score - row_max)): the scale costs nothing, since it rides on the subtraction's FMA.
     """
     acc, row_sum, row_max = state
@@ -333,7 +337,9 @@ def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: 
     # Maxima are subtracted before they are scaled, so that the factor is 1 where none has risen. The difference of two
     # products would become one FMA and give the rounding error of the pivot, again and again with every tile
     rescale = tl.exp2((row_max - finite_max) * scale_log2)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
+    SUMS: tl.constexpr = row_sum.shape[1]
+    partial = tl.reshape(p, (p.shape[0], p.shape[1] // SUMS, SUMS))
+    row_sum = row_sum * rescale[:, None] + tl.sum(partial, 1)
     acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
     return acc, row_sum, new_max
 
@@ -361,15 +367,15 @@ def attend_tiles(
     if num_slots is None:
         key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
         # pointers are carried, not computed: a 64-bit product a tile costs 10 to 20 instructions
-        k_ptrs = k_ptr + key[None, :] * k_stride + element[:, None]
-        v_ptrs = v_ptr + key[:, None] * v_stride + element[None, :]
+        k_ptrs = k_ptr + element[:, None] + key[None, :] * k_stride
+        v_ptrs = v_ptr + element[None, :] + key[:, None] * v_stride
     for _ in range(span[3]):
         k_pos = start + tl.arange(0, BLOCK_N)
         in_keys = k_pos < num_keys
         if num_slots is not None:
             slot = ring_slot(oldest_slot, k_pos, num_slots).to(tl.int64)
-            k_ptrs = k_ptr + slot[None, :] * k_stride + element[:, None]
-            v_ptrs = v_ptr + slot[:, None] * v_stride + element[None, :]
+            k_ptrs = k_ptr + element[:, None] + slot[None, :] * k_stride
+            v_ptrs = v_ptr + element[None, :] + slot[:, None] * v_stride
         k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
         scores = dot(q, k, None, PRECISION)
         if cap_scale is not None:
@@ -401,6 +407,15 @@ def strides_of(*tensors):
 def packed_heads(group, rows):
     """How many heads of a group share a tile of `rows` rows: the largest power of two that divides both."""
     return math.gcd(group & -group, rows)
+
+
+def partial_sums(config):
+    """How many sums of a row are kept apart until its walk is over.
+
+    Where a warp has whole rows, products put every 8th column on the same threads. Then 8 sums need nothing of another
+    thread, in place of two exchanges a row and tile. Where warps share rows, each sum would go through shared memory.
+    """
+    return 8 if config.BLOCK_M >= 16 * config.num_warps else 1
 
 
 def softmax_scales(scale, softcap):
