@@ -90,7 +90,11 @@ def sliding_gqa_attention(
         # what a backend keeps for its backward pass depends on sizes, which are symbols in torch.compile
         if not torch.compiler.is_compiling():
             keeping = getattr(backend_module(name), "attend_keeping", None)
-            attend = (keeping and keeping(q, k, starts, window, right, sinks, softcap)) or attend
+            kept = keeping and keeping(q, k, starts, window, right, sinks, softcap)
+            if kept:
+                attend = kept
+                if starts is not None and starts.is_cpu:  # as the operator of the others does
+                    check_starts_values(starts)
         out, lse, *_ = attend(*arguments, name, with_lse)
     else:
         out, lse = OPERATORS.attention_forward(*arguments, name, with_lse)

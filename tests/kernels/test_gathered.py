@@ -1,4 +1,4 @@
-"""Rows of several documents in the banded backend: against the specification, and what they cost."""
+"""Documents, and windows to both sides, in the banded backend: against the specification, and what they cost."""
 
 import pytest
 import torch
@@ -9,9 +9,11 @@ from kernels import document_starts, rope_tables, sliding_gqa_attention
 from kernels.backends.banded import gathered as banded_gathered
 from kernels.backends.banded import keeping as banded_keeping
 from kernels.backends.banded import plan as banded_plan
+from kernels.band import visible_mask
+from kernels.checks import check_window
 
 B, D = 2, 16
-SHAPES = {  # T, S, Hq, Hkv, window, the lengths of the documents of two rows, repeated
+SHAPES = {  # T, S, Hq, Hkv, window, the lengths of the documents of two rows, repeated; without them, no starts
     "documents of one token": (70, 70, 4, 2, 16, [1], [1]),
     "short documents": (150, 150, 4, 2, 16, [3, 1, 7, 20, 2], [5, 11]),
     "short ones, no window": (150, 150, 6, 2, None, [3, 1, 7, 20, 2], [19, 33]),
@@ -28,7 +30,20 @@ SHAPES = {  # T, S, Hq, Hkv, window, the lengths of the documents of two rows, r
     "one query": (1, 70, 4, 1, 8, [66, 4], [70]),
     "a few dozen tokens": (64, 64, 4, 2, 32, [10, 54], [40, 24]),
     "two tokens": (2, 2, 2, 1, None, [1, 1], [2]),
+    "both sides": (150, 150, 4, 2, (20, 9)),
+    "both sides, more to the right": (150, 150, 6, 2, (3, 40)),
+    "to the right only": (100, 100, 4, 2, (0, 16)),
+    "all later keys": (100, 100, 4, 2, (7, None)),
+    "all keys": (100, 100, 3, 1, (None, None)),
+    "all keys of a few dozen tokens": (30, 30, 4, 2, (None, None)),
+    "all keys of one token": (1, 1, 2, 1, (None, None)),
+    "sides beyond S": (40, 40, 4, 2, (40, 39)),
+    "both sides, short documents": (150, 150, 4, 2, (9, 12), [3, 1, 7, 20, 2], [5, 11]),
+    "both sides, long documents": (300, 300, 7, 1, (24, 30), [120, 180], [299, 1]),
+    "all keys of the document": (160, 160, 4, 2, (None, None), [16, 32, 48, 64], [1, 159]),
+    "all later keys of the document": (130, 130, 4, 2, (5, -1), [*[1] * 50, 80], [60, *[1] * 70]),
 }
+
 OPTIONS = {
     "plain": {},
     "rope": {"rope": D},
@@ -45,7 +60,7 @@ def starts_of(S, *rows):
 def problem(shape, options, dtype=torch.float64):
     T, S, Hq, Hkv, window, *rows = shape
     tensors = [torch.randn(B, n, h, D).to(dtype).transpose(1, 2) for n, h in ((T, Hq), (S, Hkv), (S, Hkv))]
-    options = {"scale": D**-0.5, **options, "starts": starts_of(S, *rows)}
+    options = {"scale": D**-0.5, **options, "starts": starts_of(S, *rows) if rows else None}
     if options.pop("sinks", False):
         tensors.append(torch.randn(Hq).to(dtype))
     if "rope" in options:
@@ -69,14 +84,15 @@ def test_every_row_is_in_exactly_one_step_with_every_key_it_sees(case, how, monk
     cut(monkeypatch, *CUTS[how])
     (q, k, *_), _, window, options = problem(SHAPES[case], {})
     (_, Hq, T, _), (Hkv, S) = q.shape, k.shape[1:3]
-    starts = options["starts"][:, S - T :]
-    first = starts if window is None else torch.maximum(starts, torch.arange(S - T, S) - window + 1)
+    window, right = check_window(window)
+    seen = visible_mask(T, S, window, right=right, starts=options["starts"]).view(-1, T, S).expand(B, T, S).int()
+    first, last = seen.argmax(-1), S - 1 - seen.flip(-1).argmax(-1)
     counts = torch.zeros(B, Hq, T, 1)
-    for step in banded_gathered.gathered_steps(q, k, options["starts"], window, 0, CUTS[how][0]):
+    for step in banded_gathered.gathered_steps(q, k, options["starts"], window, right, CUTS[how][0]):
         step.write(counts, Hq // Hkv, torch.ones(step.products, step.length * Hq // Hkv, 1))
         begin = step.first_piece * step.piece
         assert (begin <= first[step.sequence, step.row]).all() and begin.min() >= 0
-        assert (begin + step.width > S - T + step.row).all()
+        assert (begin + step.width > last[step.sequence, step.row]).all()
         assert begin.max() + step.width <= banded_gathered.padded_length(S, [step])
     assert (counts == 1).all()
 
@@ -101,7 +117,10 @@ def test_documents_equal_reference(case, option, how, keep, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", ["short documents", "long documents, group 7", "last queries, cut within a document"])
+@pytest.mark.parametrize(
+    "case",
+    ["short documents", "long documents, group 7", "last queries, cut within a document", "both sides, long documents"],
+)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_documents_stay_within_the_error_budget(case, option, dtype):
     tensors, grads, window, options = problem(SHAPES[case], OPTIONS[option], dtype)
@@ -109,8 +128,9 @@ def test_documents_stay_within_the_error_budget(case, option, dtype):
     assert max(ratios.values()) <= 1, ratios
 
 
-def test_gradients_are_those_of_finite_differences():
-    tensors, _, window, options = problem((7, 9, 2, 1, 3, [4, 5], [2, 7]), OPTIONS["everything"])
+@pytest.mark.parametrize("T, window", [(7, 3), (9, (2, 1))])
+def test_gradients_are_those_of_finite_differences(T, window):
+    tensors, _, window, options = problem((T, 9, 2, 1, window, [4, 5], [2, 7]), OPTIONS["everything"])
     options["rope"] = tuple(table.double() for table in options["rope"])
     leaves = [x.requires_grad_() for x in tensors]
     assert torch.autograd.gradcheck(
@@ -118,13 +138,14 @@ def test_gradients_are_those_of_finite_differences():
     )
 
 
-@pytest.mark.parametrize("window", [None, 8])
-def test_keys_of_other_documents_get_zero_gradient_and_do_not_count(window):
+@pytest.mark.parametrize(
+    "window, seen", [(None, slice(30, 41)), (8, slice(33, 41)), ((8, 4), slice(32, 45)), ((8, None), slice(32, 60))]
+)
+def test_keys_of_other_documents_get_zero_gradient(window, seen):
     tensors, _, _, options = problem((90, 90, 4, 2, window, [30], [45]), {})
     q, k, v = (x.requires_grad_() for x in tensors)
     out = sliding_gqa_attention(q, k, v, window, **options, backend="banded")
     for grad in torch.autograd.grad(out[0, :, 40].square().sum(), (k, v)):
-        seen = slice(30 if window is None else 33, 41)
         assert grad[0, :, seen].abs().amin(dim=(0, 2)).min() > 0
         grad[0, :, seen] = 0
         assert not grad.any()
@@ -188,10 +209,11 @@ def test_short_documents_share_steps():
     assert sum(step.products * step.length * step.width for step in steps) <= 2 * 4096 * 32
 
 
-def test_memory_is_linear_in_the_length():
+@pytest.mark.parametrize("window, documents", [(32, [[50, 9], [300]]), ((32, 20), [])])
+def test_memory_is_linear_in_the_length(window, documents):
     sizes = []
     for T in (512, 1024, 2048):
-        tensors, grads, window, options = problem((T, T, 4, 2, 32, [50, 9], [300]), {}, torch.float32)
+        tensors, grads, window, options = problem((T, T, 4, 2, window, *documents), {}, torch.float32)
         with LargestTensor() as largest:
             run(attend("banded"), tensors, grads, window, **options)
         sizes.append(largest.numel)

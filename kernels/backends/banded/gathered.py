@@ -144,14 +144,18 @@ def several_documents(starts):
 
 
 def gathered_steps(q, k, starts, window, right, threads):
-    """The steps of one call, for q (B, Hq, T, D) and k (B, Hkv, S, D). It reads starts, which waits for a GPU."""
+    """The steps of one call, for q (B, Hq, T, D) and k (B, Hkv, S, D).
+
+    It reads starts on the host. On a GPU, where this backend is for what Triton has no tiles for, that waits, and no
+    CUDA graph can hold it.
+    """
     (B, Hq, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     documents = None if starts is None else starts.cpu().contiguous().numpy().tobytes()
     window, right = (None if side is None or side >= S else side for side in (window, right))
     return _plan(documents, B, Hkv, Hq // Hkv, T, S, window, right, D, threads, q.device)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)  # for all layers of a model, forward and backward; a plan holds indices of every row
 def _plan(documents, B, Hkv, G, T, S, window, right, D, threads, device):
     if B == 0 or T == 0:
         return []
