@@ -134,3 +134,17 @@ def test_positions_that_the_tables_lack_give_nan_and_are_not_read(interleaved, d
     ):
         assert torch.equal(ours.isnan(), lacking.expand_as(ours))
         torch.testing.assert_close(ours.nan_to_num(nan=0.0), exact.masked_fill(lacking, 0.0))
+
+
+@pytest.mark.parametrize("backend", ["triton", "banded"])
+def test_a_transposed_gradient_is_taken(backend, device):
+    """A product that reads k^T sends back a gradient whose last stride is not 1."""
+    cos, sin = rope_tables(9, 16, device=device)
+    x = torch.randn(2, 2, 9, 16, device=device, requires_grad=True)
+    weight = torch.randn(2, 2, 9, 16, device=device)
+    transposed = weight.mT.contiguous().mT
+    grads = []
+    for grad in (weight, transposed):
+        _, k = apply_rope(x, x, cos, sin, backend=backend)
+        grads.append(torch.autograd.grad(k, x, grad)[0])
+    assert torch.equal(*grads)

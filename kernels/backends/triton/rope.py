@@ -107,8 +107,9 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
     positions: an offset, or integers (T,) or (B, T); NaN for those that cos, sin (positions, R / 2) lack.
     inverse rotates by the negative angles.
     """
+    given = q, k
+    q, k = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in given)
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
-    q, k = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in (q, k))
     B, Hq, T, D = q.shape
     Hk = 0 if k is None else k.shape[1]
     half = cos.shape[1]
@@ -130,7 +131,9 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
             HEAD_DIM=D, HALF=half, UNIT=unit,
             INTERLEAVED=interleaved, INVERSE=inverse, **tile._asdict(),
         )  # fmt: skip
-    return q_out, k_out
+    # a gradient may come transposed, and results have the layout of what they are made from
+    results = zip((q_out, k_out), given, strict=True)
+    return tuple(x if x is None or like.stride(3) == 1 else torch.empty_like(like).copy_(x) for x, like in results)
 
 
 def rotary_tables(rope):
