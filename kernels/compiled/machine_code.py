@@ -19,7 +19,7 @@ from ..backends.triton import tiles
 
 KERNELS = Path(tiles.__file__).parent
 # Arrays of one number a row, token or part: their loads are narrow because the rows are, and there are few of them
-ROW_ARRAYS = {"lse", "lse_log2", "delta", "sink", "length", "position", "part_max", "part_sum", "max", "sum"}
+ROW_ARRAYS = {"lse", "pivot", "delta", "sink", "length", "position", "part_max", "part_sum", "max", "sum"}
 
 # What executes an instruction, by the start of its name; the first match counts. Uniform instructions (one result for a
 # whole warp) have a data path of their own. NVIDIA documents names, not pipes: this follows profilers' metrics.
