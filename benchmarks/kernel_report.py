@@ -110,7 +110,9 @@ def prepare(options, device):
     if options.run:
         if amd := [target for target in targets if not target.startswith("sm_")]:
             raise harness.BadInput(f"--run runs PTX, which {amd[0]} does not have")
-        sizes = [(shape.D, min(shape.W or 256, 1024)) for shape in shapes] or [(D, 256) for D in head_dims]
+        windows = [min(shape.W or shape.T, 1024) for shape in shapes]
+        sizes = [(shape.D, W, min(shape.T, 3 * W)) for shape, W in zip(shapes, windows, strict=True)]
+        sizes = sizes or [(D, 256, 768) for D in head_dims]
         return partial(counted, list(itertools.product(targets, dtypes, sizes)))
     points = list(itertools.product(targets, dtypes, head_dims, features.items()))
     return partial(report, points, shapes or [parse(SHAPE.format(D)) for D in head_dims], options)
@@ -148,19 +150,19 @@ def report(points, shapes, options):
 
 
 def counted(points):
-    """What executes in attention of four heads on one, T = 2 W: numbers from running the PTX, not from the model."""
+    """What executes in attention of four heads on one: numbers from running the PTX, not from the model."""
     from kernels.compiled.counts import PRODUCTS, count
 
     rows = []
-    for target, dtype, (D, W) in points:
+    for target, dtype, (D, W, T) in points:
         harness.progress(f"{target}, head size {D}, {harness.name_of(dtype)}, window {W}: running")
-        kernels, visible = count(target, head_dim=D, dtype=dtype, window=W, length=2 * W)
+        kernels, visible = count(target, head_dim=D, dtype=dtype, window=W, length=T)
         for name, counts in kernels.items():
             wavefronts, useful = counts.wavefronts.total(), PRODUCTS.get(name, 0) * visible * D
             most = itertools.islice(counts.kinds().items(), 3)
             moved = (counts.bytes_read + counts.bytes_written).total()
             rows.append({
-                "kernel": name, "target": target, "D": D, "dtype": harness.name_of(dtype), "W": W, "T": 2 * W,
+                "kernel": name, "target": target, "D": D, "dtype": harness.name_of(dtype), "W": W, "T": T,
                 "instructions a score": round(counts.instructions / visible, 1),
                 "most are": ", ".join(f"{kind} {n / counts.instructions:.0%}" for kind, n in most),
                 "shared wavefronts": wavefronts, "conflicts": f"{counts.conflicts.total() / max(1, wavefronts):.1%}",

@@ -238,7 +238,7 @@ def attention_bytes(kernel, shape, element_bytes, rope):
     rows = 4 * shape.B * shape.Hq * shape.T
     return {
         "attention_forward": 2 * queries + 2 * keys + rows,
-        "attention_dq": (5 if rope else 4) * queries + 2 * keys + 2 * rows,
+        "attention_dq": (5 if rope else 4) * queries + 2 * keys + 3 * rows,
         "attention_dkdv": 2 * queries + 4 * keys + 2 * rows,
     }[kernel]
 

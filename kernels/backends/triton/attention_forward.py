@@ -26,7 +26,6 @@ from .tiles import (
     load_rotated,
     packed_heads,
     packed_rows,
-    partial_sums,
     row_offset,
     row_program,
     softmax_scales,
@@ -148,6 +147,7 @@ def attend(
             q, k, v, out, lse, sinks, cos, sin, starts, strides,
             T, S, Hkv, S if window is None else min(window, S), scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack, UNIT=unit,
-            SUMS=partial_sums(config), PRECISION=tile_configs.dot_precision(q.dtype, arch), **config._asdict(),
+            SUMS=tile_configs.partial_sums(config, arch), PRECISION=tile_configs.dot_precision(q.dtype, arch),
+            **config._asdict(),
         )  # fmt: skip
     return out, lse if with_lse else lse.new_empty(0)

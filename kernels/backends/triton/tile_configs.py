@@ -198,3 +198,14 @@ def dot_precision(dtype, arch):
     One TF32 product keeps 11 bits; fp32's own units ("ieee") take 4 to 8 times the instructions and spill at any size.
     """
     return "tf32x3" if dtype == torch.float32 and 0 < arch < AMD else "ieee"
+
+
+def partial_sums(config, arch):
+    """How many sums of a row are kept apart until its walk is over.
+
+    Products of mma.sync and wgmma put every 8th column on the same threads: 8 sums need nothing of another thread, and
+    save two exchanges a row and tile. They would cost where warps share rows, and each sum goes through shared memory,
+    and on Blackwell, whose tensor memory gives a thread whole rows.
+    """
+    columns_apart = arch < BLACKWELL or arch == CONSUMER_BLACKWELL
+    return 8 if columns_apart and config.BLOCK_M >= 16 * config.num_warps else 1

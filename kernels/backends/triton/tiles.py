@@ -324,7 +324,7 @@ def tanh(x, ACCURATE: tl.constexpr):
 def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Fold one tile of scores and its values into state = (acc, row_sum, row_max) of the online softmax.
 
-    row_sum (rows, n) is the sums over every n-th column, see `partial_sums`.
+    row_sum (rows, n) is the sums over every n-th column, see `tile_configs.partial_sums`.
     Weights are 2^(scale_log2 * (score - row_max)): the scale costs nothing, since it rides on the subtraction's FMA.
     """
     acc, row_sum, row_max = state
@@ -407,15 +407,6 @@ def strides_of(*tensors):
 def packed_heads(group, rows):
     """How many heads of a group share a tile of `rows` rows: the largest power of two that divides both."""
     return math.gcd(group & -group, rows)
-
-
-def partial_sums(config):
-    """How many sums of a row are kept apart until its walk is over.
-
-    Where a warp has whole rows, products put every 8th column on the same threads. Then 8 sums need nothing of another
-    thread, in place of two exchanges a row and tile. Where warps share rows, each sum would go through shared memory.
-    """
-    return 8 if config.BLOCK_M >= 16 * config.num_warps else 1
 
 
 def softmax_scales(scale, softcap):
