@@ -68,7 +68,7 @@ def test_a_table_of_the_machine_or_of_operators_is_made(name, tmp_path, monkeypa
         assert all(row["per_second"] > 0 for row in document["rows"] if not row["not_timed"])
         assert "GFLOP/s" in printed and "GB/s" in printed
     else:
-        step, token = document["tables"]
+        token, step = document["tables"]
         assert step["rows"][-1][0] == token["rows"][-1][0] == "all"
         shares = [float(line[2][:-1]) for line in token["rows"][:-1]]
         assert sum(shares) == pytest.approx(100, abs=1) and shares[:-1] == sorted(shares[:-1], reverse=True)

@@ -10,8 +10,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def values(dtype):
     generator = torch.Generator().manual_seed(0)
-    x = 3 * torch.randn(2, module.LARGE, generator=generator)
-    x[0, :9] = torch.tensor([0.0, -0.0, 1e-8, -1e-8, 30.0, -30.0, 1e4, -1e4, 6.0])
+    x = 3 * torch.randn(5, module.PIECE // 2 + 1, generator=generator).t()  # pieces, the last one short, and strides
+    x[:9, 0] = torch.tensor([0.0, -0.0, 1e-8, -1e-8, 30.0, -30.0, 1e4, -1e4, 6.0])
     return x.to(dtype), torch.randn(x.shape, generator=generator).to(dtype)
 
 
@@ -27,14 +27,13 @@ def test_value_and_gradient_are_within_the_budget(dtype):
     exact_gradient = torch.autograd.grad(exact, wide, grad.double())[0]
     eager = F.gelu(x, approximate="tanh")
     eager_gradient = torch.autograd.grad(eager, x, grad)[0]
-    for got, wanted, plain in ((ours, exact, eager), (gradient, exact_gradient, eager_gradient)):
+    # in fp32 the derivative loses two bits where sigmoid(u) is nearly 1 and is multiplied by its distance from 1
+    slack = 4 if dtype == torch.float32 else 2
+    for times, got, wanted, plain in ((2, ours, exact, eager), (slack, gradient, exact_gradient, eager_gradient)):
         assert got.dtype == dtype and got.isfinite().all()
-        # element by element, near the largest ones: one rounding, and twice what PyTorch's own is off
-        error, allowed = (
-            (got - wanted).abs(),
-            2 * ((plain - wanted).abs().max() + torch.finfo(dtype).eps * wanted.abs()),
-        )
-        assert (error <= allowed + 1e-30).all()
+        # one rounding, and what PyTorch's own is off at most
+        rounding = torch.finfo(dtype).eps * wanted.abs() + torch.finfo(dtype).tiny
+        assert ((got - wanted).abs() <= times * ((plain - wanted).abs().max() + rounding)).all()
     with torch.no_grad():
         assert torch.equal(gelu(x), ours)
 
