@@ -50,20 +50,11 @@ def attend_to_cache(
     num_splits 1 takes the rows one by one: the sums of a product and of a softmax begin and end elsewhere in a larger
     batch, whose longest row they must cover. Other numbers mean nothing here.
     """
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
-    if num_splits == 1 and q.shape[0]:
-        batch = zip(*(x.split(1) for x in (q, k_cache, v_cache, lengths)), strict=True)
-        return torch.cat([_attend(*map(_aligned, row), window, **options) for row in batch])
-    return _attend(q, k_cache, v_cache, lengths, window, **options)
-
-
-def _aligned(x):
-    """x, or a copy where its memory begins elsewhere than that of a new tensor: MKL would add up in another order."""
-    return x.clone() if x.data_ptr() % 64 else x
-
-
-def _attend(q, k_cache, v_cache, lengths, window, *, scale, softcap, sinks, rope):
     B, Hq, T, D = q.shape
+    if num_splits == 1 and B:
+        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
+        rows = zip(*(x.split(1) for x in (q, k_cache, v_cache, lengths)), strict=True)
+        return torch.cat([attend_to_cache(*map(_aligned, row), window, **options) for row in rows])
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     lost = None
     if window is None:
@@ -87,6 +78,11 @@ def _attend(q, k_cache, v_cache, lengths, window, *, scale, softcap, sinks, rope
     out = attend(rows, keys, values, (B, Hq, T), scale, unseen, softcap, sinks, shortest < T)
     out = out.view(B, Hq, T, D)
     return out if lost is None else out.masked_fill(lost, float("nan"))
+
+
+def _aligned(x):
+    """x, or a copy where its memory begins elsewhere than that of a new tensor: MKL would add up in another order."""
+    return x.clone() if x.data_ptr() % 64 else x
 
 
 def attend_rows(rows, keys, values, queries, scale, unseen=None, softcap=None, sinks=None, padding=False):
