@@ -23,7 +23,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "transformers>=5.4", "tokenizers"],
+        "test": ["pytest", "pytest-xdist", "ruff", "transformers>=5.4", "tokenizers", "accelerate"],
         "bench": ["transformers>=5.4", "local-attention"],
         "tensorboard": ["tensorboard"],
         "hf": ["transformers>=5.4", "tokenizers"],

@@ -9,7 +9,8 @@ against the model without a cache first. They take turns, all positions of a row
 
     position   tokens before the first timed one
     ms         of a token (of a step, all rows of the batch): median of the turns (20th to 80th percentile)
-    tokens/s   batch / that
+    busy ms    on a CPU: of ours while another process keeps a core busy
+    tokens/s   batch / ms
     x ours     its time over that of ours at the same position
     growth     its time over its own at the first position
     GB/s       on a GPU: weights and the keys and values in the window, read once a step; of the card's peak
@@ -27,7 +28,7 @@ import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from decoders import DECODERS, objection, why_not
-from measure import alternate, peak_of_device, ratio, shown, table, three_digits
+from measure import add_busy, alternate, peak_of_device, ratio, shown, table, three_digits
 
 from model import GPT, GPTConfig, generate
 
@@ -54,7 +55,7 @@ LONG_RUN = {"quick": (500, 2000), "default": (500, 20000)}
 SECONDS = {"quick": 15.0, "default": 80.0}
 # A turn begins with tokens that are not timed: after the turns of others, the CPU caches hold their weights
 UNTIMED, TOKENS_A_TURN, MOST_ROUNDS = 8, 16, 20
-ROOM = (UNTIMED + TOKENS_A_TURN) * (MOST_ROUNDS + 2)
+ROOM = (UNTIMED + TOKENS_A_TURN) * (3 * MOST_ROUNDS + 2)  # quiet, and twice beside a neighbour
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -149,8 +150,10 @@ def measure_point(model, decoders, batch_size, positions, dtype, seconds):
             if reason is None:
                 running[name, position] = decoder(model, text[:, :position], ROOM)
                 running[name, position].take(TOKENS_A_TURN)  # the first one reads the prompt
-    times = alternate(running, device, seconds, most=MOST_ROUNDS, timer=one_turn, turn_seconds=0)
+    turns = dict(most=MOST_ROUNDS, timer=one_turn, turn_seconds=0)
+    times = alternate(running, device, seconds, **turns)
     add_figures(rows, times, model)
+    add_busy(rows, running, device, lambda row: (row["contestant"], row["position"]), **turns)
     return sorted(rows, key=lambda row: row["position"])
 
 

@@ -37,6 +37,7 @@ import drawing  # noqa: E402
 import torch  # noqa: E402
 
 from model.command import Parser, resolve_device  # noqa: E402
+from model.shared_cores import SharedCores  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,7 +113,8 @@ def run(flags, prepare, arguments=None):
         flags.error(str(error).splitlines()[0])
     print_header(document)
     started = time.perf_counter()
-    document |= measure()
+    with SharedCores(device):
+        document |= measure()
     if "failed" not in document:
         document["failed"] = failed(document["rows"])
     document["seconds"] = round(time.perf_counter() - started, 1)

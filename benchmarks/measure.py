@@ -22,6 +22,8 @@ cannot time calls that synchronise, and gives each contestant a memory pool that
 import gc
 import random
 import statistics
+import subprocess
+import sys
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -33,12 +35,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from train.metrics import peak_of
 
+try:
+    from resource import RUSAGE_SELF, getrusage
+except ImportError:  # Windows does not count page faults for a process
+    getrusage = None
+
 LEAST_ROUNDS, MOST_ROUNDS = 3, 200
 TURN_SECONDS, MOST_CALLS_A_TURN = 0.02, 10  # short calls have several a turn
 L2_FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any card
 HOST_CALLS = 5
 MARGIN = 2  # the wait over the longest host time seen: the host may stall, and the clock rise, after that was measured
 TRIES = 3  # each behind a wait of twice the length
+SETTLE_SECONDS, BUSY_SECONDS = 0.7, 0.7  # beside a neighbour: until `SharedCores` has seen it, and of measuring
 CLOCK_CYCLES, CLOCK_TRIES = 2_000_000, 3  # about a millisecond each
 
 
@@ -47,6 +55,8 @@ class Spread(NamedTuple):
 
     On a GPU these are the device's, host is the median time until the call returns to Python, and behind says that the
     device's time may include some of the host's (`GpuTimer`). On a CPU, and with a timer of the caller, host is None.
+    On a CPU without such a timer, faults is the mean number of page faults a call: pages that the system had to map and
+    to clear, because memory was new or had been given back after an earlier call.
     """
 
     median: float
@@ -55,6 +65,7 @@ class Spread(NamedTuple):
     calls: int
     host: float | None = None
     behind: bool = False
+    faults: float | None = None
 
     @property
     def pace(self):
@@ -69,6 +80,7 @@ class Spread(NamedTuple):
             "p80_ms": self.p80 * 1e3,
             "calls": self.calls,
         }
+        row |= {} if self.faults is None else {"faults": self.faults}
         return row if self.host is None else row | {"host_ms": self.host * 1e3, "host_behind": self.behind}
 
 
@@ -86,8 +98,10 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
     many as fit into `seconds`. timer(function) calls it and returns seconds. There is no warm-up here: the caller has
     called each function before.
     """
+    count_faults = timer is None and torch.device(device).type == "cpu" and getrusage is not None
     timer = timer or (GpuTimer(device) if torch.device(device).type == "cuda" else _seconds_of)
     names, times, generator = list(calls), {name: [] for name in calls}, random.Random(0)
+    faults = dict.fromkeys(calls, 0)
     started = perf_counter()
     collecting = gc.isenabled()
     gc.disable()  # a collection would count as time of the current contestant
@@ -95,10 +109,12 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
         for turn in range(most if names else 0):
             generator.shuffle(names)
             for name in names:
+                faults_before = _faults() if count_faults else 0
                 for _ in range(MOST_CALLS_A_TURN):
                     times[name].append(timer(calls[name]))
                     if sum(times[name][-MOST_CALLS_A_TURN:]) >= turn_seconds:
                         break
+                faults[name] += _faults() - faults_before if count_faults else 0
             used = perf_counter() - started
             if turn + 1 >= least and used + used / (turn + 1) > seconds:
                 break
@@ -111,7 +127,33 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
         return {
             name: each._replace(host=hosts[name].median, behind=hosts[name].behind) for name, each in spreads.items()
         }
+    if count_faults:
+        return {name: each._replace(faults=faults[name] / each.calls) for name, each in spreads.items()}
     return spreads
+
+
+def _faults():
+    """Page faults of this process so far that needed no disk."""
+    return getrusage(RUSAGE_SELF).ru_minflt
+
+
+def add_busy(rows, calls, device, key=lambda row: row["contestant"], **options):
+    """Time the calls of ours again while another process keeps a core busy, and add row["busy"]; nothing on a GPU.
+
+    calls {key(row): function}; options: those of `alternate`.
+    """
+    ours = {key(row): row for row in rows if row["contestant"].startswith("ours") and key(row) in calls}
+    if torch.device(device).type != "cpu" or not ours:
+        return
+    calls = {name: calls[name] for name in ours}
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbour:
+        try:
+            alternate(calls, device, SETTLE_SECONDS, **options)
+            times = alternate(calls, device, BUSY_SECONDS * len(calls), **options)
+        finally:
+            neighbour.kill()
+    for name, row in ours.items():
+        row["busy"] = times[name].as_dict()
 
 
 def _seconds_of(call):
@@ -214,20 +256,28 @@ def shown(row):
 def table(title, rows, columns, notes=()):
     """The table of the timed rows. columns: {heading: function of a row}, which returns text.
 
-    Rows of a GPU get a column "host ms" after their milliseconds. Notes name the rows that were not timed, and why.
+    Rows that have them get columns after their milliseconds: "host ms" on a GPU; on a CPU "busy ms" of `add_busy`, and
+    "faults". Notes name the rows that were not timed, and why.
     """
     timed = [row for row in rows if "median_ms" in row]
     notes = [*notes, *harness.not_timed(rows)]
+    more = {}
     if any("host_ms" in row for row in timed):
-        names = list(columns)
-        after = 1 + next(i for i, name in enumerate(names) if name in ("ms", "ms a step"))
-        with_host = {**columns, "host ms": lambda row: three_digits(row["host_ms"]) + "*" * row["host_behind"]}
-        columns = {name: with_host[name] for name in [*names[:after], "host ms", *names[after:]]}
+        more["host ms"] = lambda row: three_digits(row["host_ms"]) + "*" * row["host_behind"]
         notes.append("host ms: until the call returns to Python, without waiting for the GPU; ms is the GPU's alone")
         if any(row["host_behind"] for row in timed):
             notes.append("*: waits for the GPU itself or overfills its queue; its ms may include time of the host")
-    lines = [[text(row) for text in columns.values()] for row in timed]
-    return {"title": title, "columns": list(columns), "rows": lines, "notes": notes}
+    if any("busy" in row for row in timed):
+        more["busy ms"] = lambda row: shown(row["busy"]) if "busy" in row else ""
+        notes.append("busy ms: while another process keeps a core busy")
+    if any("faults" in row for row in timed):
+        more["faults"] = lambda row: f"{row['faults']:.0f}" if "faults" in row else ""
+        notes.append("faults: page faults a call, each for 4 KB of memory that the system maps and clears")
+    after = 1 + next((i for i, name in enumerate(columns) if name in ("ms", "ms a step")), -1)
+    names = [*list(columns)[:after], *more, *list(columns)[after:]]
+    columns = columns | more
+    lines = [[columns[name](row) for name in names] for row in timed]
+    return {"title": title, "columns": names, "rows": lines, "notes": notes}
 
 
 def ratio(key):

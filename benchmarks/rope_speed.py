@@ -9,6 +9,7 @@ their gradients in the backward pass. Every contestant is checked against the re
     shape     T, query heads / KV heads x head size; the batch size in front if it is not 1
     ms        median of the calls (20th to 80th percentile)
     host ms   on a GPU only: until the call returns to Python (measure.py)
+    faults    on a CPU only: page faults a call
     GB/s      of that traffic, whatever a contestant really moves
     of copy   share of the bandwidth that copying q and k reached in the same turns
     MB        memory that a call takes at its peak, without its inputs

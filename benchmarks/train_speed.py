@@ -8,6 +8,7 @@ weights and the same batches; their losses and gradients must agree before they 
 
     tokens/s   of the median step; on a GPU by the slower of the device's time and "host ms", until the step returns
     ms a step  median (20th to 80th percentile)
+    busy ms    on a CPU: of ours while another process keeps a core busy; faults: page faults a step
     x plain    how many times as fast as the same model with --no-fused-kernels; x HF: as Hugging Face's
     MB         what a step allocates at its peak besides weights, gradients and optimizer: mostly activations
     MFU        on a GPU: FLOPs that the step needs (visible pairs only), of the card's bf16 peak
@@ -23,7 +24,7 @@ import harness  # first: it puts the root of the repository on the path, so that
 import torch
 import torch.nn.functional as F
 from decoders import why_not_starcoder2
-from measure import alternate, peak_memory, peak_of_device, ratio, shown, table, three_digits
+from measure import add_busy, alternate, peak_memory, peak_of_device, ratio, shown, table, three_digits
 
 from model import GPT, GPTConfig, flops_per_token
 from model.huggingface import to_huggingface
@@ -210,6 +211,7 @@ def measure_point(name, config, batch_size, device, precision, compiled, seconds
             row["peak_mb"] = peak_memory(calls[row["contestant"]], device) / 1e6
     times = alternate(calls, device, seconds)
     add_figures(rows, times, config, peak_of_device(device) if precision == "bf16" else None)
+    add_busy(rows, calls, device)
     return rows
 
 

@@ -12,11 +12,11 @@
 import signal
 import sys
 
-# `python -m model.sample` loads torch for a second: a Ctrl-C in it ends the command without a traceback. The command
-# puts Python's own handler back.
+# A command such as `python -m model.sample` loads torch for a second: a Ctrl-C in it ends the command without a
+# traceback. The command puts Python's own handler back (model/command.py).
 if (
     sys.argv[:1] == ["-m"]
-    and "model.sample" in sys.orig_argv
+    and {"model.sample", "model.huggingface"}.intersection(sys.orig_argv)
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -64,7 +64,7 @@ def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cp
     files, and for files of different models.
     """
     directory = resolve_checkpoint(directory)
-    verify_sums(directory)
+    verify_sums(directory, f" (changed on purpose? remove {SUMS})")
     values = read_json(directory / CONFIG)
     try:
         config = _config_from(values)
@@ -97,10 +97,11 @@ def resolve_checkpoint(path) -> Path:
     )
 
 
-def verify_sums(directory) -> list[str]:
+def verify_sums(directory, advice="") -> list[str]:
     """The names of the files in SHA256SUMS; none for a directory without that file, which cannot be checked.
 
-    Raises CheckpointError, in one line that names the file, unless every byte is as it was written.
+    advice: the end of the message for a changed file. Raises CheckpointError, in one line that names the file, unless
+    every byte is as it was written, and PermissionError for a file that is not ours to read.
     """
     sums = Path(directory) / SUMS
     try:
@@ -116,7 +117,9 @@ def verify_sums(directory) -> list[str]:
         for name, line in zip(names, lines, strict=True):
             path = sums.parent / name
             if checksums({name: path}) != line + "\n":
-                raise CheckpointError(f"{path} is not what was written (changed on purpose? remove {SUMS})")
+                raise CheckpointError(f"{path} is not what was written{advice}")
+    except PermissionError as error:  # no damage: a resumed run must not go back to an older checkpoint, and delete it
+        raise PermissionError(f"{error.filename} cannot be read: {error.strerror}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{directory} is damaged: {error}") from None
     return names

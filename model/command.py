@@ -1,10 +1,15 @@
-"""What every command shares: flags, devices, and the arithmetic that a device is fast at."""
+"""What every command shares: flags, output, devices, and the arithmetic that a device is fast at."""
 
 import argparse
+import contextlib
+import os
 import re
+import signal
 import sys
+import warnings
 
 import torch
+from tqdm import tqdm
 
 from kernels import cpu
 
@@ -21,6 +26,75 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+class Output:
+    """A text stream that ends no run: what cannot be written (a closed pipe, a full disk, no terminal) is dropped.
+
+    ends: such an error ends the command with status 1 instead. A stream of None, which was closed, drops everything.
+    """
+
+    def __init__(self, stream, name: str, ends: bool = False):
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self._name, self._ends, self.error = name, ends, None
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function, *arguments):
+        try:
+            function(*arguments)
+        except OSError as error:
+            self.error = error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # Python writes more of it at exit
+            if not isinstance(error, BrokenPipeError):
+                print(f"{self._name} cannot be written: {error.strerror}", file=sys.stderr)
+            if self._ends:
+                sys.exit(1)
+
+
+@contextlib.contextmanager
+def command_output(program: str, ends: bool = False):
+    """Inside the block stdout and stderr are `Output`s, a warning is one line, shown once, and so is the end by Ctrl-C.
+
+    ends: the command ends if its stdout cannot be written. Yields stdout.
+    """
+    before = sys.stdin, sys.stdout, sys.stderr
+    for number in range(3):  # a file that is opened next would get the number of a closed stream, and its messages
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by a package's __init__, while torch was loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    sys.stderr = Output(sys.stderr, f"{program}: standard error")
+    sys.stdout = Output(sys.stdout, f"{program}: standard output", ends)
+    shown = set()
+
+    def show(message, *where, **more):
+        if str(message) not in shown:
+            shown.add(str(message))
+            tqdm.write(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield sys.stdout
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
 
 
 def resolve_device(name: str) -> torch.device:

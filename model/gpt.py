@@ -18,8 +18,10 @@ from torch import nn
 
 from kernels import append_to_cache, resolve_backend, sliding_gqa_attention, sliding_gqa_decode
 from kernels.backend import PLAIN_PYTORCH, check_backend
-from kernels.band import visible_pairs
+from kernels.band import visible_mask, visible_pairs
+from kernels.checks import check_starts, check_starts_values
 
+from .gelu import gelu
 from .rotary import RopeTables
 from .sdpa import BandMasks, sdpa_attention
 
@@ -51,7 +53,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
         self.proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, starts=None, mask=None):
         B, T, C = x.shape
         kv_size = self.n_kv_head * self.head_dim
         q, k, v = self.qkv(x).split([C, kv_size, kv_size], dim=-1)
@@ -62,10 +64,10 @@ class Attention(nn.Module):
         if cache is not None:
             out = self.attend_to_cache(q, k, v, rope, cache)
         elif self.fused_kernels and not (self.training and self.dropout):
-            out = sliding_gqa_attention(q, k, v, self.window, rope=rope, backend=self.backend)
+            out = sliding_gqa_attention(q, k, v, self.window, starts=starts, rope=rope, backend=self.backend)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = sdpa_attention(q, k, v, self.window, rope, self.masks, dropout)
+            out = sdpa_attention(q, k, v, self.window, rope, self.masks, dropout, mask)
         out = out.transpose(1, 2).reshape(B, T, C)  # a view again: the output has q's memory layout
         return F.dropout(self.proj(out), self.dropout, self.training)
 
@@ -85,7 +87,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(config.mlp_width, config.d_model)
 
     def forward(self, x):
-        x = F.gelu(self.fc(x), approximate="tanh")
+        x = gelu(self.fc(x))
         return F.dropout(self.proj(x), self.dropout, self.training)
 
 
@@ -97,8 +99,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, starts=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, starts, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -151,18 +153,22 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens, targets=None, cache=None):
+    def forward(self, tokens, targets=None, cache=None, starts=None):
         """Logits of the next token after each, and the loss against `targets` if they are given.
 
         tokens    (B, T) integers. Learned positions take at most context_length of them.
         targets   (B, T) integers, the tokens that follow; -1 and -100, Hugging Face's mark, are not counted.
         cache     a `KVCache`: the tokens continue its sequence and are added to it. There is no gradient then.
-        Returns logits (B, T, V) and the mean cross-entropy in nats a token (None without targets).
+        starts    (B, T) int32, for rows that hold several documents: the first position of each position's document
+                  (`kernels.document_starts`). Attention stays inside a document, and learned positions count from its
+                  beginning: each document has the logits that it has alone. Not with a cache.
+        Returns logits (B, T, V) and the mean cross-entropy in nats a token (None without targets). Raises ValueError
+        for too many tokens, and for starts that are wrong (on a GPU their values are not read).
         """
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                return self.forward(tokens, targets, cache)
-        x = self._blocks(tokens, cache)
+                return self.forward(tokens, targets, cache, starts)
+        x = self._blocks(tokens, cache, starts)
         logits = self._head(x)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -174,9 +180,11 @@ class GPT(nn.Module):
         """The logits (B, V) after the last of tokens (B, T); those of other positions are not computed."""
         return self._head(self._blocks(tokens)[:, -1])
 
-    def _blocks(self, tokens, cache=None):
+    def _blocks(self, tokens, cache=None, starts=None):
         """The output of the last block, (B, T, C)."""
         T = tokens.shape[1]
+        if starts is not None:
+            self._check_starts(tokens, cache, starts)
         if cache is not None:
             cache.advance(T, self.config)
         elif self.config.positions == "learned" and T > self.config.context_length:
@@ -187,18 +195,35 @@ class GPT(nn.Module):
         self._warn_of_dropout()
         x = self.wte(tokens)  # (B, T, C)
         if self.config.positions == "learned":
-            x = x + self._position_vectors(T, cache)
+            x = x + self._position_vectors(T, cache, starts)
         x = F.dropout(x, self.config.dropout, self.training)
+        masks = {} if starts is None else self._document_masks(T, starts)
         for block in self.blocks:
-            x = block(x, cache)
+            x = block(x, cache, starts, masks.get(block.attn.window))
         return x
+
+    def _check_starts(self, tokens, cache, starts):
+        if cache is not None:
+            raise ValueError("starts and a cache: the rows of a cache are one document each, leave out one of the two")
+        check_starts(starts, tokens, tokens.shape[1])
+        if starts.is_cpu and not torch.compiler.is_compiling():
+            check_starts_values(starts)
+
+    def _document_masks(self, T, starts):
+        """{window: mask (B, 1, T, T)} of the layers, once a forward; none for the kernels, which read `starts`."""
+        if self.fused_kernels and not (self.training and self.config.dropout):
+            return {}
+        windows = {block.attn.window for block in self.blocks}
+        return {window: visible_mask(T, T, window, starts.device, starts=starts) for window in windows}
 
     def _head(self, x):
         """The logits (..., V) of the last block's output."""
         return F.linear(self.ln_f(x), self.wte.weight if self.config.tie_weights else self.lm_head.weight)
 
-    def _position_vectors(self, T, cache):
-        """The learned vectors of the call's positions: (T, C), or (B, T, C) with a cache, whose rows may differ."""
+    def _position_vectors(self, T, cache, starts):
+        """The learned vectors of the call's positions: (T, C), or (B, T, C) where rows differ: a cache or documents."""
+        if starts is not None:
+            return self.wpe(torch.arange(T, device=starts.device) - starts)
         if cache is None:
             return self.wpe.weight[:T]
         return self.wpe(cache.positions(T).clamp(min=0))  # padding has negative positions; no query sees it

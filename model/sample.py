@@ -5,24 +5,24 @@
     python -m model.sample --checkpoint runs/shakespeare --prompt-file letter.txt --min-p 0.1 --stop-string "\\n\\n"
     python -m model.sample --checkpoint runs/shakespeare --interactive
 
-The text goes to standard output as it is made, everything else to standard error. Exit status: 0; 2 for a wrong
+A text ends with --max-new-tokens, or where the model ends its document, by <|endoftext|>. It goes to standard output as
+it is made, everything else to standard error. Exit status: 0; 2 for a wrong
 argument or model directory; 130 after Ctrl-C, which keeps the text so far; 1 if standard output cannot be written, and
 without a message if the reader of a pipe closed it.
 """
 
 import argparse
 import contextlib
-import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
 
 from .checkpoint import from_pretrained, resolve_checkpoint
-from .command import Parser, resolve_device
+from .command import Parser, command_output, resolve_device
 from .gpt import attention_backend
 from .sampling import TextUntil, generate
+from .shared_cores import SharedCores
 
 INTERACTIVE = "each line is a prompt; /help shows the settings, Ctrl-C stops the answer, /quit or Ctrl-D ends"
 SETTINGS = {  # options that interactive mode changes, by /temperature 0.8, and the types of their values
@@ -109,15 +109,9 @@ def make_parser():
 def main(arguments=None) -> int:
     """Run the command with these arguments (default: the process's own) and return its exit status."""
     parser = make_parser()
-    options = parser.parse_args(arguments)
-    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes a question mark
-    try:
-        return _run(parser, options)
-    except OSError as error:  # of standard output; Python must not flush to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            print(f"{parser.prog}: error: standard output cannot be written: {error.strerror}", file=sys.stderr)
-        return 1
+    with command_output(parser.prog, ends=True):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes a question mark
+        return _run(parser, parser.parse_args(arguments))
 
 
 def _run(parser, options):
@@ -132,13 +126,14 @@ def _run(parser, options):
         except (ValueError, RuntimeError, OSError) as error:
             parser.error(f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error))
         print(writer.about, file=sys.stderr, flush=True)
-        if options.interactive:
-            return _interact(writer, options)
-        for number, text in enumerate(texts, start=1):
-            if options.num_samples > 1:
-                print(f"--- sample {number} of {options.num_samples}", file=sys.stderr, flush=True)
-            print("" if options.log_probabilities else prompt or writer.start, end="", flush=True)
-            writer.write(text)
+        with SharedCores(writer.model.wte.weight.device):
+            if options.interactive:
+                return _interact(writer, options)
+            for number, text in enumerate(texts, start=1):
+                if options.num_samples > 1:
+                    print(f"--- sample {number} of {options.num_samples}", file=sys.stderr, flush=True)
+                print("" if options.log_probabilities else prompt or writer.start, end="", flush=True)
+                writer.write(text)
     except KeyboardInterrupt:
         if writer is not None:
             print(writer.held, flush=True)
@@ -223,8 +218,11 @@ class Writer:
         print(end="" if self.options.log_probabilities else "\n", flush=True)
 
     def _counted(self, stream):
+        """The tokens up to the one that ends a document."""
         for made in stream:
             self.tokens += 1
+            if self.tokenizer.end_of_text == int(made[0] if self.options.log_probabilities else made):
+                return
             yield made
 
     def _lines(self, stream, prompt):
@@ -294,6 +292,4 @@ def _setting(options, name):
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # model/__init__.py
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -11,17 +11,19 @@ from einops import repeat
 from kernels.band import visible_mask
 
 
-def sdpa_attention(q, k, v, window, rope=None, masks=None, dropout=0.0):
+def sdpa_attention(q, k, v, window, rope=None, masks=None, dropout=0.0, mask=None):
     """Causal sliding-window attention of q (B, Hq, T, D) over k, v (B, Hkv, T, D): (B, Hq, T, D) in q's layout.
 
     rope    (cos, sin), each at least T long: rotates q and k first.
     masks   the model's `BandMasks`, needed for a window shorter than T.
+    mask    (B, 1, T, T) bool, what each query sees: in place of causal attention through the window.
     """
     T, group = q.shape[2], q.shape[1] // k.shape[1]
     if rope is not None:
         cos, sin = (table[:T] for table in rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    mask = None if window is None or window >= T else masks(T, window, q.device)
+    if mask is None and window is not None and window < T:
+        mask = masks(T, window, q.device)
     if group > 1 and mask is not None and q.is_cuda:
         # no fast kernel of SDPA takes grouped heads and a mask: copying k and v costs less than storing all scores
         k, v = (repeat(x, "b h t d -> b (h group) t d", group=group) for x in (k, v))

@@ -30,16 +30,20 @@ class CharTokenizer:
     """One token for each character (Unicode code point). `vocab` is the characters in the order of their numbers.
 
     stoi, itos    the number of each character, and the character of each number
+    end_of_text   the number of <|endoftext|>, which ends a document: the one after the characters' if the vocabulary
+                  is made with end=True, else None
     """
 
     kind = "characters"
-    end_of_text = None  # there is no token between documents
 
-    def __init__(self, vocab):
+    def __init__(self, vocab, end=False):
         self.stoi = {character: i for i, character in enumerate(vocab)}
         self.itos = dict(enumerate(self.stoi))
         if not self.stoi or len(self.stoi) != len(vocab) or any(len(character) != 1 for character in self.stoi):
             raise ValueError("vocab is not a sequence of different single characters")
+        self.end_of_text = len(self.stoi) if end else None
+        if end:
+            self.itos[self.end_of_text] = END_OF_TEXT
 
     @classmethod
     def from_text(cls, text):
@@ -48,23 +52,29 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.stoi)
+        return len(self.itos)
 
     def encode(self, text) -> list[int]:
-        """The number of each character. Raises ValueError, with their names, for characters outside the vocabulary."""
+        """The number of each character; with an `end_of_text`, <|endoftext|> in the text becomes that one token.
+
+        Raises ValueError, with their names, for characters outside the vocabulary.
+        """
+        if self.end_of_text is not None and END_OF_TEXT in text:
+            first, *others = map(self.encode, text.split(END_OF_TEXT))
+            return [*first, *(token for other in others for token in (self.end_of_text, *other))]
         try:
             return [self.stoi[character] for character in text]
         except KeyError:
             unknown = sorted(set(text) - self.stoi.keys())
             named = ", ".join(map(repr, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
             raise ValueError(
-                f"{named} not in the vocabulary of {self.vocab_size} characters: leave them out, or use a model "
+                f"{named} not in the vocabulary of {len(self.stoi)} characters: leave them out, or use a model "
                 "trained on a text that has them"
             ) from None
 
     def cut(self, text) -> int:
-        """The last position where the text can be cut without changing its encoding: its end."""
-        return len(text)
+        """The last position where the text can be cut without changing its encoding: not in <|endoftext|>."""
+        return len(text) if self.end_of_text is None else len(text) - overlap(text, END_OF_TEXT)
 
     def decode(self, tokens) -> str:
         """The text of a sequence (or 1-D tensor) of numbers. Raises ValueError for one outside the vocabulary."""
@@ -89,7 +99,8 @@ class CharTokenizer:
         """The content of tokenizer.json: a word-level vocabulary, and a split into single characters."""
         # the unknown token is not in the vocabulary: an unknown character is an error in Hugging Face's library too
         model = {"type": "WordLevel", "vocab": self.stoi, "unk_token": "[UNK]"}
-        return _description(model, EVERY_CHARACTER, {"type": "Fuse"})
+        added = [] if self.end_of_text is None else [_special(self.end_of_text, END_OF_TEXT)]
+        return _description(model, EVERY_CHARACTER, {"type": "Fuse"}, added)
 
     @classmethod
     def from_json(cls, text):
@@ -99,7 +110,7 @@ class CharTokenizer:
             raise ValueError("it holds words or pieces of words, not characters: load_tokenizer reads it")
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError("its vocabulary does not number the characters from 0 without gaps")
-        return cls(sorted(vocab, key=vocab.get))
+        return cls(sorted(vocab, key=vocab.get), end=bool(json.loads(text).get("added_tokens")))
 
 
 def with_pad_token(text, number) -> str:
@@ -362,4 +373,6 @@ def _characters(text):
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise ValueError("it is damaged, or not in the format of Hugging Face's tokenizers") from None
     plain = description.get("pre_tokenizer") == EVERY_CHARACTER and all(len(word) == 1 for word in vocab)
-    return vocab if plain and not description.get("normalizer") and not description.get("added_tokens") else None
+    added = description.get("added_tokens") or []
+    ours = not description.get("normalizer") and added in ([], [_special(len(vocab), END_OF_TEXT)])
+    return vocab if plain and ours else None

@@ -307,14 +307,8 @@ python -m train --resume --out-dir runs/mine || python -m train --out-dir runs/m
     assert not problems(page, "page.md", monkeypatch)
 
 
-def test_every_architecture_that_passes_its_window_has_an_example():
-    pytest.importorskip("transformers")
-    from model.huggingface.attention import PASS_THEIR_WINDOW
-
+def test_architectures_of_transformers_have_an_example():
     page = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
     assert sum(kind in ("python", "run") for _, kind, _ in parts(page)) > 12
-    classes = {"mistral": "Mistral", "gemma2": "Gemma2", "gemma3_text": "Gemma3", "gpt_oss": "GptOss",
-               "starcoder2": "Starcoder2", "phi3": "Phi3", "qwen2": "Qwen2"}  # fmt: skip
-    assert set(classes) == PASS_THEIR_WINDOW
-    for name in classes.values():
+    for name in ("Mistral", "Gemma2", "Gemma3", "GptOss", "Starcoder2", "Phi3", "Qwen2"):
         assert f"model = {name}ForCausalLM(config)" in page

@@ -4,6 +4,7 @@
     python -m train --fused-kernels --data my.txt --context-size 256 --window 64 --max-steps 5000 --out-dir runs/mine
     python -m train --architecture original --no-fused-kernels     # GPT-2 in plain PyTorch, to compare with
     python -m train --fused-kernels --data 'books/*.txt' --embedding-type bpe --vocab-size 8192
+    python -m train --fused-kernels --data chats.jsonl            # documents, none of which is looked across
     python -m train --fused-kernels --random-config --seed 7                     # a model of random sizes
     python -m train --fused-kernels --init-from DIR --data my.txt --learning-rate 3e-4     # fine-tune a model
     python -m train --resume --out-dir runs/mine          # continue after any stop, with the same settings
@@ -23,7 +24,7 @@ import torch
 
 from model import GPT, CharTokenizer, attention_backend, from_pretrained
 from model.checkpoint import CheckpointError, resolve_checkpoint
-from model.command import Parser, resolve_device, use_fast_products
+from model.command import Parser, command_output, resolve_device, use_fast_products
 
 from .checkpoint import checkpoint_to_resume, recall_flags
 from .config import (
@@ -40,9 +41,10 @@ from .config import (
 from .corpus import given_tokenizer
 from .data import TextData, TokenDataset, load_data
 from .distributed import exit_process, is_main_process, join_processes, local_device
+from .documents import PackedDataset
 from .lock import refuse_if_written
-from .memory import describe_estimate, require_memory
-from .metrics import SAMPLE_TEMPERATURE, command_output, sample_text
+from .memory import describe_estimate, model_memory, require_memory
+from .metrics import SAMPLE_TEMPERATURE, sample_text
 from .run_directory import check_run_directory, require_own
 from .trainer import Trainer
 
@@ -127,16 +129,21 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
         model, tokenizer = None, None if run.tokenizer is None else given_tokenizer(run.tokenizer)
     else:
         model, tokenizer, run = load_to_train(run, stated)
+    documents = "documents" in recorded if recorded and run.documents is None else run.documents
     data = load_data(
         run.data,
         run.val_data,
+        documents=documents,
         tokenizer=tokenizer,
         embedding_type=run.embedding_type,
         vocab_size=run.vocab_size,
         cache=run.token_cache,
         recorded=recorded,
     )
+    run = dataclasses.replace(run, documents=data.training.in_documents)
     if model is None:
+        if config.parallel != "fsdp":  # whose processes share the model
+            processes.run_on_main(require_memory, model_memory(run.model_config(data.tokenizer.vocab_size)), device)
         model = GPT(run.model_config(data.tokenizer.vocab_size), run.fused_kernels, run.backend, seed=config.seed)
     training_set, held_out_set = make_datasets(run, data)
     record = {"command": command, "stated": sorted(stated), "run": dataclasses.asdict(run), "data": data.record}
@@ -157,7 +164,9 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
 
 
 def make_datasets(run: RunConfig, data: TextData) -> tuple[TokenDataset, TokenDataset]:
-    """(training, held out). Raises ValueError if one is shorter than an example."""
+    """(training, held out). Raises ValueError if one has no example."""
+    if data.training.in_documents:
+        return tuple(PackedDataset(part, run.context_size, data.tokenizer) for part in (data.training, data.held_out))
     held_out_name = "its held-out last 10 %" if run.val_data is None else f"val_data {run.val_data}"
     for name, tokens in (("its training part", data.training.tokens), (held_out_name, data.held_out.tokens)):
         if len(tokens) <= run.context_size:
@@ -250,8 +259,14 @@ def _first_lines(run, trainer, backend, data, estimate):
         yield "resume", "no checkpoint yet: from the beginning"
     if run.init_from is not None:
         yield "weights", f"those of {run.init_from}, and its vocabulary"
-    yield "data", _about_data(data)
-    epochs = trainer.total_steps * trainer.tokens_per_step / len(trainer.train_dataset.tokens)
+    yield "data", _about_data(data, trainer)
+    rows = trainer.train_dataset
+    examples = trainer.total_steps * config.batch_size * config.grad_accumulation
+    if run.documents:
+        yield "", f"packed into {len(rows):,} rows of {rows.context_length}; {100 * rows.padding:.1f} % is padding"
+        epochs = examples / len(rows)
+    else:
+        epochs = examples * rows.context_length / len(rows.tokens)
     yield "run", f"{trainer.total_steps:,} steps of {trainer.tokens_per_step:,} tokens ({epochs:.1f} times the text)"
     yield "", f"in {trainer.out_dir}"
     if estimate is not None:
@@ -262,16 +277,27 @@ def _count(number, noun):
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def _about_data(data):
+def _about_data(data, trainer):
     """The texts and their vocabulary in a line."""
     kind = {"characters": "different", "bytes": "bytes as tokens", "subwords": "tokens"}[data["vocabulary"]["kind"]]
     files = f" in {data['files']:,} files" if data["files"] > 1 else ""
+    files = f" in {_count(data['documents'], 'document')}" if "documents" in data else files
     size = f"{data['source']}: {data['characters']:,} characters{files}, {data['vocabulary']['size']:,} {kind}"
     held_out = data.get("validation")
+    if held_out is None and "documents" in data:
+        apart, trained_on = trainer.held_out_dataset, trainer.train_dataset
+        share = len(apart.tokens) / (len(apart.tokens) + len(trained_on.tokens))
+        return (
+            f"{size}; the last {_count(len(apart.documents), 'document')} held out, {100 * share:.1f} % of the tokens"
+        )
     if held_out is None:
         return f"{size}; the last 10 % are held out"
     return f"{size}; validation on {held_out['source']}: {held_out['characters']:,} characters"
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    try:
+        status = main()
+    except SystemExit as stopped:  # of wrong input: one of several processes must not clean up then either
+        status = stopped.code or 0
+    exit_process(status)

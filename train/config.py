@@ -38,7 +38,7 @@ GROUPS = {
     "the flags to begin with": "data out_dir resume max_steps context_size window n_layer d_model batch_size "
     "learning_rate",
     "model": "fused_kernels backend architecture n_head n_kv_head window_pattern dropout random_config init_from",
-    "text": "val_data embedding_type vocab_size tokenizer token_cache",
+    "text": "val_data documents embedding_type vocab_size tokenizer token_cache",
     "optimizer": "max_epochs grad_accumulation optimizer lr_decay schedule final_fraction warmup_steps warmup_tokens "
     "final_tokens weight_decay betas grad_clip ema_decay overfit_one_batch",
     "what is measured and saved": "eval_every eval_examples sample_tokens log_every tensorboard save_every "
@@ -63,7 +63,9 @@ class TrainerConfig:
     """
 
     max_steps: int | None = option(None, f"most steps to take (none: {DEFAULT_STEPS:,}, or --max-epochs)", True)
-    max_epochs: int | None = option(None, "most epochs to take (an example starts at every character)", True)
+    max_epochs: int | None = option(
+        None, "most epochs to take (an example starts at every token, or is a row of documents)", True
+    )
     batch_size: int = option(4, "examples in a batch, all processes together")
     grad_accumulation: int = option(1, "batches whose gradients are averaged for one step")
     optimizer: Literal["muon", "adamw"] = option("muon", "Muon for the hidden layers' matrices, or AdamW for all")
@@ -171,8 +173,11 @@ class RunConfig:
     )
     backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels", True)
     # the path of a text may change, the text may not: a resumed run compares checksums (train/corpus.py)
-    data: str = option("shakespeare", "shakespeare, tinyshakespeare, a UTF-8 file, a folder or a glob", True)
+    data: str = option("shakespeare", "shakespeare, tinyshakespeare, a UTF-8 or .jsonl file, a folder or a glob", True)
     val_data: str | None = option(None, "held-out text, named as for --data (none: the last 10 % of data)", True)
+    documents: bool | None = option(
+        None, "keep documents apart: files, lines of .jsonl, plays (none: where data is .jsonl or has several files)"
+    )
     embedding_type: Literal[EMBEDDING_TYPES] = option("shakespearean", "a token is a character, a byte or a subword")
     vocab_size: int | None = option(None, f"tokens of a bpe vocabulary (none: {DEFAULT_VOCAB_SIZE})")
     tokenizer: str | None = option(None, "tokenizer.json to use as the vocabulary (none: one is made from the text)")
@@ -291,7 +296,7 @@ def stated_flags(parser: argparse.ArgumentParser, arguments: list[str] | None) -
 
 def _argument_for(hint) -> dict:
     """The keywords of add_argument for a field of this type."""
-    if hint is bool:
+    if hint in (bool, bool | None):
         return {"action": argparse.BooleanOptionalAction}
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:

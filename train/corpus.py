@@ -5,15 +5,18 @@
     for piece in corpus.pieces(): ...       # the text in pieces, with DOCUMENT_END between two documents
     make_tokenizer(corpus, "bpe", vocab_size=8192)
 
-Every file is a document, and so is a collection of plays. A folder means the .txt, .text and .md files in it and below
-it. Files are read in the order of their paths; empty files are skipped. A byte order mark is dropped, and "\\r\\n" and
-"\\r" are read as "\\n". Positions count the characters of all documents, one after the other.
+A document is a file, a line of a .jsonl file (train/jsonl.py), or a play of a collection that is read in documents. A
+folder means the .txt, .text, .md and .jsonl files in it and below it. Files are read in the order of their paths; empty
+files and documents are skipped. A byte order mark is dropped, and in files of text "\\r\\n" and "\\r" are read as
+"\\n". Positions count the characters of all documents, one after the other.
 """
 
 import codecs
 import glob
 import hashlib
 import io
+import itertools
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,67 +25,106 @@ import numpy as np
 
 from model.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, SubwordTokenizer, load_tokenizer
 
+from . import jsonl
 from .shakespeare import COLLECTIONS, plays
 
 HELD_OUT = 0.1  # nanoGPT's split, so that losses on the same text compare
-DOCUMENT_END = None
-SUFFIXES = (".txt", ".text", ".md")
+# what stands between the texts of `Corpus.pieces`, with a byte that no UTF-8 text has: the SHA-256 depends on them too
+DOCUMENT_END, PROMPT_END = b"\xff", b"\xfe"
+SUFFIXES = (".txt", ".text", ".md", jsonl.SUFFIX)
 
 _PIECE_BYTES = 2**20
-_BETWEEN_DOCUMENTS = b"\xff"  # no UTF-8 text has this byte, so the SHA-256 also depends on where documents end
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a text finds. `alphabet` has the characters that occur, sorted by code point."""
+    """What one pass over a text finds.
+
+    alphabet   the characters that occur, sorted by code point
+    ends       (N,) int64: the position after each document
+    prompts    whether a document has a prompt
+    """
 
     characters: int
     bytes: int
     sha256: str
     alphabet: str
+    ends: np.ndarray
+    prompts: bool
 
 
 class Corpus:
     """The documents that a source names.
 
+    documents: whether they are kept apart (train/documents.py) or one stream; a collection is one document in a stream,
+    else each play is one. None keeps apart the lines of .jsonl files, and files if there are several.
     Raises, in one line: OSError for files that cannot be read, ValueError for a source without text (from `pieces` and
-    `scan` also for a file that is not UTF-8), ModuleNotFoundError if the plays are not installed.
+    `scan` also for a file that is not UTF-8, and a line that is no document), ModuleNotFoundError if the plays are not
+    installed.
     """
 
-    def __init__(self, source: str):
-        if source in COLLECTIONS:
-            self.source, self.documents = source, [plays(source)]
-        else:
-            self.source, self.documents = str(Path(source).resolve()), _files(source)
+    def __init__(self, source: str, documents: bool | None = False):
         self.name = source
+        if source in COLLECTIONS:
+            self.source, self.parts = source, plays(source)
+            self.in_documents = bool(documents)
+            self.parts = self.parts if self.in_documents else ["".join(self.parts)]
+        else:
+            self.source, self.parts = str(Path(source).resolve()), _files(source)
+            several = len(self.parts) > 1 or _is_jsonl(self.parts[0])
+            self.in_documents = several if documents is None else documents
 
     def boundary(self) -> int:
-        """The position where the held-out part begins: the last HELD_OUT of the characters."""
-        return int(self.scan.characters * (1 - HELD_OUT))
+        """The position where the held-out part begins: the last HELD_OUT of the characters.
+
+        Where documents are kept apart, the end of a document that is nearest to that; a single one is cut.
+        """
+        at = int(self.scan.characters * (1 - HELD_OUT))
+        ends = self.scan.ends
+        ends = ends[(0 < ends) & (ends < self.scan.characters)]
+        return int(ends[np.abs(ends - at).argmin()]) if self.in_documents and len(ends) else at
 
     def pieces(self, start: int = 0, stop: int | None = None):
-        """The characters start .. stop - 1 in pieces, with DOCUMENT_END between documents.
+        """The characters start .. stop - 1 in pieces, DOCUMENT_END between documents and PROMPT_END after a prompt.
 
         An end at `stop` is included, one at `start` is not: adjacent parts have each end once.
         """
         position = 0
-        for number, document in enumerate(self.documents):
-            if number > 0 and start < position and (stop is None or position <= stop):
-                yield DOCUMENT_END
-            for piece in _slices(document) if isinstance(document, str) else _read(document):
+        for number, document in enumerate(self._documents()):
+            for piece in document if number == 0 else itertools.chain([DOCUMENT_END], document):
+                if isinstance(piece, bytes):
+                    if start < position and (stop is None or position <= stop):
+                        yield piece
+                    continue
                 if stop is not None and position >= stop:
                     return
                 if position + len(piece) > start:
                     yield piece[max(0, start - position) : None if stop is None else stop - position]
                 position += len(piece)
 
+    def _documents(self):
+        """The pieces of each document."""
+        for part in self.parts:
+            if _is_jsonl(part):
+                for prompt, text in jsonl.read_documents(part):
+                    if prompt:
+                        yield [*_slices(prompt), PROMPT_END, *_slices(text)]
+                    elif text:
+                        yield _slices(text)
+            else:
+                yield _slices(part) if isinstance(part, str) else _read(part)
+
     @cached_property
     def scan(self) -> Scan:
         """One pass over the text."""
         characters, size, digest, seen = 0, 0, hashlib.sha256(), np.zeros(0x110000, dtype=bool)
+        ends, prompts = array("q"), False
         for piece in self.pieces():
-            if piece is DOCUMENT_END:
-                digest.update(_BETWEEN_DOCUMENTS)
+            if isinstance(piece, bytes):
+                digest.update(piece)
+                if piece == DOCUMENT_END:
+                    ends.append(characters)
+                prompts |= piece == PROMPT_END
                 continue
             encoded = piece.encode()
             digest.update(encoded)
@@ -90,7 +132,8 @@ class Corpus:
             seen[code_points(piece)] = True
         if characters == 0:
             raise ValueError(f"data file {self.name} is empty: give a text of more characters than one context")
-        return Scan(characters, size, digest.hexdigest(), "".join(map(chr, np.flatnonzero(seen))))
+        ends = np.array([*ends, characters], dtype=np.int64)
+        return Scan(characters, size, digest.hexdigest(), "".join(map(chr, np.flatnonzero(seen))), ends, prompts)
 
 
 def code_points(text: str) -> np.ndarray:
@@ -120,6 +163,11 @@ def _files(source):
     if not files:
         raise FileNotFoundError(f"data {source} does not hold {wanted}")
     return files if len(files) == 1 else [file for file in files if file.stat().st_size > 0] or files[:1]
+
+
+def _is_jsonl(part):
+    """Whether this file of a source holds a document a line."""
+    return isinstance(part, Path) and part.suffix.lower() == jsonl.SUFFIX
 
 
 def _slices(text):
@@ -181,13 +229,13 @@ _SLICE = 2**14  # characters of a string: tokenizers reads 256 strings ahead, an
 
 
 def make_tokenizer(corpus: Corpus, embedding_type: str, *, vocab_size: int | None = None, stop: int | None = None):
-    """The tokenizer for a text.
+    """The tokenizer for a text; where documents are kept apart, it has a token that ends them.
 
     "shakespearean": all characters that occur in the text, the held-out part included; "byte": the 256 bytes; "bpe":
     pieces of words, trained on the characters before `stop`. Raises ValueError for an impossible vocab_size.
     """
     if embedding_type == "shakespearean":
-        return CharTokenizer(corpus.scan.alphabet)
+        return CharTokenizer(corpus.scan.alphabet, end=corpus.in_documents)
     if embedding_type == "byte":
         return ByteTokenizer()
     stop = corpus.scan.characters if stop is None else stop
@@ -229,7 +277,7 @@ def given_tokenizer(file: str):
 def _sample(corpus, stop):
     """The text before `stop`; of a long text every n-th piece, so that about BPE_SAMPLE characters remain."""
     every = -(-stop // BPE_SAMPLE)
-    pieces = (piece for piece in corpus.pieces(0, stop) if piece is not DOCUMENT_END)
+    pieces = (piece for piece in corpus.pieces(0, stop) if isinstance(piece, str))
     for number, piece in enumerate(pieces):
         if number % every == 0:
             for text in piece.split(END_OF_TEXT):  # already a token, not a word to learn

@@ -25,8 +25,9 @@ from .tokens import Encoded, as_tensor, encoder, fingerprint, tokenize
 class TextData:
     """The training tokens, the held-out tokens and the vocabulary of a run.
 
-    record: JSON values that identify them: source, characters, bytes, sha256, files; vocabulary: kind, size, sha256;
-    validation: the same as for the text, if another text is held out. `corpus.require_unchanged` compares two records.
+    record: JSON values that identify them: source, characters, bytes, sha256, files; documents, their number, if they
+    are kept apart; vocabulary: kind, size, sha256; validation: the same as for the text, if another text is held out.
+    `corpus.require_unchanged` compares two records.
     """
 
     tokenizer: CharTokenizer | ByteTokenizer | SubwordTokenizer
@@ -43,18 +44,19 @@ def load_data(
     embedding_type: str = "shakespearean",
     vocab_size: int | None = None,
     cache=None,
+    documents: bool | None = None,
     recorded: dict | None = None,
 ) -> TextData:
     """The texts that --data and --val-data name, as tokens. `cache` is the directory of train/tokens.py.
 
-    Without held_out_source the last 10 % of the characters are held out, by position, and never trained on.
-    tokenizer: a given vocabulary; None makes the one of `embedding_type`. recorded: the record of a run to resume,
-    which must match. Raises ValueError, OSError or ModuleNotFoundError, in one line, for unusable texts and
-    vocabularies.
+    Without held_out_source the last 10 % of the characters are held out, by position, and never trained on; where
+    documents are kept apart, the last documents (`Corpus.boundary`). documents: as for `Corpus`. tokenizer: a given
+    vocabulary; None makes the one of `embedding_type`. recorded: the record of a run to resume, which must match.
+    Raises ValueError, OSError or ModuleNotFoundError, in one line, for unusable texts and vocabularies.
     """
-    corpus = Corpus(source)
+    corpus = Corpus(source, documents)
     record = _describe(corpus)
-    held_out_corpus = None if held_out_source is None else Corpus(held_out_source)
+    held_out_corpus = None if held_out_source is None else Corpus(held_out_source, corpus.in_documents)
     if held_out_corpus is not None:
         record["validation"] = _describe(held_out_corpus)
     if recorded is not None:
@@ -74,7 +76,8 @@ def load_data(
 def _describe(corpus):
     scan = corpus.scan
     facts = {"characters": scan.characters, "bytes": scan.bytes, "sha256": scan.sha256}
-    return {"source": corpus.source, "files": len(corpus.documents), **facts}
+    facts |= {"documents": len(scan.ends)} if corpus.in_documents else {}
+    return {"source": corpus.source, "files": len(corpus.parts), **facts}
 
 
 def split(text: str, held_out: float = HELD_OUT) -> tuple[str, str]:
@@ -121,8 +124,7 @@ class TokenDataset:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of a data set of {len(self)}")
-        x, y = self.batch([index % len(self)])
-        return x[0], y[0]
+        return tuple(tensor[0] for tensor in self.batch([index % len(self)]))
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """The examples `indices` (B,): x and y, both (B, T) int64."""
@@ -147,9 +149,10 @@ def training_batches(
 ):
     """Endless batches (x, y) in shuffled order, from batch number `first_batch` on.
 
-    dataset: anything with a length and items (x, y). If it has a `batch` method, as CharDataset has, that gives whole
-    batches; otherwise a DataLoader reads the items in `num_workers` processes (0: in this one).
-    part: (i, n) yields the i-th of n equal parts of each batch, for one of n processes; n must divide batch_size.
+    dataset: anything with a length and items (x, y), or (x, y, starts) as in train/documents.py. If it has a `batch`
+    method, as CharDataset has, that gives whole batches; otherwise a DataLoader reads the items in `num_workers`
+    processes (0: in this one). part: (i, n) yields the i-th of n equal parts of each batch, for one of n processes; n
+    must divide batch_size.
     """
     indices = _batch_indices(len(dataset), batch_size, seed, first_batch, part)
     if hasattr(dataset, "batch"):

@@ -9,7 +9,9 @@ last 10 % of --data; or all of --val-data. The model reads it in contexts of its
 default contexts do not overlap, as in nanoGPT's estimate: the first token of a context is predicted from one token
 only, the last from all of them. With a smaller stride, every token is predicted from at least (context - stride + 1)
 tokens: the loss is lower, and the work context / stride times as much. Bits per character and per byte compare models
-of different vocabularies. The last line of stdout is one JSON object.
+of different vocabularies. Documents that training kept apart are kept apart here: the held-out ones are cut into
+contexts one by one, the first token of each is not predicted, and neither are prompts. The last line of stdout is one
+JSON object.
 """
 
 import dataclasses
@@ -25,11 +27,12 @@ from tqdm import tqdm
 
 from model import CharTokenizer, from_pretrained
 from model.checkpoint import resolve_checkpoint
-from model.command import Parser, resolve_device, use_fast_products
+from model.command import Parser, command_output, resolve_device, use_fast_products
+from model.shared_cores import SharedCores
 
 from .config import add_flags, check_values, from_flags, option
 from .corpus import Corpus
-from .metrics import command_output
+from .documents import PackedDataset
 from .run_directory import read_facts
 from .tokens import Encoded, tokenize
 
@@ -43,6 +46,7 @@ class EvaluateConfig:
     checkpoint: str | None = option(None, "model directory, or run directory (its best, else its last)")
     data: str | None = option(None, "text whose last 10 % is read, as in training (none: that of the training run)")
     val_data: str | None = option(None, "text that is read as a whole: a file, a folder or a glob")
+    documents: bool | None = option(None, "keep documents apart (none: as in training, else as training would)")
     token_cache: str | None = option(None, "directory for the tokens of long texts (none: ~/.cache/sliding-gqa)")
     stride: int | None = option(None, "tokens from one context to the next (none: the context size, no overlap)")
     context_size: int | None = option(None, "tokens in a context (none: the model's own context length)")
@@ -76,27 +80,29 @@ def evaluate(
 ) -> dict:
     """Mean loss of predicting tokens[1:], each exactly once, from the tokens before it in its context.
 
-    tokens (N,): integers or a TokenFile, N >= 2. context_length: None takes the model's. stride: 1 to context_length;
-    None takes context_length. Returns targets (their number), loss (nats), perplexity and bits_per_token. The model
-    keeps its mode (train or eval).
+    tokens (N,): integers or a TokenFile, N >= 2; or a `PackedDataset`, which has its own stride and context_length.
+    context_length: None takes the model's. stride: 1 to context_length; None takes context_length. Returns targets
+    (their number), loss (nats), perplexity and bits_per_token. The model keeps its mode (train or eval).
     """
-    length = model.config.context_length if context_length is None else context_length
+    packed = isinstance(tokens, PackedDataset)
+    length = tokens.context_length if packed else context_length or model.config.context_length
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
         raise ValueError(f"stride is {stride}, wanted 1 to the context length, {length}")
-    if len(tokens) < 2:
+    if not packed and len(tokens) < 2:
         raise ValueError(f"text has {len(tokens)} tokens, at least 2 are needed to predict one from another")
     batch_size = max(1, min(batch_size, 2**28 // (length * model.config.vocab_size)))
     device = next(model.parameters()).device
-    starts = range(0, max(1, len(tokens) - 1 - (length - stride)), stride)
-    batches = (starts[first : first + batch_size] for first in range(0, len(starts), batch_size))
+    contexts = range(len(tokens)) if packed else range(0, max(1, len(tokens) - 1 - (length - stride)), stride)
+    batches = (contexts[first : first + batch_size] for first in range(0, len(contexts), batch_size))
+    bar = tqdm(batches, total=-(-len(contexts) // batch_size), unit="batch", disable=not progress, mininterval=0.5)
     was_training = model.training
     model.eval()
     total, counted = 0.0, 0
-    for rows in tqdm(batches, total=-(-len(starts) // batch_size), unit="batch", disable=not progress, mininterval=0.5):
-        x, y = _contexts(tokens, torch.tensor(rows), length, stride)
+    for rows in bar:
+        x, y, *starts = tokens.batch(rows) if packed else _contexts(tokens, torch.tensor(rows), length, stride)
         targets = int((y >= 0).sum())
-        _, loss = model(x.to(device), y.to(device))
+        _, loss = model(x.to(device), y.to(device), None, *(tensor.to(device) for tensor in starts))
         total, counted = total + loss.double().item() * targets, counted + targets
     model.train(was_training)
     loss = total / counted
@@ -138,28 +144,32 @@ def _main(arguments):
         if tokenizer is None:
             raise ValueError(f"checkpoint {checkpoint} has no tokenizer.json, which turns text into tokens")
         source, part, held_out = held_out_text(config, checkpoint, tokenizer)
-        began = time.perf_counter()
-        result = evaluate(
-            model,
-            held_out.tokens,
-            stride=config.stride,
-            context_length=config.context_size,
-            batch_size=config.batch_size,
-            progress=True,
-        )
+        began, length = time.perf_counter(), config.context_size or model.config.context_length
+        documents = PackedDataset(held_out, length, tokenizer, config.stride) if held_out.in_documents else None
+        with SharedCores(device):
+            result = evaluate(
+                model,
+                held_out.tokens if documents is None else documents,
+                stride=config.stride,
+                context_length=length,
+                batch_size=config.batch_size,
+                progress=True,
+            )
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         parser.error(str(error).splitlines()[0])
     seconds = time.perf_counter() - began
-    length = config.context_size or model.config.context_length
     stride = config.stride or length
-    # the characters and bytes of the predicted tokens: all but the first
-    first = tokenizer.decode(held_out.tokens[:1].tolist())
-    first = "" if "\ufffd" in first else first  # a part of a character; its rest was predicted
-    characters, size = held_out.characters - len(first), held_out.bytes - len(first.encode())
+    # the characters and bytes of the predicted tokens: all but the first, or of documents all but the first or a prompt
+    spans = [(0, 1)] if documents is None else [(a, max(a + 1, b)) for a, _, b in documents.documents.tolist()]
+    given = [tokenizer.decode(held_out.tokens[first:last].tolist()) for first, last in spans]
+    given = ["" if text == "\ufffd" else text for text in given]  # a part of a character; its rest was predicted
+    characters = held_out.characters - sum(map(len, given))
+    size = held_out.bytes - sum(len(text.encode()) for text in given)
     bits = result.pop("bits_per_token") * result["targets"]
     result |= {"characters": characters, "bytes": size}
     result |= {"bits_per_character": bits / characters, "bits_per_byte": bits / size}
     unit = "characters" if isinstance(tokenizer, CharTokenizer) else f"tokens ({characters:,} characters)"
+    unit += "" if documents is None else f" of {len(documents.documents):,} documents"
     print(f"{checkpoint} on {part} {source}: {result['targets']:,} {unit}, each once, in")
     print(f"contexts of {length}, {stride} apart, in {seconds:.1f} s")
     print(f"loss {result['loss']:.4f} nats, perplexity {result['perplexity']:.3f}, ", end="")
@@ -173,13 +183,14 @@ def held_out_text(config: EvaluateConfig, checkpoint: Path, tokenizer) -> tuple[
 
     Raises ValueError if none of them names one, or the run's text has changed.
     """
-    corpus = None
-    if config.val_data is not None:
-        source, whole = config.val_data, True
-    elif config.data is not None:
-        source, whole = config.data, False
+    recorded, documents = read_facts(checkpoint).get("run", {}).get("data"), config.documents
+    if documents is None and recorded is not None:
+        documents = "documents" in recorded
+    if config.val_data is not None or config.data is not None:
+        source, whole = config.val_data or config.data, config.val_data is not None
+        corpus = Corpus(source, documents)
+        first = 0 if whole else corpus.boundary()
     else:
-        recorded = read_facts(checkpoint).get("run", {}).get("data")
         if recorded is None:
             raise ValueError(
                 f"checkpoint {checkpoint} does not say what text it was trained on: name one with --data or --val-data"
@@ -187,15 +198,16 @@ def held_out_text(config: EvaluateConfig, checkpoint: Path, tokenizer) -> tuple[
         whole = recorded.get("validation") is not None
         recorded = recorded["validation"] if whole else recorded
         source = recorded["source"]
-        corpus = Corpus(source)
+        corpus = Corpus(source, "documents" in recorded)
         if corpus.scan.sha256 != recorded["sha256"]:
             raise ValueError(
                 f"{source} is not the text this checkpoint was {'validated' if whole else 'trained'} on, so "
                 f"{'losses would not compare' if whole else 'its last 10 % may not be held out'}: name it with "
                 f"{'--val-data' if whole else '--data'} to evaluate on it nevertheless"
             )
-    corpus = corpus or Corpus(source)
-    encoded = tokenize(corpus, tokenizer, 0 if whole else corpus.boundary(), cache=config.token_cache)
+        first = 0 if whole else corpus.boundary()
+        corpus = corpus if documents == corpus.in_documents else Corpus(source, documents)
+    encoded = tokenize(corpus, tokenizer, first, cache=config.token_cache)
     return source, "all of" if whole else "the held-out part of", encoded
 
 

@@ -6,12 +6,15 @@ Weights and gradients take 4 bytes a parameter, Adam's state 8, Muon's 4 a matri
 the processes share these. The activations are what autograd saves of one batch for the backward pass: measured.
 """
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from model import GPT, GPTConfig
 
 
 def checkpoint_blocks(model: torch.nn.Module) -> None:
@@ -63,19 +66,32 @@ def describe_estimate(estimate: dict[str, int]) -> str:
     return f"about {_bytes(sum(estimate.values()))}: {parts}"
 
 
+def model_memory(config: GPTConfig) -> dict[str, int]:
+    """Bytes of the weights and gradients of a model that is not made yet. They grow by the same with each layer."""
+    with torch.device("meta"):
+        one, two = (GPT(dataclasses.replace(config, n_layer=layers)).num_parameters() for layers in (1, 2))
+    weights = 4 * (one + (config.n_layer - 1) * (two - one))
+    return {"weights": weights, "gradients": weights}
+
+
 def require_memory(estimate: dict[str, int], device: torch.device) -> None:
-    """Raises ValueError if the device cannot hold what a `Trainer.estimate` says, its weights being there already."""
+    """Raises ValueError if the device cannot hold what an estimate says.
+
+    estimate: `model_memory`, or a `Trainer.estimate`, whose weights are there already.
+    """
     available = None
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu" and Path("/proc/meminfo").exists():
         found = re.findall(r"(?:MemAvailable|SwapFree): +(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
         available = 1024 * sum(map(int, found))
-    needed = sum(estimate.values()) - estimate["weights"]
+    made = "activations" in estimate
+    needed = sum(estimate.values()) - made * estimate["weights"]
     if available is not None and needed > available:
+        smaller = "batch_size (with grad_accumulation for as many examples a step), or activation_checkpointing"
         raise ValueError(
             f"the run needs {describe_estimate(estimate)}, and {device} has {_bytes(available)} left: take a smaller "
-            "batch_size (with grad_accumulation for as many examples a step), or activation_checkpointing"
+            + (smaller if made else "model")
         )
 
 

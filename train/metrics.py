@@ -1,13 +1,12 @@
 """What a run shows: metrics.jsonl, the curves, TensorBoard, the progress bar, sample texts, and the cards' peaks."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import re
-import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -223,75 +222,21 @@ class ProgressBar(tqdm):
             self.write(line)
 
 
-class Output:
-    """A text stream that ends no run: what cannot be written (a closed pipe, a full disk, no terminal) is dropped."""
-
-    def __init__(self, stream, name: str):
-        self._stream, self._name, self.error = stream, name, None
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        self.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, function, *arguments):
-        try:
-            function(*arguments)
-        except OSError as error:
-            self.error = error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            if not isinstance(error, BrokenPipeError):
-                print(f"{self._name} cannot be written: {error.strerror}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def command_output(program: str):
-    """Inside the block stdout and stderr are `Output`s, a warning is one line, shown once, and so is the end by Ctrl-C.
-
-    Yields stdout.
-    """
-    before = sys.stdout, sys.stderr
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by train/__init__.py, while torch was loaded
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout, sys.stderr = Output(sys.stdout, "standard output"), Output(sys.stderr, "standard error")
-    shown = set()
-
-    def show(message, *where, **more):
-        if str(message) not in shown:
-            shown.add(str(message))
-            tqdm.write(f"{program}: warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            yield sys.stdout
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        sys.stdout, sys.stderr = before
-
-
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
 
 
 def sample_text(model, tokenizer, length: int, seed: int) -> Iterator[str]:
     """The text of `length` sampled tokens, in pieces. The prompt is a line break, or token 0 if there is none.
 
-    The same weights and seed give the same text. torch's random state does not change.
+    It ends before the token that ends a document, if the vocabulary has one. The same weights and seed give the same
+    text. torch's random state does not change.
     """
     characters = isinstance(tokenizer, CharTokenizer)
     prompt = [0] if characters and "\n" not in tokenizer.stoi else tokenizer.encode("\n") or [0]
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
     chosen = {"temperature": SAMPLE_TEMPERATURE, "top_k": SAMPLE_TOP_K, "seed": seed}
-    sampled = generate(model, tokens, length, tokenizer=tokenizer, **chosen)
-    return tokenizer.stream((int(token) for token in sampled), prompt)
+    sampled = map(int, generate(model, tokens, length, tokenizer=tokenizer, **chosen))
+    return tokenizer.stream(itertools.takewhile(lambda token: token != tokenizer.end_of_text, sampled), prompt)
 
 
 class Peak(NamedTuple):

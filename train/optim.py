@@ -6,6 +6,8 @@ import math
 import torch
 from torch.optim.adamw import adamw
 
+from model.command import fast_precision
+
 from .distributed import full_tensor, shard_like
 
 # What is left of the fall, as a function of what is left of the run: both go from 1, after the warm-up, to 0.
@@ -85,6 +87,7 @@ def hidden_matrices(model: torch.nn.Module) -> set[torch.nn.Parameter]:
 
 
 MUON_MOMENTUM = 0.95
+SMALL_MATRIX = 2**16  # elements
 # Odd polynomials a x + b x^3 + c x^5 of the singular values, applied in turn. Each is the nearest to 1, of its degree,
 # on the image of [0.01, 1] under the ones before it (the greedy choice of "The Polar Express", arXiv:2505.16932).
 # Three of them bring [0.01, 1] within 0.27 of 1; torch's five leave 0.68 to 1.13.
@@ -104,8 +107,8 @@ class Muon(torch.optim.Optimizer):
     All directions of a step become about equally long (Jordan et al. 2024, kellerjordan.github.io/posts/muon). The
     factor gives a step the size of AdamW's, so both share learning rate and decay (Liu et al., arXiv:2502.16982).
     torch.optim.Muon needs a second optimizer for the other parameters, takes one matrix at a time, and computes in
-    bf16 on every device. Here CUDA takes bf16 and all matrices of one shape in a batch, which saves kernel launches. A
-    CPU takes fp32, since few CPUs have bf16 units, and one matrix at a time, which stays in the cache.
+    bf16 on every device. Here devices with bf16 units take bf16, others fp32. All matrices of one shape are one batch,
+    which saves calls; on a CPU only small ones, since large ones stay in the cache one at a time.
 
     A group has lr and weight_decay, and betas for AdamW. Parameters without a gradient stay as they are. Sharded
     parameters (DTensor) work: a step gathers each matrix, and every process keeps its shard of the result.
@@ -149,10 +152,11 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             momentum = state["momentum"].lerp_(parameter.grad, 1 - MUON_MOMENTUM)
             directions.append(full_tensor(torch.lerp(parameter.grad, momentum, MUON_MOMENTUM)))
-        if directions[0].is_cuda:
-            updates = orthogonal(torch.stack(directions), torch.bfloat16).unbind()
+        dtype = torch.bfloat16 if fast_precision(directions[0].device)[0] == "bf16" else torch.float32
+        if directions[0].is_cuda or directions[0].numel() <= SMALL_MATRIX:
+            updates = orthogonal(torch.stack(directions), dtype).unbind()
         else:
-            updates = [orthogonal(matrix, torch.float32) for matrix in directions]
+            updates = [orthogonal(matrix, dtype) for matrix in directions]
         scale = 0.2 * math.sqrt(max(parameters[0].shape))
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - lr * weight_decay).add_(shard_like(parameter, update), alpha=-lr * scale)

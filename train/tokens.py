@@ -12,7 +12,7 @@ import hashlib
 import json
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from model.checkpoint import replacing
-from model.tokenizer import ByteTokenizer, CharTokenizer
+from model.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer
 
 from .corpus import DOCUMENT_END, Corpus, code_points
 from .lock import only_one
@@ -36,12 +36,16 @@ _LEAST_TO_CUT = 2**16  # characters
 class Encoded:
     """The tokens of a part of a text, and its number of characters and UTF-8 bytes (separators not counted).
 
-    tokens (N,): a torch tensor or a `TokenFile`. Both take an index tensor of any shape.
+    tokens (N,): a torch tensor or a `TokenFile`. Both take an index tensor of any shape. prompts: [first token, token
+    after the last] of each prompt, which is not trained on. in_documents: whether each document ends with the
+    vocabulary's <|endoftext|> and is kept apart.
     """
 
     tokens: "torch.Tensor | TokenFile"
     characters: int
     bytes: int
+    prompts: list = field(default_factory=list)
+    in_documents: bool = False
 
 
 def default_cache() -> Path:
@@ -52,14 +56,23 @@ def default_cache() -> Path:
 def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None, *, cache=None) -> Encoded:
     """The tokens of the characters start .. stop - 1, with the separator between documents.
 
-    cache: the directory of token files (None: `default_cache()`). Raises ValueError if the tokenizer cannot encode the
-    text, or the text changes during the call; OSError if the token file cannot be written.
+    Where the documents are kept apart, it follows the last one too. cache: the directory of token files (None:
+    `default_cache()`). Raises ValueError if the tokenizer cannot encode the text or the end of a document, the text
+    changes during the call, or prompts are read as one stream; OSError if the token file cannot be written.
     """
     stop = corpus.scan.characters if stop is None else stop
+    if corpus.in_documents and tokenizer.end_of_text is None:
+        raise ValueError(
+            f"data {corpus.name} is read in documents, but the vocabulary has no {END_OF_TEXT} to end them: give "
+            "another --tokenizer, or --no-documents"
+        )
+    if corpus.scan.prompts and not corpus.in_documents:
+        raise ValueError(f"data {corpus.name} has prompts, which are not trained on: leave out --no-documents")
     if corpus.scan.bytes <= IN_MEMORY[tokenizer.kind]:
         return _in_memory(corpus, tokenizer, start, stop)
     directory = default_cache() if cache is None else Path(cache)
     made_from = [VERSION, corpus.scan.sha256, start, stop, fingerprint(tokenizer.to_json())]
+    made_from += ["documents"] if corpus.in_documents else []
     path = directory / f"{fingerprint(json.dumps(made_from))[:32]}.tokens"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -105,15 +118,17 @@ class TokenFile:
 def encode_stream(tokenizer, pieces):
     """Arrays of the tokens of `Corpus.pieces`. The tokens do not depend on where the pieces were cut.
 
-    Between documents comes the tokenizer's <|endoftext|>, if it has one.
+    Between documents comes the tokenizer's <|endoftext|>, if it has one. A prompt is encoded apart from what follows,
+    as it is when a model is sampled from. DOCUMENT_END and PROMPT_END come after the tokens before them.
     """
     encode, rest = encoder(tokenizer), ""
     for piece in pieces:
-        if piece is DOCUMENT_END:
+        if isinstance(piece, bytes):
             yield encode(rest)
             rest = ""
-            if tokenizer.end_of_text is not None:
+            if piece == DOCUMENT_END and tokenizer.end_of_text is not None:
                 yield np.array([tokenizer.end_of_text])
+            yield piece
             continue
         rest += piece
         if len(rest) >= _LEAST_TO_CUT:
@@ -132,11 +147,13 @@ def encoder(tokenizer):
         return lambda text: np.frombuffer(tokenizer.encode_to_bytes(text), dtype=np.uint8)
     if not isinstance(tokenizer, CharTokenizer):
         return lambda text: np.frombuffer(tokenizer.encode_to_bytes(text), dtype=np.int32)
-    table = np.full(0x110000, -1, dtype=np.int32)
+    table, end = np.full(0x110000, -1, dtype=np.int32), tokenizer.end_of_text
     for character, token in tokenizer.stoi.items():
         table[ord(character)] = token
 
     def encode(text):
+        if end is not None and END_OF_TEXT in text:
+            return np.array(tokenizer.encode(text), dtype=np.int32)
         tokens = table[code_points(text)]
         if tokens.size and tokens.min() < 0:
             tokenizer.encode(text)
@@ -155,46 +172,63 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _encoded_parts(corpus, tokenizer, start, stop, counts, bar=None):
-    """Arrays of the tokens of start .. stop - 1; adds their size to counts, [characters, bytes]."""
+class _Encoding:
+    """An iterator over arrays of the tokens of start .. stop - 1, which counts what `Encoded` holds."""
 
-    def counted():
-        for piece in corpus.pieces(start, stop):
-            if piece is not DOCUMENT_END:
-                counts[0] += len(piece)
-                counts[1] += len(piece) if piece.isascii() else len(piece.encode())
-                if bar is not None:
-                    bar.update(len(piece))
+    def __init__(self, corpus, tokenizer, start, stop):
+        self.corpus, self.tokenizer, self.start, self.stop = corpus, tokenizer, start, stop
+        self.tokens, self.characters, self.bytes, self.prompts = 0, 0, 0, []
+
+    def __iter__(self):
+        name, document = self.corpus.name, 0
+        try:
+            for part in encode_stream(self.tokenizer, self._pieces()):
+                if not isinstance(part, bytes):
+                    self.tokens += len(part)
+                    yield part
+                elif part == DOCUMENT_END:
+                    document = self.tokens
+                else:
+                    self.prompts.append([document, self.tokens])
+        except ValueError as error:
+            raise ValueError(str(error) if name in str(error) else f"data {name}: {error}") from None
+        if self.characters != self.stop - self.start:
+            raise ValueError(f"data {name} changed while it was read: start again when it is complete")
+
+    def _pieces(self):
+        for piece in self.corpus.pieces(self.start, self.stop):
+            if isinstance(piece, str):
+                self.characters += len(piece)
+                self.bytes += len(piece) if piece.isascii() else len(piece.encode())
             yield piece
+        if self.corpus.in_documents and self.stop == self.corpus.scan.characters:
+            yield DOCUMENT_END
 
-    try:
-        yield from encode_stream(tokenizer, counted())
-    except ValueError as error:
-        raise ValueError(str(error) if corpus.name in str(error) else f"data {corpus.name}: {error}") from None
-    if counts[0] != stop - start:
-        raise ValueError(f"data {corpus.name} changed while it was read: start again when it is complete")
+    def encoded(self, tokens):
+        return Encoded(tokens, self.characters, self.bytes, self.prompts, self.corpus.in_documents)
 
 
 def _in_memory(corpus, tokenizer, start, stop):
-    counts = [0, 0]
-    parts = list(_encoded_parts(corpus, tokenizer, start, stop, counts))
-    return Encoded(as_tensor(np.concatenate(parts), tokenizer.vocab_size), *counts)
+    encoding = _Encoding(corpus, tokenizer, start, stop)
+    tokens = np.concatenate(list(encoding))
+    return encoding.encoded(as_tensor(tokens, tokenizer.vocab_size))
 
 
 def _write(path, corpus, tokenizer, start, stop):
     """Writes the token file, then a JSON file about it: a token file without that one is not used."""
-    counts, count, dtype = [0, 0], 0, np.min_scalar_type(tokenizer.vocab_size - 1)
+    encoding, dtype = _Encoding(corpus, tokenizer, start, stop), np.min_scalar_type(tokenizer.vocab_size - 1)
     with (
         replacing(path, path.with_suffix(".json")) as (temporary, about),
         tqdm(total=stop - start, unit="char", unit_scale=True, desc="making tokens", leave=False) as bar,
     ):
         with open(temporary, "wb") as file:
-            for part in _encoded_parts(corpus, tokenizer, start, stop, counts, bar):
+            for part in encoding:
                 file.write(part.astype(dtype).tobytes())
-                count += len(part)
+                bar.update(encoding.characters - bar.n)
         facts = {"source": corpus.source, "sha256": corpus.scan.sha256, "start": start, "stop": stop}
-        facts |= {"tokens": count, "dtype": dtype.str, "characters": counts[0], "bytes": counts[1]}
-        about.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        facts |= {"tokens": encoding.tokens, "dtype": dtype.str, "characters": encoding.characters}
+        facts |= {"bytes": encoding.bytes, "prompts": encoding.prompts, "in_documents": corpus.in_documents}
+        about.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     return _read(path)
 
 
@@ -205,4 +239,7 @@ def _read(path):
         tokens = TokenFile(path, facts["dtype"])
     except (FileNotFoundError, ValueError, KeyError):
         return None
-    return Encoded(tokens, facts["characters"], facts["bytes"]) if len(tokens) == facts["tokens"] else None
+    made = Encoded(
+        tokens, facts["characters"], facts["bytes"], facts.get("prompts", []), facts.get("in_documents", False)
+    )
+    return made if len(tokens) == facts["tokens"] else None

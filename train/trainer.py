@@ -23,6 +23,7 @@ import torch
 from model import GPT, flops_per_token
 from model.checkpoint import CheckpointError, resolve_checkpoint
 from model.command import fast_precision, resolve_device
+from model.shared_cores import SharedCores
 
 from .checkpoint import checkpoint_to_resume, note_resumption, point_last_at, read_state, save_checkpoint, versions
 from .config import TrainerConfig
@@ -42,8 +43,10 @@ class TrainingFailed(RuntimeError):
 class Trainer:
     """Trains a model on the (x, y) examples of a data set.
 
-    model: forward(x, y) -> (logits, loss); it is moved to the config's device.
-    train_dataset, test_dataset: a length and items (x, y), such as CharDataset. test_dataset is the held-out text; None
+    model: forward(x, y) -> (logits, loss); it is moved to the config's device. For items (x, y, starts), as those of
+    train/documents.py, forward(x, y, starts=starts); then a step's loss is the mean over the targets of all its
+    batches and processes, each counted once, and -1 is no target.
+    train_dataset, test_dataset: a length and such items, such as CharDataset. test_dataset is the held-out text; None
     means no evaluation. record: more JSON values for run.json. trained_before: whether the loss at step 0 counts for
     `best`, as it does for a model that is trained on.
     Nothing is written unless config.out_dir names a run directory. With config.resume the newest undamaged checkpoint
@@ -135,7 +138,7 @@ class Trainer:
         self.started = self._meter_started - self.seconds
         bar = ProgressBar(self.total_steps, self.step, self.processes.rank == 0, self.config.eval_every)
         try:
-            with StopRequest() as stop, bar:
+            with StopRequest() as stop, bar, SharedCores(self.device):
                 self._loop(stop, bar)
         except BaseException:
             self.discard()
@@ -202,13 +205,16 @@ class Trainer:
         self.model.eval()
         rank, world_size = self.processes.rank, self.processes.world_size
         total, counted = torch.zeros((), dtype=torch.float64), 0
-        for x, y in evaluation_batches(dataset, self.config.batch_size, examples):
+        for batch in evaluation_batches(dataset, self.config.batch_size, examples):
             # if the processes cannot share a batch equally, such as the last one, each of them takes all of it
-            equal = len(x) % world_size == 0
-            part = slice(rank * len(x) // world_size, (rank + 1) * len(x) // world_size) if equal else slice(None)
+            rows = len(batch[0])
+            shared = world_size if rows % world_size == 0 else 1
+            part = slice(rank % shared * rows // shared, (rank % shared + 1) * rows // shared)
+            mine = [tensor[part] for tensor in batch]
             with self._autocast():
-                _, loss = self.model(*self._on_device(x[part], y[part]))
-            total, counted = total + loss.item() * len(x), counted + len(x)
+                loss = _loss(self.model, *self._on_device(*mine))
+            total += loss.item() * _targets(mine) * shared  # the mean over the processes follows
+            counted += _targets(batch)
         self.model.train()
         return self.processes.mean(total).item() / counted
 
@@ -219,16 +225,16 @@ class Trainer:
         batch. The run does not change.
         """
         config, found = self.config, []
-        x, y = (tensor[None] for tensor in self.train_dataset[0])
+        one = [tensor[None] for tensor in self.train_dataset[0]]
         self.model.train()  # with the masks of dropout
         for examples in (1, 2):
             saved = SavedActivations(self.model)
             with saved, self._autocast():
                 # not self.forward: compiled code saves its activations where no hook sees them
-                self.model(*self._on_device(x.repeat_interleave(examples, 0), y.repeat_interleave(examples, 0)))
+                _loss(self.model, *self._on_device(*(tensor.repeat_interleave(examples, 0) for tensor in one)))
             found.append(saved.bytes())
             if config.activation_checkpointing:  # the blocks' inputs are saved where no hook sees them
-                found[-1] += len(self.model.blocks) * examples * x.numel() * self.model.config.d_model * 4
+                found[-1] += len(self.model.blocks) * examples * one[0].numel() * self.model.config.d_model * 4
         batch_size = self.processes.local_batch_size(config.batch_size)
         shards = self.processes.world_size if self.processes.parallel == "fsdp" else 1
         return {
@@ -244,9 +250,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate
         losses = torch.zeros((), device=self.device)
-        for number in range(1, config.grad_accumulation + 1):
-            x, y = self._on_device(*next(batches))
-            losses += self._forward_backward(x, y, sync=number == config.grad_accumulation)
+        mine = [next(batches) for _ in range(config.grad_accumulation)]
+        for number, (batch, weight) in enumerate(zip(mine, self._weights(mine), strict=True), start=1):
+            losses += self._forward_backward(batch, weight, sync=number == config.grad_accumulation)
         self._metered += config.grad_accumulation
         updated, self._grad_norm = self.scaler.step(config.grad_clip)
         if updated:
@@ -268,11 +274,20 @@ class Trainer:
                 advice += f"; {checkpoint} is intact: go on from it with --init-from, into another --out-dir"
         return TrainingFailed(f"{what}: {advice}")
 
-    def _forward_backward(self, x, y, sync: bool) -> torch.Tensor:
-        """Adds the gradients of a batch, averaged over the processes if `sync`. Returns the loss."""
+    def _weights(self, batches) -> list[float]:
+        """What each of this process's batches of a step counts, 1 on average: documents' batches differ in targets."""
+        if len(batches[0]) == 2:
+            return [1.0] * len(batches)
+        targets = [_targets(batch) for batch in batches]
+        average = self.processes.mean(torch.tensor(sum(targets), dtype=torch.float64)).item() / len(batches)
+        return [count / average for count in targets]
+
+    def _forward_backward(self, batch, weight: float, sync: bool) -> torch.Tensor:
+        """Adds the gradients of a batch, averaged over the processes if `sync`. Returns the loss times its weight."""
         with self.processes.gradient_sync(self.forward, sync):
             with self._autocast():
-                _, loss = self.forward(x, y)
+                loss = _loss(self.forward, *self._on_device(*batch))
+            loss = loss if weight == 1 else loss * weight
             self.scaler.scale_loss(loss / self.config.grad_accumulation).backward()
         return loss.detach()
 
@@ -414,6 +429,15 @@ class Trainer:
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
+
+
+def _loss(model, x, y, starts=None):
+    return model(x, y)[1] if starts is None else model(x, y, starts=starts)[1]
+
+
+def _targets(batch) -> int:
+    """How many targets of a batch count in its mean loss."""
+    return int((batch[1] >= 0).sum()) if len(batch) > 2 else batch[1].numel()
 
 
 def _seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:

@@ -69,7 +69,7 @@ class Study:
     """What a study will measure, and what it has measured. Raises ValueError for settings that cannot be used."""
 
     def __init__(self, settings: Settings):
-        self.settings, self.data = settings, load_data(settings.data)
+        self.settings, self.data = settings, load_data(settings.data, documents=False)
         characters, needed = len(self.data.held_out.tokens), LONGEST * max(settings.contexts) + 1
         if characters < needed:
             raise ValueError(

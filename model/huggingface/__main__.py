@@ -11,13 +11,13 @@ import warnings
 from pathlib import Path
 
 from ..checkpoint import from_pretrained, resolve_checkpoint, save_pretrained
-from ..command import Parser
+from ..command import Parser, command_output
 from ..tokenizer import FILE as TOKENIZER
 from . import export_pretrained, import_pretrained
 
 
 def main(arguments=None) -> int:
-    """Run the command and return its exit status: 0, or 2 for wrong input."""
+    """Run the command and return its exit status: 0, 2 for wrong input, 1 if what it says cannot be written."""
     parser = Parser(
         prog="python -m model.huggingface",
         description="Convert GPT-2 and StarCoder2 models between transformers and this package; local directories.",
@@ -33,16 +33,13 @@ def main(arguments=None) -> int:
         default=True,
         help="export: give a vocabulary without <|endoftext|> a token to pad batches with (the default)",
     )
-    options = parser.parse_args(arguments)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with command_output(parser.prog, ends=True):
+        options = parser.parse_args(arguments)
+        try:
             lines = _convert(options.direction, Path(options.source), Path(options.destination), options.pad_token)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    for warning in caught:
-        print(f"{parser.prog}: {warning.message}", file=sys.stderr)
-    print("\n".join(lines))
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        print("\n".join(lines))
     return 0
 
 
@@ -67,14 +64,16 @@ def _convert(direction, source, destination, pad_token):
 
 
 def _write(destination, write, *arguments):
-    """Write the directory, or nothing: one that was made for it is removed if that fails, with an OSError."""
+    """Write the directory, or nothing: one that was made for it is removed if that fails, or is stopped by Ctrl-C."""
     existed = destination.exists()
     try:
         write(*arguments)
-    except OSError as error:
+    except BaseException as error:
         if not existed and destination.exists():
             destination.rmdir()  # the files are removed already
-        raise OSError(f"{destination} cannot be written: {error.strerror or error}") from None
+        if isinstance(error, OSError):
+            raise OSError(f"{destination} cannot be written: {error.strerror or error}") from None
+        raise
 
 
 if __name__ == "__main__":

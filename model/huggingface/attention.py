@@ -5,9 +5,10 @@
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sliding_gqa")
 
 transformers takes two functions. One makes the mask of a forward pass, once for each kind of layer; the other attends,
-in every layer, with that mask. Ours makes no mask if each query sees exactly the `window` newest keys, or all earlier
-keys: then the kernels run. Padding, packed documents, static caches and the user's own masks need a mask, and get exact
-attention in plain PyTorch, with T x S scores. No mask is ignored.
+in every layer, with that mask. Ours makes `starts` (B, 1, 1, S) int32 in its place, the first position of each key's
+document, as `sliding_gqa_attention` takes it: padding and packed documents are documents. It makes None where neither
+can be. Then the kernels run, with the window of the layer. Everything else that a mask can say gets transformers' own
+mask and exact attention in plain PyTorch, with T x S scores. No mask is ignored.
 """
 
 import functools
@@ -18,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from kernels import sliding_gqa_attention
+from kernels import document_starts, sliding_gqa_attention
 from kernels.backend import check_backend
 from kernels.band import visible_mask
 
-# model_type, in transformers, of models that pass each layer's window to its attention; tests check it. Others only put
-# the window into the mask, which must then be made.
-PASS_THEIR_WINDOW = {"mistral", "gemma2", "gemma3_text", "gpt_oss", "starcoder2", "phi3", "qwen2"}
+# What the layers of a model may be. Those of the second line do not attend, or as full_attention; others change masks.
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"} | {
+    "linear_attention", "conv", "mamba", "attention", "moe", "mlp", "hybrid"
+}  # fmt: skip
+READ_THEIR_MASK = {"doge"}  # model_type of models that compute with the mask: they need one of all pairs
 _registered = set()
 
 
@@ -34,10 +37,12 @@ def register_attention(name="sliding_gqa", *, backend="auto"):
     backend    of the kernels, as in `sliding_gqa_attention`.
 
     It runs any architecture with causal attention, in training and generation, with dynamic and static caches. The
-    kernels run in layers without a special mask: sliding layers of PASS_THEIR_WINDOW, and all layers of models without
-    a window. The forward raises ValueError for what it cannot do: return attention weights, attend to later tokens,
-    continuous batching. Raises ValueError for a name that transformers gives another meaning and for an unknown
-    backend; ImportError without transformers 5.4 or newer.
+    kernels run in all its layers: with padding on either side, with documents packed by position_ids or cu_seq_lens_q,
+    and with caches. Plain PyTorch runs for your own masks, attention dropout, single tokens into a static cache, and
+    models that change the causal mask. The forward raises ValueError for what it cannot do: return attention
+    weights, attend to later tokens, continuous batching, a padding mask with zeros between ones (on a GPU, where it is
+    not read, each run of ones is a document then). Raises ValueError for a name that transformers gives another meaning
+    and for an unknown backend; ImportError without transformers 5.4 or newer.
     """
     check_backend(backend)
     try:
@@ -54,71 +59,140 @@ def register_attention(name="sliding_gqa", *, backend="auto"):
         raise ValueError(f"name is {name!r}, which transformers takes for one of its own: choose another word")
 
     AttentionInterface.register(name, functools.partial(_attend, backend=backend))
-    AttentionMaskInterface.register(name, _mask_or_none)
+    AttentionMaskInterface.register(name, _starts_or_mask)
     _registered.add(name)
     return name
 
 
-def _mask_or_none(
+def _starts_or_mask(
     batch_size,
     q_length,
     kv_length,
     q_offset=0,
     kv_offset=0,
     *,
+    mask_function,
     attention_mask=None,
     local_size=None,
     allow_is_causal_skip=True,
+    use_vmap=False,
     config=None,
+    device=None,
     **others,
 ):
-    """None if the kernels need no mask, else (B, 1, T, S) bools, True where a query sees a key.
+    """None, or starts (B, 1, 1, S) int32 for the kernels, or (B, 1, T, S) bools, True where a query sees a key.
 
+    mask_function    (row, head, query, key) -> whether the query sees the key, padding aside; index tensors broadcast.
     attention_mask   (B, tokens so far) of bools, False on padding; None: no padding.
-    local_size       the window of a sliding layer; None on a layer that sees all earlier keys.
-    Queries are at positions q_offset .. and keys at kv_offset .. (a sliding cache has dropped earlier ones).
+    local_size       the window of a sliding layer, or the size of chunks; None on a layer that sees all earlier keys.
+    allow_is_causal_skip   False if documents are packed, if the causal mask is changed, for single tokens into a static
+                     cache, whose graph must not change, and for models that need a mask.
+    Queries are at positions q_offset .. and keys at kv_offset .. (a sliding cache has dropped earlier ones). starts may
+    be shorter than the keys: those after it are a static cache's unwritten ones.
     """
-    from transformers.masking_utils import sdpa_mask
-
-    windowed = local_size is not None or getattr(config, "sliding_window", None) is not None
-    if (
-        allow_is_causal_skip  # False for packed documents, images and other changes of the causal mask
-        and (not windowed or config.model_type in PASS_THEIR_WINDOW)
-        and _last_positions_match(q_offset + q_length, kv_offset + kv_length)
-        and _no_padding(attention_mask, kv_offset, kv_length)
-    ):
-        return None
-    # sdpa_mask must not return None for a mask where every query sees every key: here None means causal
-    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        config=config,
-        **{**others, **skips},
+    packed = not allow_is_causal_skip and _packed(mask_function, q_length, kv_length, attention_mask)
+    needs_mask = (
+        use_vmap  # for masks that users and models of images change
+        or getattr(mask_function, "__name__", None) == "or_mask"
+        or "allow_is_bidirectional_skip" in others
+        or not (allow_is_causal_skip or packed)
+        or getattr(config, "model_type", None) in READ_THEIR_MASK
     )
+    written = None if needs_mask else _written(q_length, kv_length, q_offset, kv_offset)
+    if written is None or not _layers_know(config, local_size):
+        from transformers.masking_utils import sdpa_mask
+
+        # sdpa_mask must not return None for a mask where every query sees every key: here None means causal
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            use_vmap=use_vmap,
+            config=config,
+            device=device,
+            **{**others, **skips},
+        )
+
+    if attention_mask is not None:
+        end = kv_offset + written
+        attention_mask = F.pad(attention_mask, (0, max(0, end - attention_mask.shape[1])))[:, kv_offset:end]
+        # on a GPU, looking at the values would wait for them
+        if attention_mask.is_cpu and not _captured(attention_mask) and attention_mask.all():
+            attention_mask = None
+    document_ids = None
+    if packed or (local_size is not None and getattr(config, "attention_chunk_size", None) is not None):
+        # a key that the next position does not see ends a document
+        key = torch.arange(written - 1, device=device)[None] + kv_offset
+        row = torch.arange(batch_size, device=device)[:, None]
+        ends = ~mask_function(row, torch.zeros_like(row), key + 1, key)
+        document_ids = F.pad(ends.cumsum(1), (1, 0))
+    elif attention_mask is None:
+        if written == kv_length:
+            return None
+        document_ids = torch.zeros(1, written, dtype=torch.int32, device=device)
+    try:
+        starts = document_starts(document_ids=document_ids, attention_mask=attention_mask)
+    except ValueError as error:
+        raise ValueError(f"{error}: pad on one side, to generate on the left, or give a mask (B, 1, T, S)") from None
+    return starts.expand(batch_size, -1)[:, None, None]
 
 
-def _last_positions_match(queries, keys):
-    """Whether the last query is at the last key. A static cache has unwritten keys, and its offset is a tensor."""
-    return not isinstance(queries, torch.Tensor) and queries == keys
+def _packed(mask_function, q_length, kv_length, attention_mask):
+    """Whether transformers found packed documents; then they are one of the parts that mask_function combines."""
+    if _captured(attention_mask):  # functions cannot be looked into; transformers takes each such call for packed
+        return attention_mask is None and q_length == kv_length > 1
+    for cell in getattr(mask_function, "__closure__", None) or ():
+        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple) else ()
+        if any("packed_sequence" in getattr(part, "__qualname__", "") for part in parts):
+            return True
+    return False
 
 
-def _no_padding(attention_mask, kv_offset, kv_length):
-    if attention_mask is None:
-        return True
-    return not _captured(attention_mask) and bool(attention_mask[:, kv_offset : kv_offset + kv_length].all())
+def _written(q_length, kv_length, q_offset, kv_offset):
+    """How many of the keys are written, as a number of the host: the last query is at the last of them.
+
+    A static cache counts on the device, so that reading the number waits for it, as transformers' own masks do. None in
+    a graph, where it cannot be read, and if the keys are fewer.
+    """
+    if isinstance(q_offset, torch.Tensor) and _captured(q_offset):
+        return None
+    written = int(q_offset) + q_length - kv_offset
+    return written if written <= kv_length else None
+
+
+def _layers_know(config, local_size):
+    """Whether `_window` gives the layers for which a mask with that local_size is made what the mask would say."""
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if layer_types is not None and not set(layer_types) <= KNOWN_LAYERS:
+        return False
+    if local_size is None:
+        return layer_types is not None or window is None
+    return local_size in (window, getattr(config, "attention_chunk_size", None))
+
+
+def _window(module, others):
+    """The window of a layer: what it says itself, else what its config says of it; None if it sees all earlier keys."""
+    if "sliding_window" in others:
+        return others["sliding_window"]
+    config = getattr(module, "config", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _captured(tensor):
     """Whether a graph is being captured, during which the values of tensors cannot be read."""
     from transformers.utils.import_utils import is_tracing
 
-    return is_tracing(tensor)
+    return is_tracing(tensor if isinstance(tensor, torch.Tensor) else None)
 
 
 def _attend(
@@ -129,7 +203,6 @@ def _attend(
     attention_mask,
     scaling=None,
     dropout=0.0,
-    sliding_window=None,
     softcap=None,
     s_aux=None,
     is_causal=None,
@@ -138,14 +211,21 @@ def _attend(
 ):
     """One layer: ((B, T, Hq, D), None) of query (B, Hq, T, D), key and value (B, Hkv, S, D), already rotated.
 
-    attention_mask   of `_mask_or_none`, or the user's own (B, 1 or Hq, T, S): bools, or numbers to add to the scores.
+    attention_mask   of `_starts_or_mask`, or the user's own (B, 1 or Hq, T, S): bools, or numbers to add to the scores.
     s_aux            the sinks (Hq,) of gpt-oss.
     """
-    _refuse(module, attention_mask, is_causal, others)
+    _refuse(module, is_causal, others)
+    starts = None
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        starts, attention_mask = attention_mask[:, 0, 0], None
+        key, value = key[:, :, : starts.shape[1]], value[:, :, : starts.shape[1]]
+    if attention_mask is None:
+        starts = _with_documents(starts, module, len(query), key.shape[2], others)
     if attention_mask is None and not dropout:
         out = sliding_gqa_attention(
-            query, key, value, sliding_window, scale=scaling, softcap=softcap, sinks=s_aux, backend=backend
-        )
+            query, key, value, _window(module, others), starts=starts, scale=scaling, softcap=softcap, sinks=s_aux,
+            backend=backend,
+        )  # fmt: skip
     else:
         if dropout:
             warnings.warn(
@@ -154,12 +234,13 @@ def _attend(
                 stacklevel=2,
             )
         if attention_mask is None:
-            attention_mask = visible_mask(query.shape[2], key.shape[2], sliding_window, query.device)
+            window = _window(module, others)
+            attention_mask = visible_mask(query.shape[2], key.shape[2], window, query.device, starts=starts)
         out = _masked_attention(query, key, value, attention_mask, scaling, softcap, s_aux, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(module, attention_mask, is_causal, others):
+def _refuse(module, is_causal, others):
     """Raise ValueError for arguments that would otherwise be ignored."""
     if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
         raise ValueError(
@@ -172,24 +253,62 @@ def _refuse(module, attention_mask, is_causal, others):
         raise ValueError(f"{type(module).__name__} adds a position bias: load it with attn_implementation='eager'")
     if others.get("cache") is not None:
         raise ValueError("continuous batching is not supported: load the model with attn_implementation='sdpa'")
-    if attention_mask is None and _packs_documents(module, **others):
-        raise ValueError(
-            f"documents are packed, but {type(module).__name__} got no mask that keeps them apart: give position_ids "
-            "from 0 in each document, use_cache=False and no attention_mask, or a mask (B, 1, T, S) of your own"
-        )
 
 
-def _packs_documents(module, position_ids=None, cu_seq_lens_q=None, **_):
-    """Whether a row of the forward pass holds several documents: positions start again at 0, or lengths are given.
+def _with_documents(starts, module, batch_size, length, others):
+    """starts (B, length) or None, and the documents of the new tokens, which transformers does not put into every mask.
 
-    Without a cache, transformers makes a mask from the positions in most models, in gpt-oss never.
+    It sees them in position_ids if there is neither a cache nor a mask for padding, in gpt-oss never, and never in
+    cu_seq_lens_q.
     """
-    if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
-        return True
-    # once a forward pass, in layer 0: reading values makes the host wait for the device
-    if position_ids is None or getattr(module, "layer_idx", None) != 0 or _captured(position_ids):
-        return False
-    return bool((position_ids[..., 1:] == 0).any())
+    given = others.get("position_ids"), others.get("cu_seq_lens_q")
+    documents = _once_a_forward(module, lambda: _documents(*given, batch_size, length), *given)
+    if documents is None:
+        return starts
+    earlier = length - documents.shape[1]
+    if earlier:  # the keys of a cache: the first document goes on with them
+        documents = F.pad((documents + earlier) * (documents > 0), (earlier, 0))
+    documents = documents.to(torch.int32).expand(batch_size, -1)
+    return documents.contiguous() if starts is None else torch.maximum(starts, documents)
+
+
+def _documents(position_ids, cu_seq_lens, batch_size, length):
+    """(B or 1, T) int32, the starts of the documents that position_ids and cu_seq_lens pack into rows; None: of none.
+
+    A document begins where a position is 0 again, or smaller than the one before. On a GPU, where positions are not
+    read, there may be one document a row.
+    """
+    given = {}
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] > 1:
+        begins = (position_ids[:, 1:] == 0) | (position_ids[:, 1:] < position_ids[:, :-1])
+        if not begins.is_cpu or _captured(begins) or begins.any():
+            given["document_ids"] = F.pad(begins.cumsum(1), (1, 0))
+    if cu_seq_lens is not None and len(cu_seq_lens) > 2:
+        if batch_size > 1:
+            raise ValueError(f"cu_seq_lens_q is for one row, and the batch has {batch_size}: give position_ids (B, T)")
+        given["cu_seqlens"] = cu_seq_lens
+        given["length"] = length if position_ids is None else position_ids.shape[-1]
+    return document_starts(**given) if given else None
+
+
+_latest = (None, None, None)
+
+
+def _once_a_forward(module, make, *inputs):
+    """make(), called in the first layer of a forward pass, and its result in those that follow with the same inputs.
+
+    A forward pass visits layers in rising order, so a layer that is not above the latest begins another one: the inputs
+    may have been written to since.
+    """
+    global _latest
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or torch.compiler.is_compiling():
+        return make()
+    last_layer, known, result = _latest
+    if last_layer is None or layer <= last_layer or any(a is not b for a, b in zip(inputs, known, strict=True)):
+        result = make()
+    _latest = layer, inputs, result
+    return result
 
 
 def _masked_attention(query, key, value, mask, scale, softcap, sinks, dropout):

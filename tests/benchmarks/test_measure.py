@@ -1,4 +1,6 @@
 import gc
+import mmap
+import subprocess
 import time
 
 import measure
@@ -290,10 +292,49 @@ def test_contestants_rows_and_table_have_the_host_time(gpu):
 def test_a_cpu_has_no_host_time():
     times = measure.alternate({"": lambda: None}, "cpu", 0)
     row = times[""].as_dict()
-    assert set(row) == {"median_ms", "p20_ms", "p80_ms", "calls"} and times[""].pace == times[""].median
+    assert set(row) == {"median_ms", "p20_ms", "p80_ms", "calls", "faults"} and times[""].pace == times[""].median
     rows = [row | {"shape": "a", "not_timed": None}]
     table = measure.table("Steps", rows, {"": lambda row: "b", "ms": measure.shown})
-    assert table["columns"] == ["", "ms"] and table["notes"] == []
+    assert table["columns"] == ["", "ms", "faults"] and "host ms" not in str(table["notes"])
+
+
+@pytest.mark.skipif(measure.getrusage is None, reason="the system does not count page faults")
+def test_page_faults_go_to_the_call_that_has_them():
+    calls = {"new": lambda: mmap.mmap(-1, 100 * mmap.PAGESIZE).write(bytes(100 * mmap.PAGESIZE)), "none": lambda: None}
+    times = measure.alternate(calls, "cpu", 0)
+    assert 100 <= times["new"].faults < 400 and times["none"].faults < 5
+    assert measure.alternate({"": None}, "cpu", 0, timer=lambda call: 1.0)[""].faults is None
+
+
+def test_ours_is_timed_beside_a_process_that_keeps_a_core_busy(monkeypatch):
+    started = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    alive = []
+    calls = {"ours": lambda: alive.append(started[-1].poll() is None), "theirs": None, "ours, failed": None}
+    rows = [{"contestant": name, "shape": "a", "not_timed": None, "median_ms": 1.0} for name in ("ours", "theirs")]
+    measure.add_busy(rows, calls, "cpu")
+    assert alive and all(alive) and started[0].poll() is not None
+    assert rows[0]["busy"]["calls"] >= measure.LEAST_ROUNDS and "busy" not in rows[1]
+    table = measure.table(
+        "Steps", rows, {"": lambda row: row["contestant"], "ms": lambda row: "1", "x": lambda row: "2"}
+    )
+    assert table["columns"] == ["", "ms", "busy ms", "x"] and table["rows"][1] == ["theirs", "1", "", "2"]
+
+    def failing():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        measure.add_busy(rows, {"ours": failing}, "cpu")
+    assert len(started) == 2 and started[1].poll() is not None  # it ends also then
+    measure.add_busy(rows, calls, "cuda")
+    measure.add_busy(rows, {"theirs": None}, "cpu")
+    assert len(started) == 2
 
 
 @pytest.mark.gpu

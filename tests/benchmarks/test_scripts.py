@@ -7,6 +7,7 @@ import sys
 
 import harness
 import pytest
+import torch
 
 TINY = {
     "attn_speed": "--shapes 64,8,4,2,16 --only ours SDPA_masked SDPA_causal local-attention xFormers flash-attn",
@@ -45,7 +46,36 @@ def test_a_benchmark_runs_end_to_end(name, tmp_path):
     assert len(document["tables"][0]["rows"]) > 0
 
 
-@pytest.mark.parametrize("name", [*TINY, "report", "gpu_check"])
+@pytest.mark.parametrize("name", ("machine_speed", "time_spent"))
+def test_a_table_of_the_machine_or_of_operators_is_made(name, tmp_path, monkeypatch, capsys):
+    """With small numbers: products of 8 x 8 and a megabyte, one step and three tokens."""
+    script = __import__(name)
+    monkeypatch.setattr(script, "PRODUCTS", [(2, 8, 8, 8)], raising=False)
+    monkeypatch.setattr(script, "MEMORY_BYTES", 2**20, raising=False)
+    monkeypatch.setattr(script, "CALLS", {"a training step": 1, "a token": 3}, raising=False)
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    file = tmp_path / "document.json"
+    try:
+        arguments = ["--quick", "--seconds", "0.1", "--plot", "none", "--json", str(file), "--device", "cpu"]
+        assert script.main(arguments) == 0
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert torch.get_num_threads() == threads
+    document, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert all(("median_ms" in row) != bool(row["not_timed"]) for row in document["rows"])
+    if name == "machine_speed":
+        assert [row["contestant"] for row in document["rows"][-3:]] == ["copy", "read", "fill"]
+        assert all(row["per_second"] > 0 for row in document["rows"] if not row["not_timed"])
+        assert "GFLOP/s" in printed and "GB/s" in printed
+    else:
+        step, token = document["tables"]
+        assert step["rows"][-1][0] == token["rows"][-1][0] == "all"
+        shares = [float(line[2][:-1]) for line in token["rows"][:-1]]
+        assert sum(shares) == pytest.approx(100, abs=1) and shares[:-1] == sorted(shares[:-1], reverse=True)
+        assert "aten::addmm" in {line[0] for line in token["rows"]}
+
+
+@pytest.mark.parametrize("name", [*TINY, "machine_speed", "time_spent", "report", "gpu_check"])
 def test_help_says_what_it_is(name):
     script = __import__(name)
     with pytest.raises(SystemExit) as stopped:

@@ -284,8 +284,18 @@ def test_a_full_output_is_one_line(checkpoint):
     with open("/dev/full", "w") as full:
         done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 1
-    error = "python -m model.sample: error: standard output cannot be written: No space left on device"
+    error = "python -m model.sample: standard output cannot be written: No space left on device"
     assert done.stderr.splitlines()[1:] == [error]
+
+
+@pytest.mark.parametrize("ending", ["2> /dev/full", "2>&-", ">&- 2>&-", "<&-"])
+def test_a_closed_or_full_stream_loses_nothing_that_is_read(checkpoint, ending):
+    command = f'exec "$0" -m model.sample --checkpoint "$1" --max-new-tokens 5 --seed 1 {ending}'
+    done = subprocess.run(["bash", "-c", command, sys.executable, checkpoint], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert len(done.stdout) == (0 if ">&- " in ending else 7)
+    command = command.replace("--max-new-tokens", "--interactive --max-new-tokens")
+    assert subprocess.run(["bash", "-c", f"{command} <&-", sys.executable, checkpoint], cwd=ROOT).returncode == 0
 
 
 def test_a_checkpoint_is_required_and_needs_a_tokenizer(capsys, tmp_path):

@@ -227,3 +227,25 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path, content, message):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_characters_with_an_end_of_documents_are_one_token_more_in_every_reader(tmp_path):
+    plain, ended = CharTokenizer.from_text(CHARACTERS), CharTokenizer(sorted(set(CHARACTERS)), end=True)
+    assert (ended.end_of_text, ended.vocab_size) == (plain.vocab_size, plain.vocab_size + 1)
+    assert ended.encode(CHARACTERS) == plain.encode(CHARACTERS) and plain.end_of_text is None
+    text = f"<|endoftext|>to{'<|endoftext|>' * 2}be<|endoftext|>"
+    end = ended.end_of_text
+    assert ended.encode(text) == [end, *plain.encode("to"), end, end, *plain.encode("be"), end]
+    assert ended.decode(ended.encode(text)) == "".join(ended.stream(ended.encode(text))) == text
+    for cut_at in range(len(text)):
+        at = ended.cut(text[:cut_at])
+        assert ended.encode(text[:at]) + ended.encode(text[at:]) == ended.encode(text)
+    (tmp_path / "tokenizer.json").write_text(ended.to_json(), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    assert type(loaded) is CharTokenizer and (loaded.stoi, loaded.end_of_text) == (ended.stoi, end)
+    with pytest.raises(ValueError, match=rf"'Z' not in the vocabulary of {plain.vocab_size} characters"):
+        ended.encode("Z<|endoftext|>")
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_str(ended.to_json())
+    assert theirs.encode(text).ids == ended.encode(text)
+    assert theirs.decode(ended.encode(text), skip_special_tokens=False) == text

@@ -222,7 +222,8 @@ def evaluated(capsys, checkpoint, *arguments):
 def test_bytes_and_bpe_are_trained_sampled_and_evaluated(texts, tmp_path, capsys, embedding_type, kind):
     pytest.importorskip("tokenizers")
     vocab_size = ("--vocab-size", 270) if embedding_type == "bpe" else ()
-    last = train_on(tmp_path, "--data", texts, "--embedding-type", embedding_type, *vocab_size)
+    flags = "--no-documents", "--embedding-type", embedding_type, *vocab_size
+    last = train_on(tmp_path, "--data", texts, *flags)
     shown = capsys.readouterr().out
     size = 270 if embedding_type == "bpe" else 256
     assert f"{3 * (len(TEXT) + 5) - 1:,} characters in 3 files, {size} " in shown and "5 tokens by" in shown

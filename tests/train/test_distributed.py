@@ -6,6 +6,7 @@ from RUNS; ddp@5 stops at step 5, ddp+ resumes.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import GPT, GPTConfig, from_pretrained
+from model import GPT, CharTokenizer, GPTConfig, from_pretrained
 from train import CharDataset, Trainer, TrainerConfig
 from train.__main__ import main
 from train.checkpoint import checkpoints, damage
 from train.data import training_batches
 from train.distributed import Processes, exit_process
+from train.documents import PackedDataset
+from train.tokens import Encoded
 
 TEXT = "When are you going? I am going to the play, and you are coming to the play with me. " * 20
 SIZES = {"context_length": 16, "window": 8, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32}
@@ -36,13 +39,36 @@ RUNS = {
     "one-muon": {"optimizer": "muon", "ema_decay": 0.9},
     "ddp-muon": {"parallel": "ddp", "optimizer": "muon", "ema_decay": 0.9},
     "fsdp-muon": {"parallel": "fsdp", "optimizer": "muon", "ema_decay": 0.9},
+    "one-documents": {},
+    "ddp-documents": {"parallel": "ddp"},
+    "fsdp-documents": {"parallel": "fsdp", "batch_size": 2, "grad_accumulation": 2},
 }
+
+
+def one_of(name):
+    """The run of one process that a run is like."""
+    kind = name.rpartition("-")[2]
+    return f"one-{kind}" if kind in ("muon", "documents") else "one"
+
+
+def packed(text, tokenizer):
+    """The text as documents of 1 to 23 tokens, the first of which is a prompt in every third."""
+    tokens, prompts = [], []
+    for number, document in enumerate(re.findall(".{1,22}", text)):
+        prompts += [[len(tokens), len(tokens) + 1]] if number % 3 == 0 else []
+        tokens += [*tokenizer.encode(document[: number % 22 + 1]), tokenizer.end_of_text]
+    return PackedDataset(Encoded(torch.tensor(tokens), 0, 0, prompts, True), 16, tokenizer)
 
 
 def trainer_of(directory, name, **settings):
     train_set = CharDataset(TEXT[:1500], block_size=16)
     held_out = CharDataset(TEXT[1500:], block_size=16, tokenizer=train_set.tokenizer)
-    model = GPT(GPTConfig(vocab_size=train_set.vocab_size, **SIZES), seed=int(os.environ.get("RANK", 0)))
+    if name.endswith("documents"):
+        tokenizer = CharTokenizer(sorted(set(TEXT)), end=True)
+        train_set, held_out = packed(TEXT[:1500], tokenizer), packed(TEXT[1500:], tokenizer)
+    config = GPTConfig(vocab_size=train_set.vocab_size, **SIZES)
+    backend = "reference" if name.endswith("documents") else "auto"
+    model = GPT(config, backend=backend, seed=int(os.environ.get("RANK", 0)))
     settings = {
         **BASE,
         "learning_rate": 1e-2,
@@ -110,7 +136,7 @@ def measured(run, name):
     "name", [name for name in RUNS if not name.startswith("one")] + ["moved/ddp", "moved/fsdp-muon"]
 )
 def test_two_processes_have_the_losses_of_one(runs, name):
-    one = runs / ("one-muon" if name.endswith("muon") else "one")
+    one = runs / one_of(name)
     for value in ("loss", "held_out_loss", "grad_norm"):
         found, expected = measured(runs / name, value), measured(one, value)
         assert [step for step, _ in found] == [step for step, _ in expected]
@@ -119,9 +145,9 @@ def test_two_processes_have_the_losses_of_one(runs, name):
         )
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-muon", "moved/fsdp-muon"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-muon", "moved/fsdp-muon", "fsdp-documents"])
 def test_the_checkpoint_of_two_processes_is_that_of_one(runs, name):
-    one = runs / ("one-muon" if name.endswith("muon") else "one")
+    one = runs / one_of(name)
     assert [path.name for path in checkpoints(runs / name)][-1] == "step-000012" and damage(
         runs / name / "last"
     ) is None

@@ -13,11 +13,11 @@ import pytest
 from kill_and_resume import TEXT
 
 from model import GPT, GPTConfig, from_pretrained, save_pretrained
-from model.command import Parser
+from model.command import Parser, command_output
 from train import CharDataset, Trainer, TrainerConfig
 from train.__main__ import main
 from train.config import GROUPS, RENAMED, RunConfig, add_flags
-from train.metrics import ProgressBar, command_output, sample_text
+from train.metrics import ProgressBar, sample_text
 
 ROOT = Path(__file__).parents[2]
 SIZES = "--context-size 16 --window 8 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 16 --batch-size 2 --device cpu"
@@ -48,6 +48,8 @@ def text(tmp_path):
         (["--block_size=8"], "--block-size is called --context-size here"),
         (["--grad-norm-clip", "1"], "--grad-norm-clip is called --grad-clip here"),
         (["--batch-size", str(10**9)], "take a smaller batch_size (with grad_accumulation"),
+        (["--n-layer", str(10**9)], "left: take a smaller model"),
+        (["--d-model", str(10**7)], "left: take a smaller model"),
     ],
 )
 def test_wrong_input_is_one_line(text, tmp_path, capsys, flags, message):
@@ -138,7 +140,9 @@ def shell(line, **settings):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **settings)
 
 
-@pytest.mark.parametrize("ending", ["| head -3", "2>&1 | head -1", "> /dev/full", "2> /dev/full"])
+@pytest.mark.parametrize(
+    "ending", ["| head -3", "2>&1 | head -1", "> /dev/full", "2> /dev/full", ">&-", "<&- >&- 2>&-"]
+)
 def test_a_run_goes_on_when_nobody_can_read_what_it_prints(text, tmp_path, ending):
     flags = " ".join([*FAST, "--data", text, "--out-dir", str(tmp_path / "run")])
     done = shell(f"$PYTHON -m train {flags} {ending}")
@@ -150,16 +154,37 @@ def test_a_run_goes_on_when_nobody_can_read_what_it_prints(text, tmp_path, endin
 def test_a_result_that_nobody_reads_ends_quietly_and_one_that_is_lost_with_status_1(text, tmp_path):
     assert main([*FAST, "--data", text, "--out-dir", str(tmp_path / "run")]) == 0
     command = f"$PYTHON -m train.evaluate --checkpoint {tmp_path / 'run'}"
-    for ending, status in (("| head -c 10", 0), ("> /dev/full", 1)):
+    for ending, status in (("| head -c 10", 0), (">&-", 0), ("2>&-", 0), ("> /dev/full", 1)):
         done = shell(f"{command} {ending}")
         assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr
-    assert "standard output cannot be written: No space left on device" in done.stderr
+        assert ("held-out part" in done.stdout) == (ending == "2>&-")
+    assert "python -m train.evaluate: standard output cannot be written: No space left on device" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["train", "train.evaluate"])
+def test_the_file_that_is_opened_next_does_not_get_the_messages_of_a_closed_stream():
+    code = (
+        "import os; from model.command import command_output as o; o('x').__enter__(); os.write(3, b'%d' % os.dup(0))"
+    )
+    done = shell(f'exec 3>&1 <&- >&- 2>&-; "$PYTHON" -c "{code}"')
+    assert int(done.stdout) > 3
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"), [("> /dev/full", 1), ("2> /dev/full", 0), (">&-", 0), ("| head -c 1", 1)]
+)
+def test_an_export_is_whole_when_nobody_can_read_what_it_prints(text, tmp_path, ending, status):
+    assert main([*FAST, "--data", text, "--out-dir", str(tmp_path / "run")]) == 0
+    done = shell(f"$PYTHON -m model.huggingface export {tmp_path / 'run'} {tmp_path / 'theirs'} {ending}")
+    assert done.returncode in (0, status) and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert (tmp_path / "theirs" / "model.safetensors").exists()
+    assert "standard output cannot be written" in done.stderr or ending != "> /dev/full"
+
+
+@pytest.mark.parametrize("module", ["train", "train.evaluate", "model.huggingface"])
 @pytest.mark.parametrize("seconds", [0.2, 0.7])
 def test_ctrl_c_in_the_first_second_shows_no_traceback(text, module, seconds, tmp_path):
-    flags = [*FAST, "--data", text, "--out-dir", str(tmp_path / "run")] if module == "train" else ["--checkpoint", "."]
+    flags = ["export", ".", "out"] if module == "model.huggingface" else ["--checkpoint", "."]
+    flags = [*FAST, "--data", text, "--out-dir", str(tmp_path / "run")] if module == "train" else flags
     process = subprocess.Popen([sys.executable, "-m", module, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

@@ -10,6 +10,7 @@ from kill_and_resume import TEXT, start, steps_of, wait_for
 from test_resume import contents
 
 from model import GPT, GPTConfig, from_pretrained, save_pretrained
+from model.checkpoint import checksums
 from train import CharDataset, Trainer, TrainerConfig, TrainingFailed
 from train.__main__ import main
 from train.checkpoint import save_checkpoint
@@ -150,12 +151,25 @@ def test_a_flipped_byte_is_not_loaded(run, text, capsys, load):
         weights[len(weights) // 2] ^= 1
         (directory / "model.safetensors").write_bytes(weights)
     if load == "--resume":
-        assert "all checkpoints in" in resumed(capsys, run).splitlines()[-1]
+        line = resumed(capsys, run)
+        assert "all checkpoints in" in line and "remove SHA256SUMS" not in line  # without it none could be resumed
         return
     with pytest.raises(SystemExit) as stopped:
         evaluate(["--checkpoint", str(run)]) if load == "evaluate" else main([load, str(run), "--data", text])
     assert stopped.value.code == 2
     assert "best/model.safetensors is not what was written" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_ours_to_read_is_not_damaged_and_stays(run, capsys, monkeypatch):
+    def denied(files):
+        path = next(iter(files.values()))
+        if "step-000004" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return checksums(files)
+
+    monkeypatch.setattr("model.checkpoint.checksums", denied)
+    line = resumed(capsys, run)
+    assert "step-000004/config.json cannot be read: Permission denied" in line and "damaged" not in line
 
 
 @pytest.mark.parametrize("where", ["best", "checkpoints/step-000002", "checkpoints/step-000004", "checkpoints", ""])

@@ -14,7 +14,7 @@ import torch
 
 from model import ByteTokenizer, CharTokenizer
 from train import tokens as tokens_module
-from train.corpus import Corpus, make_tokenizer, train_bpe
+from train.corpus import DOCUMENT_END, Corpus, make_tokenizer, train_bpe
 from train.data import TokenDataset, load_data
 from train.tokens import TokenFile, default_cache, encode_stream, encoder, tokenize
 
@@ -64,16 +64,18 @@ def test_the_tokens_do_not_depend_on_where_the_pieces_are_cut(monkeypatch, kind,
     text = (VERSE + "<|endoftext|>" + "x" * 300 + "  \n\n ' 's") * 8
     tokenizer = tokenizer_for(kind, text)
     pieces = [text[i : i + 97] for i in range(0, len(text), 97)]
-    found = [int(token) for part in encode_stream(tokenizer, pieces) for token in part]
+    found = [int(token) for part in encode_stream(tokenizer, pieces) if not isinstance(part, bytes) for token in part]
     if kind != "subwords" or least == 700:
         assert found == tokenizer.encode(text)
     assert tokenizer.decode(found) == text
 
 
 def test_documents_meet_in_the_separator_where_the_vocabulary_has_one():
-    stream = ["To", " be", None, "or", None, "not"]
+    stream = ["To", " be", DOCUMENT_END, "or", DOCUMENT_END, "not"]
     for tokenizer, between in ((tokenizer_for("bytes"), [255]), (CharTokenizer.from_text("To beornt"), [])):
-        found = [int(token) for part in encode_stream(tokenizer, stream) for token in part]
+        found = [
+            int(token) for part in encode_stream(tokenizer, stream) if not isinstance(part, bytes) for token in part
+        ]
         assert found == [
             *tokenizer.encode("To be"),
             *between,
