@@ -13,7 +13,6 @@ pass would walk all queries: docs/kernels.md has the count.
 """
 
 import torch
-from einops import rearrange
 
 
 def merge_prefix(out, lse, q, k, v, seen, *, scale, softcap=None, sinks=None):
@@ -23,8 +22,8 @@ def merge_prefix(out, lse, q, k, v, seen, *, scale, softcap=None, sinks=None):
     seen (..., T, P) bool, broadcast to (B, T, P): the keys that count. A row that sees nothing at all gives zeros.
     """
     keys = "bhpd" if k.dim() == 4 else "bhtpd"
-    q = rearrange(q, "b (h g) t d -> b h g t d", h=k.shape[1])
-    scores = rearrange(torch.einsum(f"bhgtd,{keys}->bhgtp", q, k), "b h g t p -> b (h g) t p").to(lse.dtype) * scale
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, T, D)
+    scores = torch.einsum(f"bhgtd,{keys}->bhgtp", q, k).flatten(1, 2).to(lse.dtype) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     columns = [lse[..., None], scores.masked_fill(~seen[..., None, :, :], float("-inf"))]
@@ -34,8 +33,8 @@ def merge_prefix(out, lse, q, k, v, seen, *, scale, softcap=None, sinks=None):
     lse = columns.logsumexp(-1)
     weights = torch.softmax(columns, dim=-1)
     weights = weights.masked_fill(lse.isneginf()[..., None], 0.0)
-    of_prefix = rearrange(weights[..., 1 : 1 + scores.shape[-1]].to(v.dtype), "b (h g) t p -> b h g t p", h=k.shape[1])
-    added = rearrange(torch.einsum(f"bhgtp,{keys}->bhgtd", of_prefix, v), "b h g t d -> b (h g) t d")
+    of_prefix = weights[..., 1 : 1 + scores.shape[-1]].to(v.dtype).unflatten(1, (k.shape[1], -1))
+    added = torch.einsum(f"bhgtp,{keys}->bhgtd", of_prefix, v).flatten(1, 2)
     return (out * weights[..., :1] + added).to(out.dtype), lse
 
 

@@ -50,23 +50,17 @@ def attend_to_cache(
     num_splits 1 takes the rows one by one: the sums of a product and of a softmax begin and end elsewhere in a larger
     batch, whose longest row they must cover. Other numbers mean nothing here. lse (B, Hq, T) is written to.
     """
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
-    if num_splits == 1 and q.shape[0]:
-        batch = zip(*(x.split(1) for x in (q, k_cache, v_cache, lengths)), strict=True)
-        lse_rows = [None] * len(q) if lse is None else lse.split(1)
-        return torch.cat(
-            [_attend(*map(_aligned, row), window, lse=x, **options) for row, x in zip(batch, lse_rows, strict=True)]
-        )
-    return _attend(q, k_cache, v_cache, lengths, window, lse=lse, **options)
-
-
-def _aligned(x):
-    """x, or a copy where its memory begins elsewhere than that of a new tensor: MKL would add up in another order."""
-    return x.clone() if x.data_ptr() % 64 else x
-
-
-def _attend(q, k_cache, v_cache, lengths, window, *, scale, softcap, sinks, rope, lse):
     B, Hq, T, D = q.shape
+    if num_splits == 1 and B:
+        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
+        rows = zip(*(x.split(1) for x in (q, k_cache, v_cache, lengths)), strict=True)
+        lse_rows = [None] * B if lse is None else lse.split(1)
+        return torch.cat(
+            [
+                attend_to_cache(*map(_aligned, row), window, lse=row_lse, **options)
+                for row, row_lse in zip(rows, lse_rows, strict=True)
+            ]
+        )
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     lost = None
     if window is None:
@@ -94,6 +88,11 @@ def _attend(q, k_cache, v_cache, lengths, window, *, scale, softcap, sinks, rope
     if lse is not None:
         lse.masked_fill_(lost[..., 0], float("nan"))
     return out.masked_fill(lost, float("nan"))
+
+
+def _aligned(x):
+    """x, or a copy where its memory begins elsewhere than that of a new tensor: MKL would add up in another order."""
+    return x.clone() if x.data_ptr() % 64 else x
 
 
 def attend_rows(rows, keys, values, queries, scale, unseen=None, softcap=None, sinks=None, padding=False, lse=None):
