@@ -4,7 +4,7 @@ import pytest
 import torch
 from mixes import lively
 
-BACKENDS = ["reference"]  # of our attention, in these tests
+BACKENDS = ["auto", "reference"]  # of our attention, in these tests
 WINDOW, LENGTH = 7, 25
 SIZES = dict(
     vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,

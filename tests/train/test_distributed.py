@@ -67,8 +67,7 @@ def trainer_of(directory, name, **settings):
         tokenizer = CharTokenizer(sorted(set(TEXT)), end=True)
         train_set, held_out = packed(TEXT[:1500], tokenizer), packed(TEXT[1500:], tokenizer)
     config = GPTConfig(vocab_size=train_set.vocab_size, **SIZES)
-    backend = "reference" if name.endswith("documents") else "auto"
-    model = GPT(config, backend=backend, seed=int(os.environ.get("RANK", 0)))
+    model = GPT(config, seed=int(os.environ.get("RANK", 0)))
     settings = {
         **BASE,
         "learning_rate": 1e-2,

@@ -20,7 +20,7 @@ from train.evaluate import main as evaluate_main
 LENGTH = 16
 SIZES = {"context_length": LENGTH, "window": 8, "n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32}
 FAST = "--context-size 16 --window 8 --n-layer 1 --n-head 2 --n-kv-head 1 --d-model 32 --batch-size 4 --device cpu"
-FAST = [*FAST.split(), "--backend", "reference", "--precision", "fp32", "--eval-examples", "4", "--sample-tokens", "4"]
+FAST = [*FAST.split(), "--precision", "fp32", "--eval-examples", "4", "--sample-tokens", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def source(tmp_path_factory):
 def make_trainer(source, out_dir=None, seed=0, **settings):
     data = load_data(source)
     rows = [PackedDataset(part, LENGTH, data.tokenizer) for part in (data.training, data.held_out)]
-    model = GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **SIZES), backend="reference", seed=seed)
+    model = GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **SIZES), seed=seed)
     settings = {"batch_size": 4, "max_steps": 12, "device": "cpu", "precision": "fp32", "sample_tokens": 4} | settings
     settings |= {"log_every": 1, "eval_every": 6, "save_every": 4, "out_dir": out_dir}
     return Trainer(model, *rows, TrainerConfig(**settings))
@@ -115,7 +115,7 @@ def run_command(*arguments):
 
 
 def evaluated(capsys, *arguments):
-    assert evaluate_main([*map(str, arguments), "--device", "cpu", "--backend", "reference"]) == 0
+    assert evaluate_main([*map(str, arguments), "--device", "cpu"]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -123,7 +123,7 @@ def test_the_command_trains_on_documents_evaluates_them_and_resumes(source, tmp_
     run = tmp_path / "run"
     run_command("--data", source, *FAST, "--max-steps", 6, "--save-every", 3, "--out-dir", run)
     shown = capsys.readouterr().out
-    model, tokenizer = from_pretrained(run / "last", backend="reference")
+    model, tokenizer = from_pretrained(run / "last")
     data = load_data(source, tokenizer=tokenizer)
     held_out, rows = (PackedDataset(part, LENGTH, tokenizer) for part in (data.held_out, data.training))
     share = len(data.held_out.tokens) / (len(data.held_out.tokens) + len(data.training.tokens))
@@ -194,7 +194,7 @@ def test_writing_ends_where_the_model_ends_a_document(tmp_path, capsys, kind):
 def test_plain_pytorch_trains_on_documents_to_the_same_losses(source, tmp_path, architecture):
     losses = []
     steps = ["--max-steps", 5, "--log-every", 1]
-    plain = ["--no-fused-kernels", "--backend", "auto", "--activation-checkpointing"]
+    plain = ["--no-fused-kernels", "--activation-checkpointing"]
     for name, flags in (("kernels", []), ("plain", plain)):
         run_command(
             "--data", source, *FAST, *flags, "--architecture", architecture, *steps, "--out-dir", tmp_path / name

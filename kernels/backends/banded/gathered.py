@@ -44,6 +44,8 @@ class GatheredStep:
         apart = gone + ahead < self.width
         # the columns that some row does not see
         self.masked = [slice(0, gone), slice(self.width - ahead, self.width)] if apart else [slice(0, self.width)]
+        # floats, exact below 2**24: comparing integers takes five times as long as subtracting floats
+        left, right = left[..., None].float(), right[..., None].float()
         self.row, self.sequence, self.first_piece, self.left, self.right = (
             x.to(device) for x in (row, sequence, first_piece, left, right)
         )
@@ -117,16 +119,20 @@ class GatheredStep:
 
     def rotation(self, rotation, offset):
         """The rotation (S, R / 2) of the step's rows, (n, L, 1, R / 2); offset: the position of row 0."""
-        return rotation[self.row + offset][:, :, None]
+        row = self.row if offset == 0 else self.row + offset
+        return rotation.index_select(0, row.flatten()).view(*row.shape, 1, -1)
 
     def mask(self, scores, G):
         """Adds -inf to the scores (h * n, L * G, N) of keys that a row does not see."""
         scores = scores.view(-1, len(self.row), self.length, G, self.width)
         for columns in self.masked:
-            key = torch.arange(columns.start, columns.stop, device=scores.device)
-            hidden = (key < self.left[..., None]).logical_or_(key > self.right[..., None])
-            mask = scratch("mask", hidden.shape, scores.dtype, scores.device).zero_()
-            scores[..., columns].add_(mask.masked_fill_(hidden, float("-inf"))[:, :, None])
+            key = torch.arange(columns.start, columns.stop, dtype=self.left.dtype, device=scores.device)
+            shape = *self.row.shape, len(key)
+            beyond, mask = (scratch(name, shape, scores.dtype, scores.device) for name in ("beyond", "mask"))
+            torch.minimum(torch.sub(key, self.left, out=beyond), torch.sub(self.right, key, out=mask), out=mask)
+            # below zero where it is hidden, there -inf after both products: 0 times inf would be NaN
+            largest = torch.finfo(mask.dtype).max
+            scores[..., columns].add_(mask.clamp_(max=0).mul_(largest).mul_(largest)[:, :, None])
 
 
 def is_gathered(steps):
