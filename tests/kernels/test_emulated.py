@@ -17,19 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from budget import excess, run
+from packed import starts_of
 
-from kernels import (
-    append_to_cache,
-    apply_rope,
-    document_starts,
-    rope_tables,
-    sliding_gqa_attention,
-    sliding_gqa_decode,
-)
+from kernels import append_to_cache, apply_rope, rope_tables, sliding_gqa_attention, sliding_gqa_decode
 
 ROOT = Path(__file__).parents[2]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ALL = {"sinks": True, "softcap": 5.0}
+BOTH = {"right": 60}
 ATTENTION = {  # dtype, T, S, Hq, Hkv, D, window, rotated elements, options
     "bf16, rope, sinks, cap, 3 heads on one": (BF16, 53, 60, 6, 2, 64, 40, 64, ALL),
     "bf16, heads of 128, several key tiles": (BF16, 161, 190, 4, 1, 128, 150, 0, {}),
@@ -37,17 +32,10 @@ ATTENTION = {  # dtype, T, S, Hq, Hkv, D, window, rotated elements, options
     "fp32, rope, sinks, cap, a window of 1": (FP32, 53, 60, 3, 1, 16, 1, 16, ALL),
     "fp32, heads of 64": (FP32, 70, 75, 4, 1, 64, 50, 0, {}),
     "bf16, documents, rope, sinks, cap": (BF16, 61, 150, 6, 2, 64, 50, 64, {**ALL, "documents": [[1, 90, 59], [150]]}),
-    "bf16, documents with an interior, heads of 128": (
-        BF16,
-        200,
-        200,
-        4,
-        1,
-        128,
-        None,
-        0,
-        {"documents": [[130, 2, 68]]},
-    ),
+    "bf16, long documents, heads of 128": (BF16, 200, 200, 4, 1, 128, None, 0, {"documents": [[130, 2, 68]]}),
+    "bf16, both sides, rope, sinks, cap": (BF16, 150, 150, 6, 2, 64, 30, 64, {**ALL, **BOTH}),
+    "fp16, no bound on either side, heads of 128": (FP16, 75, 75, 4, 1, 128, None, 0, {"right": None}),
+    "bf16, both sides, documents": (BF16, 150, 150, 4, 2, 64, 100, 0, {**BOTH, "documents": [[1, 120, 29], [150]]}),
     "fp32, documents": (FP32, 60, 70, 2, 1, 32, 40, 0, {"documents": [[33, 1, 1, 35]]}),
 }
 DECODING = {  # dtype, Hq, Hkv, D, slots, window, new tokens, lengths, rotated elements, options
@@ -70,11 +58,6 @@ def projected(length, heads, head_dim, dtype, batch=1):
     """(batch, heads, length, head_dim) as a view of what a projection makes, with gaps between its rows."""
     fused = torch.randn(batch, length, heads + 1, head_dim).to(dtype)
     return fused[:, :, :heads].transpose(1, 2)
-
-
-def starts_of(lengths):
-    """(1, S) int32 of the lengths of a row's documents."""
-    return document_starts(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
 
 
 def over_budget(ours, same, exact):
@@ -100,11 +83,14 @@ def attention(emulator, dtype, T, S, Hq, Hkv, D, window, rotated, options):
     if "sinks" in options:
         inputs.append(torch.randn(Hq).to(dtype) + 1)
     grads = torch.randn(B, Hq, T, D), torch.randn(B, Hq, T)
-    options = {"scale": 0.5, "softcap": options.get("softcap"), "rope": tables(S, rotated) if rotated else None}
-    options["starts"] = torch.cat([starts_of(row) for row in documents]) if documents else None
+    options = {"softcap": options.get("softcap"), "right": options.get("right", 0)}
+    options |= {"scale": 0.5, "rope": tables(S, rotated) if rotated else None}
+    options |= {"starts": starts_of(documents) if documents else None}
 
-    def attend(*leaves, **options):
-        return sliding_gqa_attention(*leaves, return_lse=True, backend="triton", **options)
+    def attend(*leaves, right=0, **options):
+        *leaves, window = leaves
+        sides = None if window is None else window - 1, right
+        return sliding_gqa_attention(*leaves, sides, return_lse=True, backend="triton", **options)
 
     with emulator:
         ours = run(attend, inputs, grads, window, **options)
@@ -203,7 +189,7 @@ def work_of_documents(target):
     grad = projected(S, 4, 64, BF16)
     packed, alone = Counter(), Counter()
     with emulated(target, counter=packed):
-        forward_and_backward(inputs, grad, 100, starts=starts_of(lengths))
+        forward_and_backward(inputs, grad, 100, starts=starts_of([lengths]))
     with emulated(target, counter=alone):
         for row in torch.arange(S).split(lengths):
             cut = [x[:, :, row[0] : row[-1] + 1] for x in (*inputs, grad)]
@@ -229,8 +215,8 @@ def wrong_starts(emulator):
     anything = torch.randint(-300, 300, (1, 150), dtype=torch.int32)
     with emulator:
         for starts in (anything, anything.sort(1).values, -anything * (most // 400), torch.full_like(anything, most)):
-            for window in (None, 40):
-                results = forward_and_backward(inputs, grad, window, starts=starts.contiguous())
+            for window, right in ((None, 0), (40, 30)):
+                results = forward_and_backward(inputs, grad, window, right=right, starts=starts.contiguous())
     return {"results": 0.0 if len(results) == 4 else float("inf")}
 
 
@@ -269,7 +255,7 @@ def test_every_pass_as_compiled_is_within_its_budget(target):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) >= 18
+    assert len(cases) >= 21
     for case in cases:
         assert case["error"] is None, case
         assert case["ratios"] and all(ratio <= 1 for ratio in case["ratios"].values()), case

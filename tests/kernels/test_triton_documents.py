@@ -5,10 +5,11 @@ The kernels, tiles and budgets are those of test_triton_attention.py.
 
 import pytest
 import torch
+from packed import starts_of
 from test_triton_attention import DTYPES, FEATURES, TINY, WIDE, assert_within_budget, attention, problem
 from test_triton_attention import empty_is_nan as empty_is_nan  # used by every test here, too
 
-from kernels import document_starts, sliding_gqa_attention
+from kernels import sliding_gqa_attention
 from kernels.backends.triton.attention_forward import attend
 
 ROWS = {  # the lengths of the documents of each row, 50 positions
@@ -19,12 +20,6 @@ ROWS = {  # the lengths of the documents of each row, 50 positions
     "rows that differ": [[7, 43], [20, 1, 29]],
     "padding on the left, and on the right": [[1] * 11 + [39], [39] + [1] * 11],
 }
-
-
-def starts_of(rows, device):
-    """(B, S) int32 of the lengths of the documents of each row."""
-    ends = [torch.tensor([0, *row], device=device).cumsum(0) for row in rows]
-    return torch.cat([document_starts(cu_seqlens=row) for row in ends])
 
 
 @pytest.mark.parametrize(("T", "window"), [(50, None), (50, 16), (21, 2), (21, 20)])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from budget import excess
 from mutants import copy_of_kernels
+from packed import starts_of
 
-from kernels import document_starts, rope_tables
+from kernels import rope_tables
 from kernels.backends.triton.tile_configs import KeyTile, RowTile
 
 TINY = 16, 16, 16, 4, 1
@@ -87,83 +88,103 @@ MUTATIONS = {
     ),
     "sinks' gradient without its sign": ("attention_backward.py", ".sum((0, 2)).neg()", ".sum((0, 2))"),
 }
-DOCUMENTS = [1, 70, 5, 24], [30, 62, 8]  # lengths by row
-# the same, on rows of documents
-MUTATIONS_OF_DOCUMENTS = {
+OF_DOCUMENTS = {
     "one key of the document before": ("tiles.py", "(position >= limits[0])", "(position >= limits[0] - 1)"),
     "one query of the document after": ("tiles.py", "(position < limits[1])", "(position <= limits[1])"),
-    "the own window in place of the document": ("tiles.py", "tl.minimum(start, position))", "first)"),
+    "the window alone": ("tiles.py", "tl.minimum(start, position))", "first)"),
     "without the document's first key": (
         "tiles.py",
         "tl.minimum(start, position))",
         "tl.minimum(start, position) + 1)",
     ),
-    "without the document's last query": (
-        "tiles.py",
-        "tl.minimum(end, tl.maximum(past, position + 1))",
-        "tl.minimum(end, tl.maximum(past - 1, position + 1))",
-    ),
+    "without the document's last query": ("tiles.py", "tl.maximum(past, position", "tl.maximum(past - 1, position"),
     "from the last row's document on": (
         "tiles.py",
-        "begin = tl.maximum(first_of(first_pos, window, num_keys, starts_ptr), 0)",
-        "begin = tl.maximum(first_of(last_pos, window, num_keys, starts_ptr), 0)",
+        "begin = tl.maximum(first_of(first_pos",
+        "begin = tl.maximum(first_of(last_pos",
     ),
-    "interior from the first row's document on": (
+    "interior from before the last row's document": (
         "tiles.py",
-        "past_begin = tl.maximum(first_of(last_pos, window, num_keys, starts_ptr), 0)",
-        "past_begin = tl.maximum(first_of(last_pos, window, num_keys, None), 0)",
+        "first_of(last_pos, window, num_keys, starts_ptr)",
+        "first_of(last_pos, window, num_keys, None)",
     ),
     "to the end of the first key's document": (
         "tiles.py",
-        "end_of(last_key, window, num_keys, ends_ptr) - offset",
-        "end_of(first_key, window, num_keys, ends_ptr) - offset",
+        "end_of(last_key, window, num_keys, ends_ptr)",
+        "end_of(first_key, window, num_keys, ends_ptr)",
     ),
-    "interior to the end of the last key's document": (
+    "interior past the first key's document": (
         "tiles.py",
-        "end_of(first_key, window, num_keys, ends_ptr) - offset",
-        "end_of(first_key, window, num_keys, None) - offset",
+        "end_of(first_key, window, num_keys, ends_ptr)",
+        "end_of(first_key, window, num_keys, None)",
     ),
     "no mask by documents in the forward": (
         "attention_forward.py",
-        "first_of(q_pos, window, num_keys, starts_ptr)",
-        "first_of(q_pos, window, num_keys, None)",
+        "else later, num_keys, *documents)",
+        "else later, num_keys, None, None)",
     ),
     "no mask by documents in dq": (
         "attention_backward.py",
-        "first_of(q_pos, window, num_keys, starts_ptr)",
-        "first_of(q_pos, window, num_keys, None)",
+        "else later, num_keys, *documents)",
+        "else later, num_keys, None, None)",
     ),
     "no mask by documents in dk and dv": (
         "attention_backward.py",
-        "end_of(k_pos, window, num_keys, ends_ptr)",
-        "end_of(k_pos, window, num_keys, None)",
+        "limits_of(k_pos, earlier, window, num_keys, *documents)",
+        "limits_of(k_pos, earlier, window, num_keys, None, None)",
     ),
-    "starts of the first row for all": ("attention_forward.py", "starts_ptr += batch", "starts_ptr += 0 * batch"),
-    "starts of the first row for all, dq": ("attention_backward.py", "starts_ptr += batch", "starts_ptr += 0 * batch"),
-    "ends of the first row for all": ("attention_backward.py", "ends_ptr += batch", "ends_ptr += 0 * batch"),
-    "limits that count positions": (
-        "attention_backward.py",
-        "num_keys, ends_ptr)[:, None] - offset",
-        "num_keys, ends_ptr)[:, None]",
-    ),
-    "ends before the last position": ("attention_backward.py", "right=True", "right=False"),
+    "starts of the first row for all": ("tiles.py", "ptr + batch.to", "ptr + 0 * batch.to"),
+    "limits that count positions": ("attention_backward.py", "first - offset, end - offset", "first, end"),
+    "ends before the last position": ("attention_forward.py", "right=True", "right=False"),
     "starts that count from key 0": ("attention_forward.py", "(starts[:, first:] - first)", "(starts[:, first:] - 0)"),
+}
+OF_BOTH_SIDES = {
+    "one later key too many": ("attention_forward.py", "min(right + 1, S)", "min(right + 2, S)"),
+    "no later key in the forward": ("attention_forward.py", "1 if later is None else later", "1"),
+    "no later key in dq": ("attention_backward.py", "window, 1 if later is None else later", "window, 1"),
+    "no query before a key": ("attention_backward.py", "earlier = 1 if later is None else later", "earlier = 1"),
+    "to the first row's last key": ("tiles.py", "tl.minimum(end_of(last_pos,", "tl.minimum(end_of(first_pos,"),
+    "interior to the last row's last key": ("tiles.py", "tl.minimum(end_of(first_pos,", "tl.minimum(end_of(last_pos,"),
+    "keys past the last": (
+        "tiles.py",
+        "tl.minimum(end_of(position, right, num_positions, ends_ptr), num_positions)",
+        "end_of(position, right, num_positions, ends_ptr)",
+    ),
+    "from the last key's first query on": (
+        "tiles.py", "begin = tl.maximum(first_of(first_key,", "begin = tl.maximum(first_of(last_key,"
+    ),
+    "interior from the first key's first query on": ("tiles.py", "first_of(last_key,", "first_of(first_key,"),
+}  # fmt: skip
+OF_BOTH_ENDS = {
+    "rows without the ends of documents": ("attention_backward.py", "None if right == 0 else ends)", "None)"),
+    "keys without the starts of documents": (
+        "attention_backward.py", "(None if right == 0 else starts, ends)", "(None, ends)"
+    ),
+    "no ends of documents in the forward": (
+        "attention_forward.py", "or right == 0 else document_ends", "or True else document_ends"
+    ),
+}  # fmt: skip
+# {problem: (T, S, window, right, lengths of the documents of each row, mutations)}
+PROBLEMS = {
+    "a band": (53, 60, 40, 0, None, MUTATIONS),
+    "documents": (53, 100, 44, 0, [[1, 70, 5, 24], [30, 62, 8]], OF_DOCUMENTS),
+    "both sides": (75, 75, 30, 35, None, OF_BOTH_SIDES),
+    "both sides, documents": (75, 75, 30, 35, [[1, 65, 9], [20, 55]], OF_BOTH_ENDS),
 }
 
 
-def worst_excess(forward, backward, device, documents=None):
+def worst_excess(forward, backward, problem, device):
     """How far the kernels are over their error budget, on one problem that has a bit of everything."""
     torch.manual_seed(0)
-    T, S, Hq, Hkv, D, B, window = (53, 60, 6, 2, 16, 1, 40) if documents is None else (53, 100, 6, 2, 16, 2, 44)
+    T, S, window, right, documents, _ = PROBLEMS[problem]
+    B, Hq, Hkv, D = len(documents) if documents else 1, 6, 2, 16
     shapes = ((Hq, T), (Hkv, S), (Hkv, S))
     inputs = [torch.randn(B, L, H, D, device=device).transpose(1, 2) for H, L in shapes]
     inputs[2] = inputs[2].contiguous()  # another layout than k's
     inputs.append(torch.randn(Hq, device=device) + 1)
     grads = torch.randn(B, Hq, T, D, device=device), torch.randn(B, Hq, T, device=device)
-    options = {"scale": 0.5, "softcap": 2.0, "rope": rope_tables(S, D, theta=100.0, device=device)}
-    if documents is not None:
-        ends = [torch.tensor([0, *row], device=device).cumsum(0) for row in documents]
-        options["starts"] = torch.cat([document_starts(cu_seqlens=row) for row in ends])
+    options = {"scale": 0.5, "softcap": 2.0, "rope": rope_tables(S, D, theta=100.0, device=device), "right": right}
+    options["starts"] = starts_of(documents, device) if documents else None
     worst = 0.0
     for group in (3, 2):  # one head a tile, and two
         q, k, v, sinks = inputs[0][:, : 2 * group], inputs[1], inputs[2], inputs[3][: 2 * group]
@@ -179,18 +200,15 @@ def worst_excess(forward, backward, device, documents=None):
     return worst
 
 
-@pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_the_check_passes_on_an_unchanged_copy(documents, tmp_path, device):
-    assert worst_excess(*copy_of_kernels(tmp_path, MODULES), device, documents) <= 1
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_check_passes_on_an_unchanged_copy(problem, tmp_path, device):
+    assert worst_excess(*copy_of_kernels(tmp_path, MODULES), problem, device) <= 1
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_every_mutation_is_caught(mutation, tmp_path, device):
+@pytest.mark.parametrize(
+    ("problem", "mutation"), [(name, fault) for name, (*_, faults) in PROBLEMS.items() for fault in faults]
+)
+def test_every_mutation_is_caught(problem, mutation, tmp_path, device):
     """By numbers at least twice over the budget, not by an exception."""
-    assert worst_excess(*copy_of_kernels(tmp_path, MODULES, MUTATIONS[mutation]), device) > 2
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS_OF_DOCUMENTS)
-def test_every_mutation_of_documents_is_caught(mutation, tmp_path, device):
-    kernels = copy_of_kernels(tmp_path, MODULES, MUTATIONS_OF_DOCUMENTS[mutation])
-    assert worst_excess(*kernels, device, DOCUMENTS) > 2
+    *_, mutations = PROBLEMS[problem]
+    assert worst_excess(*copy_of_kernels(tmp_path, MODULES, mutations[mutation]), problem, device) > 2

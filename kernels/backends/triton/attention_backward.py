@@ -17,19 +17,19 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
-from .attention_forward import first_key, starts_from
+from .attention_forward import document_ends, first_key, sides, starts_from
 from .rope import rotary_tables, rotate
 from .tiles import (
     LOG2_E,
     dot,
-    end_of,
-    first_of,
     head_block,
     head_columns,
     in_elements,
     key_spans,
+    limits_of,
     load_rotated,
     load_tile,
+    of_row,
     packed_heads,
     packed_rows,
     query_spans,
@@ -86,18 +86,18 @@ def _add_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window", "later"])
 def attention_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr, pivot_ptr, delta_ptr,
-    rotated_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, dq_ptr,
+    pivot_ptr, delta_ptr, rotated_ptr,
     strides,  # of do, q, k, v, out, dq, rotated: of batch, head, position, in units of UNIT elements
-    num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
+    num_queries, num_keys, num_kv_heads, window, later, scale, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and what dk/dv takes of each row: pivot = -log2(e) lse, delta and, with rope, the rotated q.
 
-    k is rotated already; dlse_ptr, starts_ptr and cap_scale may be None.
+    k is rotated already; see `attention_forward_kernel`.
     """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     do_strides = in_elements(strides[0], UNIT)
@@ -143,11 +143,11 @@ def attention_dq_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     first_pos = block * BLOCK_Q + offset
     last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
+    documents = of_row(starts_ptr, batch, num_keys), of_row(ends_ptr, batch, num_keys)
     limits = None
-    if starts_ptr is not None:
-        starts_ptr += batch.to(tl.int64) * num_keys
-        limits = (first_of(q_pos, window, num_keys, starts_ptr)[:, None], q_pos[:, None] + 1)
-    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N, num_keys, starts_ptr)
+    if starts_ptr is not None or later is not None:
+        limits = limits_of(q_pos, window, 1 if later is None else later, num_keys, *documents)
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N, later, num_keys, *documents)
     dq = tl.zeros((BLOCK_M, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
     dq = _add_dq(
         dq, q, do, pivot, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window,
@@ -216,18 +216,18 @@ def _add_dkdv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window", "later"])
 def attention_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, pivot_ptr, delta_ptr, cos_ptr, sin_ptr, ends_ptr, dk_ptr, dv_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, pivot_ptr, delta_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr, dk_ptr, dv_ptr,
     strides,  # of do, q, k, v, dk, dv: of batch, head, position, in units of UNIT elements
     part_stride,  # of the parts of dk and dv, in elements
-    num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
+    num_queries, num_keys, num_kv_heads, window, later, scale, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, summed over GROUP / PARTS query heads of each KV head. q and k are rotated already.
 
-    ends_ptr: where the document of each position ends; None where there are no documents.
+    Without later keys (later is None) no key is seen from before itself, so that starts_ptr is not needed.
     """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     do_strides = in_elements(strides[0], UNIT)
@@ -257,15 +257,17 @@ def attention_dkdv_kernel(
 
     offset = num_keys - num_queries
     last_key = tl.minimum(block * BLOCK_N + BLOCK_N, num_keys) - 1
-    limits = None
-    if ends_ptr is not None:
-        ends_ptr += batch.to(tl.int64) * num_keys
-        limits = (k_pos[:, None] - offset, end_of(k_pos, window, num_keys, ends_ptr)[:, None] - offset)
+    documents = of_row(starts_ptr, batch, num_keys), of_row(ends_ptr, batch, num_keys)
+    earlier = 1 if later is None else later
     edges, interior = query_spans(
-        block * BLOCK_N, last_key, window, offset, num_queries, EDGE_Q, BLOCK_Q, num_keys, ends_ptr
+        block * BLOCK_N, last_key, window, offset, num_queries, EDGE_Q, BLOCK_Q, earlier, num_keys, *documents
     )
-    if ends_ptr is not None:
-        offset = 0  # limits count queries: with an addition in the loop, all features at once would spill on sm_90
+    limits = None
+    if ends_ptr is not None or later is not None:
+        first, end = limits_of(k_pos, earlier, window, num_keys, *documents)
+        # they count queries: with an addition in the loop, all features at once would spill on sm_90
+        limits = first - offset, end - offset
+        offset = 0
     pivot_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
     delta_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
     dk = tl.zeros((BLOCK_N, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
@@ -352,18 +354,18 @@ def attend_backward(
         dk_part, dv_part = wide[0, 0], wide[1, 0]
     else:
         dk_part, dv_part = to_dk, to_dv
-    window = S if window is None else min(window, S)
-    scalars = (T, S, Hkv, window, scale, *softmax_scales(scale, softcap))
+    scalars = (T, S, Hkv, *sides(window, right, S), scale, *softmax_scales(scale, softcap))
+    of_rows, of_keys = (starts, None if right == 0 else ends), (None if right == 0 else starts, ends)
     shape = dict(HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PRECISION=tile_configs.dot_precision(q.dtype, arch))
     row_unit, row_strides = strides_of(grad_out, q, k, v, out, to_dq, q_rotated)
     key_unit, key_strides = strides_of(grad_out, q_rotated, k, v, dk_part, dv_part)
     with torch.cuda.device_of(q):
         attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.BLOCK_M // pack),)](
-            grad_out, q, k, v, out, lse, grad_lse, cos, sin, starts, to_dq, pivot, delta, q_rotated, row_strides,
+            grad_out, q, k, v, out, lse, grad_lse, cos, sin, *of_rows, to_dq, pivot, delta, q_rotated, row_strides,
             *scalars, **shape, PACK=pack, UNIT=row_unit, **by_row._asdict(),
         )  # fmt: skip
         attention_dkdv_kernel[(key_programs * parts,)](
-            grad_out, q_rotated, k, v, pivot, delta, cos, sin, ends, dk_part, dv_part, key_strides, to_dk.numel(),
+            grad_out, q_rotated, k, v, pivot, delta, cos, sin, *of_keys, dk_part, dv_part, key_strides, to_dk.numel(),
             *scalars, **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, **by_key._asdict(),
         )  # fmt: skip
     if parts > 1:
@@ -377,13 +379,6 @@ def attend_backward(
         weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # what the sink takes of each row
         dsinks = (weight * delta).sum((0, 2)).neg().to(sinks.dtype)
     return dq, dk, dv, dsinks
-
-
-def document_ends(starts):
-    """For each position the end of its document, (B, S) int32, from `starts`. On the device, without waiting for it."""
-    position = torch.arange(starts.shape[1], dtype=starts.dtype, device=starts.device)
-    # starts do not decrease: those that are not past a position belong to its document or to one before it
-    return torch.searchsorted(starts, position.expand_as(starts).contiguous(), right=True, out_int32=True)
 
 
 def head_parts(programs, packs, processors):

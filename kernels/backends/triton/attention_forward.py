@@ -18,12 +18,13 @@ from .tiles import (
     LN_2,
     LOG2_E,
     attend_tiles,
-    first_of,
     head_block,
     head_columns,
     in_elements,
     key_spans,
+    limits_of,
     load_rotated,
+    of_row,
     packed_heads,
     packed_rows,
     row_offset,
@@ -34,16 +35,19 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window", "later"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cos_ptr, sin_ptr, starts_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cos_ptr, sin_ptr, starts_ptr, ends_ptr,
     strides,  # of q, k, v, out: of batch, head, position, in units of UNIT elements; the last stride is 1
-    num_queries, num_keys, num_kv_heads, window, scale_log2, cap_scale,
+    num_queries, num_keys, num_kv_heads, window, later, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """k is rotated already, q is rotated here. sinks_ptr, starts_ptr and cap_scale are None where there are none."""
+    """k is rotated already, q is rotated here. sinks_ptr, starts_ptr and cap_scale are None where there are none.
+
+    later: the keys from a query's own on, this one included; None: its own alone, and no ends_ptr.
+    """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     q_strides = in_elements(strides[0], UNIT)
     k_strides = in_elements(strides[1], UNIT)
@@ -65,11 +69,11 @@ def attention_forward_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     first_pos = block * BLOCK_Q + offset
     last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
+    documents = of_row(starts_ptr, batch, num_keys), of_row(ends_ptr, batch, num_keys)
     limits = None
-    if starts_ptr is not None:
-        starts_ptr += batch.to(tl.int64) * num_keys
-        limits = (first_of(q_pos, window, num_keys, starts_ptr)[:, None], q_pos[:, None] + 1)
-    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N, num_keys, starts_ptr)
+    if starts_ptr is not None or later is not None:
+        limits = limits_of(q_pos, window, 1 if later is None else later, num_keys, *documents)
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N, later, num_keys, *documents)
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
     row_sum = tl.zeros((BLOCK_M, SUMS), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
@@ -109,6 +113,19 @@ def first_key(T, S, window):
     return 0 if window is None else max(0, S - T - window + 1)
 
 
+def sides(window, right, S):
+    """(window, later): how many keys up to a query's own it sees, and from its own on; None: its own alone."""
+    window = S if window is None else min(window, S)
+    return window, None if right == 0 else S if right is None else min(right + 1, S)
+
+
+def document_ends(starts):
+    """For each position the end of its document, (B, S) int32, from `starts`. On the device, without waiting for it."""
+    position = torch.arange(starts.shape[1], dtype=starts.dtype, device=starts.device)
+    # starts do not decrease: those that are not past a position belong to its document or to one before it
+    return torch.searchsorted(starts, position.expand_as(starts).contiguous(), right=True, out_int32=True)
+
+
 def starts_from(starts, first):
     """`starts` of the positions from `first` on, counted from there."""
     return starts if starts is None or first == 0 else (starts[:, first:] - first).clamp_(min=0)
@@ -137,6 +154,7 @@ def attend(
         k, _ = rotate(k, None, cos, sin)
         starts = starts_from(starts, first)
     starts = None if starts is None else starts.contiguous()
+    ends = None if starts is None or right == 0 else document_ends(starts)
     arch = tile_configs.architecture(q.device)
     config = config or tile_configs.tile_config("forward", D, q.dtype, arch)
     pack = packed_heads(group, config.BLOCK_M)
@@ -144,8 +162,8 @@ def attend(
     unit, strides = strides_of(q, k, v, out)
     with torch.cuda.device_of(q):
         attention_forward_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, config.BLOCK_M // pack),)](
-            q, k, v, out, lse, sinks, cos, sin, starts, strides,
-            T, S, Hkv, S if window is None else min(window, S), scale_log2, cap_scale,
+            q, k, v, out, lse, sinks, cos, sin, starts, ends, strides,
+            T, S, Hkv, *sides(window, right, S), scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack, UNIT=unit,
             SUMS=tile_configs.partial_sums(config, arch), PRECISION=tile_configs.dot_precision(q.dtype, arch),
             **config._asdict(),

@@ -123,6 +123,15 @@ def row_offset(batch, head, position, strides):
 
 
 @triton.jit
+def of_row(ptr, batch, num_positions):
+    """A pointer to starts or ends (B, num_positions) at one row; None stays None."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + batch.to(tl.int64) * num_positions
+
+
+@triton.jit
 def first_of(position, left, num_positions=None, starts_ptr=None):
     """The first of the `left` positions up to `position`, as far as they are in its document.
 
@@ -147,36 +156,54 @@ def end_of(position, right, num_positions=None, ends_ptr=None):
 
 
 @triton.jit
+def limits_of(position, left, right, num_positions, starts_ptr, ends_ptr):
+    """(first, end) of the positions that each of `position` sees, or that see it, as columns: see `visible`."""
+    first = first_of(position, left, num_positions, starts_ptr)
+    end = tl.minimum(end_of(position, right, num_positions, ends_ptr), num_positions)
+    return first[:, None], end[:, None]
+
+
+@triton.jit
 def key_spans(
-    first_pos, last_pos, window, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, num_keys=None, starts_ptr=None
+    first_pos, last_pos, window, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, later=None, num_keys=None,
+    starts_ptr=None, ends_ptr=None,
 ):  # fmt: skip
     """The keys that queries first_pos .. last_pos need, as two walks: (edges, interior). See `walk_start`.
 
     The interior is whole tiles of BLOCK_N that every query sees, the edges are tiles of EDGE_N to the left and to the
     right of it. Needed is the union over the queries, unmasked their intersection. What a query sees begins and ends
     no earlier than for the query before it, also with documents: so the first and the last query say both.
+
+    later: the keys from a query's own on, this one included, as `window` counts those up to it; None: its own alone.
     """
     begin = tl.maximum(first_of(first_pos, window, num_keys, starts_ptr), 0) // EDGE_N * EDGE_N
-    end = (last_pos // EDGE_N + 1) * EDGE_N
+    if later is None:
+        end = (last_pos // EDGE_N + 1) * EDGE_N
+    else:
+        end = tl.cdiv(tl.minimum(end_of(last_pos, later, num_keys, ends_ptr), num_keys), EDGE_N) * EDGE_N
     past_begin = tl.maximum(first_of(last_pos, window, num_keys, starts_ptr), 0)
     full_begin = tl.minimum(tl.cdiv(past_begin, EDGE_N) * EDGE_N, end)
-    full_end = tl.maximum((first_pos + 1) // EDGE_N * EDGE_N, full_begin)
+    past_full = first_pos + 1
+    if later is not None:
+        past_full = tl.minimum(end_of(first_pos, later, num_keys, ends_ptr), num_keys)
+    full_end = tl.maximum(past_full // EDGE_N * EDGE_N, full_begin)
     return _spans(begin, full_begin, full_end, end, EDGE_N, BLOCK_N)
 
 
 @triton.jit
 def query_spans(
-    first_key, last_key, window, offset, num_queries, EDGE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, num_keys=None,
-    ends_ptr=None,
+    first_key, last_key, window, offset, num_queries, EDGE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, later=1,
+    num_keys=None, starts_ptr=None, ends_ptr=None,
 ):  # fmt: skip
     """The transpose of `key_spans`: the queries that see keys first_key .. last_key. offset: the position of query 0.
 
     A tile that runs past the last query is an edge, so that the interior's loads need no mask either.
     """
-    begin = tl.maximum(first_key - offset, 0) // EDGE_Q * EDGE_Q
+    begin = tl.maximum(first_of(first_key, later, num_keys, starts_ptr) - offset, 0) // EDGE_Q * EDGE_Q
     past_last = tl.maximum(tl.minimum(end_of(last_key, window, num_keys, ends_ptr) - offset, num_queries), 0)
     end = tl.maximum(tl.cdiv(past_last, EDGE_Q) * EDGE_Q, begin)
-    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_key - offset, 0), EDGE_Q) * EDGE_Q, end)
+    past_begin = tl.maximum(first_of(last_key, later, num_keys, starts_ptr) - offset, 0)
+    full_begin = tl.minimum(tl.cdiv(past_begin, EDGE_Q) * EDGE_Q, end)
     past_full = tl.maximum(tl.minimum(end_of(first_key, window, num_keys, ends_ptr) - offset, num_queries), 0)
     full_end = tl.maximum(past_full // EDGE_Q * EDGE_Q, full_begin)
     return _spans(begin, full_begin, full_end, end, EDGE_Q, BLOCK_Q)
