@@ -16,8 +16,10 @@ from measure import call_of, random_heads
 
 from kernels import document_starts, resolve_backend, sliding_gqa_attention
 from kernels.band import visible_mask, visible_pairs
+from kernels.checks import check_window
 
 TOLERANCE = 2  # times the error of the same mathematics in the same dtype, plus one rounding
+CAUSAL_ONLY = "it sees no later keys"
 CHECK_BLOCK = 256  # query rows that the reference takes at once
 CHECK_ALL_PAIRS = 2**23  # visible pairs of a head up to which every row is checked
 # seconds a call would take, not minutes, on each kind of device
@@ -25,10 +27,10 @@ MOST_DENSE_PAIRS = {"cpu": 8 * 8192**2, "cuda": 64 * 32768**2}
 
 
 class Problem(NamedTuple):
-    """B sequences of T tokens, Hq query heads on Hkv KV heads of size D; window None is causal without one."""
+    """B sequences of T tokens, Hq query heads on Hkv KV heads of size D; window as `sliding_gqa_attention` takes it."""
 
     T: int
-    window: int | None = None
+    window: int | tuple[int | None, int | None] | None = None
     Hq: int = 8
     Hkv: int = 2
     D: int = 64
@@ -47,8 +49,17 @@ class Problem(NamedTuple):
     @property
     def flops(self):
         """Of the visible pairs: two products forward, and five more backward."""
-        pairs = self.B * self.Hq * sum(visible_pairs(n, n, self.window) for n in self.lengths or [self.T])
+        pairs = self.B * self.Hq * sum(visible_pairs(n, n, *self.sides) for n in self.lengths or [self.T])
         return 2 * 2 * self.D * pairs * (3.5 if self.backward else 1)
+
+    @property
+    def sides(self):
+        """(keys up to the query's own, later keys), None for no bound."""
+        return check_window(self.window)
+
+    @property
+    def is_causal(self):
+        return self.sides[1] == 0
 
     @property
     def starts(self):
@@ -89,9 +100,15 @@ def ours(problem):
     return lambda q, k, v: sliding_gqa_attention(q, k, v, problem.window, starts=starts)
 
 
+def mask_of(problem, length, starts=None):
+    """(length, length), or with starts (B, 1, length, length)."""
+    window, right = problem.sides
+    return visible_mask(length, length, window, problem.device, right=right, starts=starts)
+
+
 def sdpa_masked(repeated, additive):
     def prepare(problem):
-        mask = visible_mask(problem.T, problem.T, problem.window, problem.device, starts=problem.starts)
+        mask = mask_of(problem, problem.T, starts=problem.starts)
         if additive:
             mask = torch.zeros(mask.shape, dtype=problem.dtype, device=problem.device).masked_fill_(~mask, -torch.inf)
         return _sdpa(problem, repeated, attn_mask=mask)
@@ -113,13 +130,14 @@ def _sdpa(problem, repeated, **options):
 def flex(problem):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    window, starts = problem.window or problem.T, problem.starts
+    starts = problem.starts
+    window, right = (problem.T if keys is None else keys for keys in problem.sides)
 
     def visible(b, h, q_pos, k_pos):
-        return (k_pos <= q_pos) & (q_pos - k_pos < window)
+        return (k_pos <= q_pos + right) & (q_pos - k_pos < window)
 
     def visible_in_document(b, h, q_pos, k_pos):
-        return visible(b, h, q_pos, k_pos) & (starts[b, q_pos] <= k_pos)
+        return visible(b, h, q_pos, k_pos) & (starts[b, q_pos] == starts[b, k_pos])
 
     torch._dynamo.reset()  # each shape is compiled alone; after 8 shapes Dynamo would run it uncompiled
     seen, batch = (visible, None) if starts is None else (visible_in_document, problem.B)
@@ -141,13 +159,15 @@ def local_attention(problem):
 
     # exact_windowsize sees window_size keys and the query's own; autopad lets T be any number
     attention = LocalAttention(
-        window_size=problem.window - 1, causal=True, exact_windowsize=True, autopad=True, use_rotary_pos_emb=False
+        window_size=problem.sides[0] - 1, causal=True, exact_windowsize=True, autopad=True, use_rotary_pos_emb=False
     )
     return lambda q, k, v: attention(q, *_repeat(problem, k, v))
 
 
 def local_attention_why_not(problem):
-    if problem.window is None or not 1 < problem.window <= problem.T:
+    if not problem.is_causal:
+        return CAUSAL_ONLY
+    if problem.sides[0] is None or not 1 < problem.sides[0] <= problem.T:
         return "its windows are of 2 to T keys"
     return harness.not_installed("local_attention")
 
@@ -157,7 +177,8 @@ def xformers(repeated):
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha.attn_bias import LocalAttentionFromBottomRightMask
 
-        mask = LocalAttentionFromBottomRightMask(window_left=(problem.window or problem.T) - 1, window_right=0)
+        window, right = (problem.T if keys is None else keys for keys in problem.sides)
+        mask = LocalAttentionFromBottomRightMask(window_left=window - 1, window_right=right)
 
         def attend(q, k, v):  # wants (B, T, H, D), or with groups (B, T, Hkv, G, D)
             if repeated:
@@ -177,11 +198,12 @@ def xformers(repeated):
 def flash_attn(problem):
     from flash_attn import flash_attn_func
 
-    window = (-1, -1) if problem.window is None else (problem.window - 1, 0)  # keys to the left of the query's own
+    window, right = problem.sides
+    sides = -1 if window is None else window - 1, -1 if right is None else right  # without the query's own key
 
     def attend(q, k, v):  # wants (B, T, H, D)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return flash_attn_func(q, k, v, causal=True, window_size=window).transpose(1, 2)
+        return flash_attn_func(q, k, v, causal=problem.is_causal, window_size=sides).transpose(1, 2)
 
     return attend
 
@@ -218,7 +240,7 @@ CONTESTANTS = {
     ),
     "SDPA causal": Contestant(
         {"grouped heads": sdpa_causal(repeated=False), "repeated heads": sdpa_causal(repeated=True)},
-        _too_dense,
+        lambda problem: _too_dense(problem) if problem.is_causal else CAUSAL_ONLY,
         windowed=False,
     ),
     "FlexAttention": Contestant({"": flex}, flex_why_not),
@@ -253,7 +275,7 @@ class Oracle:
         *inputs, grad_out = inputs
         T = problem.T
         starts = list(range(0, T, CHECK_BLOCK))
-        if visible_pairs(T, T, self.window) > CHECK_ALL_PAIRS and len(starts) > 4:
+        if visible_pairs(T, T, *check_window(self.window)) > CHECK_ALL_PAIRS and len(starts) > 4:
             starts = [starts[i * (len(starts) - 1) // 3] for i in range(4)]
         self.rows = torch.cat([torch.arange(i, min(T, i + CHECK_BLOCK), device=grad_out.device) for i in starts])
         self.inputs = inputs
@@ -270,14 +292,18 @@ class Oracle:
     def _in_blocks(self, attend, inputs, starts):
         """{name: fp64} of out, only the checked rows, and dq, dk, dv, by attend(q, k, v, window, starts)."""
         outs, gradients = [], [torch.zeros_like(x, dtype=torch.float64) for x in inputs]
+        window, right = check_window(self.window)
         for i in starts:
             end = min(self.problem.T, i + CHECK_BLOCK)
-            first = 0 if self.window is None else max(0, i - self.window + 1)
-            places = (slice(i, end), slice(first, end), slice(first, end))
+            first = 0 if window is None else max(0, i - window + 1)
+            last = self.problem.T if right is None else min(self.problem.T, end + right)
+            # queries are the last positions: where they see later keys, all of the keys' positions
+            places = (slice(i if right == 0 else first, last), slice(first, last), slice(first, last))
             parts = [x[:, :, place] for x, place in zip(inputs, places, strict=True)]
             parts = [x.requires_grad_(self.problem.backward) for x in parts]
-            documents = None if self.starts is None else (self.starts[:, first:end] - first).clamp_(min=0)
+            documents = None if self.starts is None else (self.starts[:, first:last] - first).clamp_(min=0)
             out = attend(*parts, self.window, documents)
+            out = out[:, :, i - places[0].start :][:, :, : end - i]
             outs.append(out.detach().double())
             if self.problem.backward:
                 found = torch.autograd.grad(out, parts, self.grad_out[:, :, i:end].to(out.dtype))
@@ -314,7 +340,8 @@ def eager(q, k, v, window, starts):
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
-    seen = visible_mask(q.shape[2], k.shape[2], window, q.device, starts=starts)
+    window, right = check_window(window)
+    seen = visible_mask(q.shape[2], k.shape[2], window, q.device, right=right, starts=starts)
     return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
 
 

@@ -44,6 +44,8 @@ from measure import (
     with_memory_held,
 )
 
+from kernels.checks import check_window
+
 # T, window[, Hq, Hkv, D[, B]]
 QUICK = {
     "cpu": "256,25 1024,128 2048,128 4096,256",
@@ -68,7 +70,10 @@ SECONDS = {"quick": 25.0, "default": 150.0}  # of timing; checks and compilation
 def main(arguments=None):
     flags = harness.parser("attn_speed", __doc__)
     flags.add_argument(
-        "--shapes", nargs="+", metavar="T,W[,HQ,HKV,D[,B]]", help="points of the grid; W none: no window (8,2,64,1)"
+        "--shapes",
+        nargs="+",
+        metavar="T,W[,HQ,HKV,D[,B]]",
+        help="points of the grid (8,2,64,1); W none: no window, L:R: L keys to the left and R to the right",
     )
     harness.add_dtype(flags)
     flags.add_argument(
@@ -261,15 +266,20 @@ def plots(rows, passes):
 
 
 def parse(shape):
-    """A `Problem` from T,W[,Hq,Hkv[,D[,B]]]. Raises BadInput."""
-    words = shape.split(",")
+    """A `Problem` from T,W[,Hq,Hkv[,D[,B]]]; W is a number, none, or L:R of these. Raises BadInput."""
     try:
-        numbers = [None if i == 1 and word == "none" else int(word) for i, word in enumerate(words)]
+        T, window, *numbers = shape.split(",")
+        T, *numbers = int(T), *map(int, numbers)
+        sides = tuple(None if word == "none" else int(word) for word in window.split(":"))
+        window = sides if len(sides) > 1 else sides[0]
+        check_window(window)
     except ValueError:
-        numbers = []
-    if not 2 <= len(numbers) <= 6 or len(numbers) == 3 or any(n is not None and n < 1 for n in numbers):
-        raise harness.BadInput(f"--shapes has {shape!r}, wanted T,W[,HQ,HKV[,D[,B]]] such as 2048,128 (W may be none)")
-    problem = Problem(*numbers)
+        T, numbers = 0, []
+    if len(numbers) not in (0, 2, 3, 4) or min([T, *numbers]) < 1:
+        raise harness.BadInput(
+            f"--shapes has {shape!r}, wanted T,W[,HQ,HKV[,D[,B]]] such as 2048,128 (W may be none, or L:R)"
+        )
+    problem = Problem(T, window, *numbers)
     if problem.Hq % problem.Hkv:
         raise harness.BadInput(f"--shapes has {shape!r}, whose {problem.Hkv} KV heads do not divide {problem.Hq} heads")
     return problem

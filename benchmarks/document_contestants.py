@@ -5,10 +5,9 @@
 
 import torch
 import torch.nn.functional as F
-from attn_contestants import CONTESTANTS, Contestant
+from attn_contestants import CONTESTANTS, Contestant, mask_of
 
 from kernels import sliding_gqa_attention
-from kernels.band import visible_mask
 
 MEAN_LENGTH, SIGMA = 300, 1.0  # tokens, and of the logarithm of a length
 
@@ -33,8 +32,8 @@ def ours_in_a_loop(problem):
 
 def sdpa_in_a_loop(repeated):
     def prepare(problem):
-        lengths = set(problem.lengths)
-        masks = {n: visible_mask(n, n, problem.window, problem.device) for n in lengths if n > (problem.window or n)}
+        longest = (problem.sides[0] or problem.T) if problem.is_causal else 0  # that PyTorch's own causal mask is for
+        masks = {n: mask_of(problem, n) for n in set(problem.lengths) if n > longest}
 
         def attend(q, k, v):
             if repeated and problem.group > 1:

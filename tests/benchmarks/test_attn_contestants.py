@@ -77,7 +77,16 @@ def test_a_wrong_contestant_is_refused_and_not_timed(name):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", CONTESTANTS)
-@pytest.mark.parametrize("shape", [dict(T=300, window=21), dict(T=70, window=64, Hkv=4), dict(T=40, window=None)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(T=300, window=21),
+        dict(T=70, window=64, Hkv=4),
+        dict(T=40, window=None),
+        dict(T=300, window=(20, 9)),
+        dict(T=40, window=(None, None)),
+    ],
+)
 def test_contestants_are_right_or_say_why_they_are_not_there(name, shape, monkeypatch):
     problem = PROBLEM._replace(**shape, backward=name != "FlexAttention")
     contestant = CONTESTANTS[name]
@@ -93,7 +102,7 @@ def test_contestants_are_right_or_say_why_they_are_not_there(name, shape, monkey
 
 
 @pytest.mark.parametrize("name", DOCUMENT_CONTESTANTS)
-@pytest.mark.parametrize("shape", [dict(window=21), dict(window=None, Hkv=4)])
+@pytest.mark.parametrize("shape", [dict(window=21), dict(window=None, Hkv=4), dict(window=(8, 30))])
 def test_contestants_for_documents_are_right_or_say_why_they_are_not_there(name, shape, monkeypatch):
     problem = PROBLEM._replace(**shape, lengths=(40, 1, 100, 19, 140), backward=name != "FlexAttention")
     contestant = DOCUMENT_CONTESTANTS[name]
@@ -231,6 +240,8 @@ def test_a_wrong_result_of_ours_makes_the_exit_status_1(monkeypatch, capsys):
         ("64,x", "wanted T,W"),
         ("none,8", "wanted T,W"),
         ("64,0", "wanted T,W"),
+        ("64,8:8:8", "wanted T,W"),
+        ("64,8:-2", "wanted T,W"),
         ("64,8,6,4", "whose 4 KV heads do not divide 6 heads"),
     ],
 )
@@ -241,6 +252,7 @@ def test_bad_shapes_are_named(shape, message):
 
 def test_shapes_are_read():
     assert attn_speed.parse("64,none") == Problem(T=64, window=None)
+    assert attn_speed.parse("64,8:none,6,3") == Problem(T=64, window=(8, None), Hq=6, Hkv=3)
     assert attn_speed.parse("64,8,6,3,32,2") == Problem(T=64, window=8, Hq=6, Hkv=3, D=32, B=2)
 
 
