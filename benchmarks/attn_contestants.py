@@ -5,6 +5,7 @@ problem (makes masks, compiles) and returns attend(q, k, v) -> (B, Hq, T, D). Th
 memory counts. K and V have Hkv heads; a contestant that cannot group heads repeats them within the timed call.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from measure import call_of, random_heads
 
-from kernels import resolve_backend, sliding_gqa_attention
+from kernels import document_starts, resolve_backend, sliding_gqa_attention
 from kernels.band import visible_mask, visible_pairs
 
 TOLERANCE = 2  # times the error of the same mathematics in the same dtype, plus one rounding
@@ -35,6 +36,8 @@ class Problem(NamedTuple):
     backward: bool = False
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    lengths: tuple[int, ...] | None = None
+    """Of the documents in a sequence; None: one."""
 
     def inputs(self):
         """q, k, v, and the gradient of the output."""
@@ -44,8 +47,22 @@ class Problem(NamedTuple):
     @property
     def flops(self):
         """Of the visible pairs: two products forward, and five more backward."""
-        pairs = self.B * self.Hq * visible_pairs(self.T, self.T, self.window)
+        pairs = self.B * self.Hq * sum(visible_pairs(n, n, self.window) for n in self.lengths or [self.T])
         return 2 * 2 * self.D * pairs * (3.5 if self.backward else 1)
+
+    @property
+    def starts(self):
+        """As `sliding_gqa_attention` takes it."""
+        if self.lengths is None:
+            return None
+        ends = torch.tensor([0, *self.lengths], device=self.device).cumsum(0)
+        return document_starts(cu_seqlens=ends, length=self.T).expand(self.B, -1)
+
+    @property
+    def places(self):
+        """A slice of the sequence for each document."""
+        ends = [0, *itertools.accumulate(self.lengths or [self.T])]
+        return [slice(*ends) for ends in itertools.pairwise(ends)]
 
     @property
     def group(self):
@@ -63,15 +80,18 @@ class Contestant(NamedTuple):
     """Why it cannot take the problem, in a few words; None if it can."""
     windowed: bool = True
     """False: it ignores the window and sees all earlier keys."""
+    in_documents: bool = True
+    """False: it ignores documents and sees across their borders."""
 
 
 def ours(problem):
-    return lambda q, k, v: sliding_gqa_attention(q, k, v, problem.window)
+    starts = problem.starts
+    return lambda q, k, v: sliding_gqa_attention(q, k, v, problem.window, starts=starts)
 
 
 def sdpa_masked(repeated, additive):
     def prepare(problem):
-        mask = visible_mask(problem.T, problem.T, problem.window, problem.device)
+        mask = visible_mask(problem.T, problem.T, problem.window, problem.device, starts=problem.starts)
         if additive:
             mask = torch.zeros(mask.shape, dtype=problem.dtype, device=problem.device).masked_fill_(~mask, -torch.inf)
         return _sdpa(problem, repeated, attn_mask=mask)
@@ -93,13 +113,17 @@ def _sdpa(problem, repeated, **options):
 def flex(problem):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    window = problem.window or problem.T
+    window, starts = problem.window or problem.T, problem.starts
 
     def visible(b, h, q_pos, k_pos):
         return (k_pos <= q_pos) & (q_pos - k_pos < window)
 
+    def visible_in_document(b, h, q_pos, k_pos):
+        return visible(b, h, q_pos, k_pos) & (starts[b, q_pos] <= k_pos)
+
     torch._dynamo.reset()  # each shape is compiled alone; after 8 shapes Dynamo would run it uncompiled
-    mask = create_block_mask(visible, None, None, problem.T, problem.T, device=problem.device)
+    seen, batch = (visible, None) if starts is None else (visible_in_document, problem.B)
+    mask = create_block_mask(seen, batch, None, problem.T, problem.T, device=problem.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=problem.group > 1)
 
@@ -223,8 +247,9 @@ class Oracle:
     The gradient of the output is 0 on all other rows, so that dq, dk and dv are still checked as a whole.
     """
 
-    def __init__(self, problem, inputs, windowed=True):
+    def __init__(self, problem, inputs, windowed=True, in_documents=True):
         self.problem, self.window = problem, problem.window if windowed else None
+        self.starts = problem.starts if in_documents else None
         *inputs, grad_out = inputs
         T = problem.T
         starts = list(range(0, T, CHECK_BLOCK))
@@ -243,7 +268,7 @@ class Oracle:
         }
 
     def _in_blocks(self, attend, inputs, starts):
-        """{name: fp64} of out, only the checked rows, and dq, dk, dv, by attend(q, k, v, window)."""
+        """{name: fp64} of out, only the checked rows, and dq, dk, dv, by attend(q, k, v, window, starts)."""
         outs, gradients = [], [torch.zeros_like(x, dtype=torch.float64) for x in inputs]
         for i in starts:
             end = min(self.problem.T, i + CHECK_BLOCK)
@@ -251,7 +276,8 @@ class Oracle:
             places = (slice(i, end), slice(first, end), slice(first, end))
             parts = [x[:, :, place] for x, place in zip(inputs, places, strict=True)]
             parts = [x.requires_grad_(self.problem.backward) for x in parts]
-            out = attend(*parts, self.window)
+            documents = None if self.starts is None else (self.starts[:, first:end] - first).clamp_(min=0)
+            out = attend(*parts, self.window, documents)
             outs.append(out.detach().double())
             if self.problem.backward:
                 found = torch.autograd.grad(out, parts, self.grad_out[:, :, i:end].to(out.dtype))
@@ -279,16 +305,16 @@ class Oracle:
         return error, None if error <= 1 else f"{name} is off by {error:.3g} times what rounding explains"
 
 
-def reference(q, k, v, window):
-    return sliding_gqa_attention(q, k, v, window, backend="reference")
+def reference(q, k, v, window, starts):
+    return sliding_gqa_attention(q, k, v, window, starts=starts, backend="reference")
 
 
-def eager(q, k, v, window):
+def eager(q, k, v, window, starts):
     """The definition in the dtype of q: every product and every probability is rounded to it."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
-    seen = visible_mask(q.shape[2], k.shape[2], window, q.device)
+    seen = visible_mask(q.shape[2], k.shape[2], window, q.device, starts=starts)
     return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
 
 

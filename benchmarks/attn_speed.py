@@ -2,6 +2,7 @@
 
     python benchmarks/attn_speed.py                            # under 10 minutes on two CPU cores, --quick under 2
     python benchmarks/attn_speed.py --shapes 4096,256 8192,256,32,8,128 --dtype bf16
+    python benchmarks/attn_speed.py --documents                # a packed row: documents that do not see each other
 
 Every contestant is checked first: output and gradients against the reference in fp64, within the error that the dtype
 explains (`Oracle`). A wrong one is named and not timed. Calls take turns. Columns:
@@ -14,7 +15,10 @@ explains (`Oracle`). A wrong one is named and not timed. Calls take turns. Colum
     of matmul    share of the FLOP/s of a large matrix product in the same dtype and the same turns
     MB           memory that a call takes at its peak: masks and results count, inputs do not
     growth       the time over the time at half the T, all else equal; ^ its exponent (1 linear, 2 quadratic)
-    x masked     how many times as fast as SDPA with a mask; x causal: as SDPA causal, which ignores the window
+    x masked     how many times as fast as SDPA with a mask; x causal: as SDPA causal, which ignores the window;
+                 x loop: as a loop of SDPA over the documents
+
+The lengths of documents are drawn from a log-normal distribution with a sigma of 1.
 """
 
 import math
@@ -26,6 +30,7 @@ import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
 from attn_contestants import CONTESTANTS, Oracle, Problem, backend_of_ours
+from document_contestants import DOCUMENT_CONTESTANTS, MEAN_LENGTH, document_lengths
 from measure import (
     add_busy,
     alternate,
@@ -55,6 +60,7 @@ DEFAULT = {
     "8192,1024,32,32,128,4 8192,1024,24,8,128,4 8192,1024,32,1,128,4 "
     "8192,1024,32,8,64,4 8192,1024,16,4,256,4",
 }
+DOCUMENTS = "8192,256 8192,none"  # with --documents
 PASSES = {"fwd": False, "fwd+bwd": True}
 SECONDS = {"quick": 25.0, "default": 150.0}  # of timing; checks and compilations come on top
 
@@ -65,20 +71,30 @@ def main(arguments=None):
         "--shapes", nargs="+", metavar="T,W[,HQ,HKV,D[,B]]", help="points of the grid; W none: no window (8,2,64,1)"
     )
     harness.add_dtype(flags)
-    harness.add_only(flags, CONTESTANTS)
+    flags.add_argument(
+        "--documents", nargs="?", type=int, const=MEAN_LENGTH, metavar="TOKENS",
+        help=f"rows of documents of this mean length ({MEAN_LENGTH}), and contestants for them",
+    )  # fmt: skip
+    harness.add_only(flags, CONTESTANTS | DOCUMENT_CONTESTANTS)
     flags.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="both by default")
     return harness.run(flags, prepare, arguments)
 
 
 def prepare(options, device):
     dtype = harness.dtype_of(options, device)
-    contestants = harness.chosen(options.only, CONTESTANTS)
-    shapes = options.shapes or (QUICK if options.quick else DEFAULT)[device.type].split()
+    documents = options.documents
+    if documents is not None and documents < 1:
+        raise harness.BadInput(f"--documents is {documents}, wanted a mean length of at least 1")
+    contestants = harness.chosen(options.only, DOCUMENT_CONTESTANTS if documents else CONTESTANTS)
+    default = DOCUMENTS if documents else (QUICK if options.quick else DEFAULT)[device.type]
+    shapes = options.shapes or default.split()
     problems = [
         parse(shape)._replace(dtype=dtype, device=device, backward=PASSES[name])
         for name in options.passes
         for shape in shapes
     ]
+    if documents:
+        problems = [problem._replace(lengths=document_lengths(problem.T, documents)) for problem in problems]
     points = {f"{label(problem)}, {problem.pass_name}": problem for problem in problems}
     return partial(measure, harness.budget(options, points, SECONDS), contestants, options.passes)
 
@@ -112,15 +128,17 @@ def measure_point(problem, contestants, seconds):
             "way": "",
             "shape": label(problem),
             **{field: getattr(problem, field) for field in Problem._fields[:6]},
+            "documents": problem.lengths and len(problem.lengths),
             "pass": problem.pass_name,
             "not_timed": contestant.why_not(problem),
         }
         rows.append(row)
         if row["not_timed"]:
             continue
-        if contestant.windowed not in oracles:
-            oracles[contestant.windowed] = Oracle(problem, inputs, contestant.windowed)
-        facts, call = best_way(contestant, problem, inputs, oracles[contestant.windowed])
+        sees = contestant.windowed, contestant.in_documents
+        if sees not in oracles:
+            oracles[sees] = Oracle(problem, inputs, *sees)
+        facts, call = best_way(contestant, problem, inputs, oracles[sees])
         row |= facts
         if call is not None:
             calls[name] = call
@@ -168,7 +186,7 @@ def add_figures(rows, times, flops, matmul_flops):
         row |= time.as_dict()
         row["flops_per_second"] = flops / time.median
         row["of_matmul"] = row["flops_per_second"] / reached
-        for name, key in (("SDPA masked", "x_masked"), ("SDPA causal", "x_causal")):
+        for name, key in (("SDPA masked", "x_masked"), ("SDPA causal", "x_causal"), ("SDPA in a loop", "x_loop")):
             if name in times:
                 row[key] = times[name].median / time.median
 
@@ -201,7 +219,11 @@ def table_of(rows, name, device):
         "x masked": ratio("x_masked"),
         "x causal": ratio("x_causal"),
     }
-    made = table(f"Attention, {name}", rows, columns)
+    in_documents = any(row.get("documents") for row in rows)
+    if in_documents:  # of one length, and nothing is compared with causal attention across them
+        del columns["growth"], columns["x causal"]
+        columns["x loop"] = ratio("x_loop")
+    made = table(f"Attention{' in documents' * in_documents}, {name}", rows, columns)
     ways = Counter((row["contestant"], row["way"]) for row in rows if row["way"])
     made["notes"] += [
         f"{who} with {way}: its fastest at {points} points" for (who, way), points in sorted(ways.items())
@@ -255,7 +277,8 @@ def parse(shape):
 
 def label(problem):
     batch = f"{problem.B} x " if problem.B > 1 else ""
-    return f"{batch}{problem.T}, W {problem.window}, {problem.Hq}/{problem.Hkv} x {problem.D}"
+    documents = f", {len(problem.lengths)} documents" if problem.lengths else ""
+    return f"{batch}{problem.T}, W {problem.window}, {problem.Hq}/{problem.Hkv} x {problem.D}{documents}"
 
 
 if __name__ == "__main__":

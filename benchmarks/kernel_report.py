@@ -50,10 +50,11 @@ FEATURES = {
     "sinks": {"sinks": True},
     "softcap": {"softcap": 20.0},
     "grad-lse": {"grad_lse": True},
+    "starts": {"starts": True},
     "all": {"rope": True, "sinks": True, "softcap": 20.0, "grad_lse": True},
     "half-all": {"half_rope": True, "sinks": True, "softcap": 20.0, "grad_lse": True},
 }
-PARTS = (("", "rope", "half-rope"), ("", "sinks"), ("", "softcap"), ("", "grad-lse"))
+PARTS = (("", "rope", "half-rope"), ("", "sinks"), ("", "softcap"), ("", "grad-lse"), ("", "starts"))
 EVERY = ["+".join(filter(None, chosen)) or "plain" for chosen in itertools.product(*PARTS)]
 SHAPE = "4,32,8,8192,{},1024"  # for each head size
 FORWARD = ("attention_forward",)
@@ -283,7 +284,7 @@ def worst(rows):
             + [str(min(row["blocks_per_multiprocessor"] for row in group))]
             for (target, head_dim, dtype, kernel), group in groups.items()
         ],
-        "notes": ["rope for whole or half heads, sinks, softcap and a gradient of lse; blocks: the fewest"],
+        "notes": ["rope for whole or half heads, sinks, softcap, a gradient of lse, documents; blocks: the fewest"],
     }
 
 

@@ -13,6 +13,7 @@ from .band import attention_flops
 from .checks import (
     check_heads,
     check_options,
+    check_prefix,
     check_rope,
     check_starts,
     check_starts_values,
@@ -20,10 +21,12 @@ from .checks import (
     check_window,
 )
 from .namespace import NAMESPACE, OPERATORS
+from .prefix import attention_prefix, merge_prefix
+from .rope import apply_rope
 
 
 def sliding_gqa_attention(
-    q, k, v, window=None, *, starts=None, scale=None, softcap=None, sinks=None, rope=None, return_lse=False,
+    q, k, v, window=None, *, starts=None, prefix=0, scale=None, softcap=None, sinks=None, rope=None, return_lse=False,
     backend="auto",
 ):  # fmt: skip
     """Attention in which each query sees the `window` newest keys, its own included; causal unless window is a pair.
@@ -36,6 +39,8 @@ def sliding_gqa_attention(
               right other than 0 needs T = S.
     starts    (B, S) int32, for each position the first position of its document (`document_starts`): attention stays
               inside it. On a CPU, wrong values raise; on a GPU they give wrong rows, and read nothing outside.
+    prefix    the first positions of each document, which every later query sees besides its window (kernels/prefix.py).
+              For causal attention.
     softcap   c bounds the scaled scores to c * tanh(s / c) (Gemma 2).
     sinks     (Hq,) one more logit a head that takes probability and gives no value (gpt-oss).
     rope      (cos, sin) of `rope_tables`, at least S long: q and k are rotated inside, half-split, at positions
@@ -61,8 +66,19 @@ def sliding_gqa_attention(
             f"{k.shape[2]}"
         )
     check_starts(starts, q, k.shape[2])
+    prefix = check_prefix(prefix, k.shape[2], right)
     cos, sin = check_rope(rope, k.shape[2], q)
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
+    if prefix and window is not None and window < k.shape[2]:
+        if rope is not None:
+            T, S = q.shape[2], k.shape[2]
+            q, _ = apply_rope(q, q[:, :1], cos, sin, positions=S - T, backend=name)
+            k, _ = apply_rope(k, k[:, :1], cos, sin, backend=name)
+        options = {"starts": starts, "scale": scale, "softcap": softcap, "backend": name}
+        out, lse = sliding_gqa_attention(q, k, v, window, return_lse=True, **options)
+        keys = attention_prefix(q, k, v, window, prefix, starts)
+        out, lse = merge_prefix(out, lse, q, *keys, scale=scale, softcap=softcap, sinks=sinks)
+        return (out, lse) if return_lse else out
     with_lse = return_lse or sinks is not None or backward_reads_lse(name)
     arguments = q, k, v, starts, sinks, cos, sin, window, right, scale, softcap
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
@@ -70,7 +86,11 @@ def sliding_gqa_attention(
         # what a backend keeps for its backward pass depends on sizes, which are symbols in torch.compile
         if not torch.compiler.is_compiling():
             keeping = getattr(backend_module(name), "attend_keeping", None)
-            attend = (keeping and keeping(q, k, starts, window, right, sinks, softcap)) or attend
+            kept = keeping and keeping(q, k, starts, window, right, sinks, softcap)
+            if kept:
+                attend = kept
+                if starts is not None and starts.is_cpu:  # as the operator of the others does
+                    check_starts_values(starts)
         out, lse, *_ = attend(*arguments, name, with_lse)
     else:
         out, lse = OPERATORS.attention_forward(*arguments, name, with_lse)

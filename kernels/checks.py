@@ -92,6 +92,19 @@ def _side(name, keys):
     return keys
 
 
+def check_prefix(prefix, length=None, right=0):
+    """prefix as an int. Raises ValueError unless it counts the first of `length` positions, for causal attention."""
+    if type(prefix) is not int:
+        prefix = whole_number("prefix", prefix)
+    if prefix < 0:
+        raise ValueError(f"prefix is {prefix}, expected 0 or more positions")
+    if prefix and right != 0:
+        raise ValueError("prefix is for causal attention, but window's right side is not 0")
+    if prefix and length is not None and prefix > length:
+        raise ValueError(f"prefix is {prefix}, more than the {length} positions of k")
+    return prefix
+
+
 def check_starts(starts, q, length):
     """Raise ValueError unless starts is None or int32 (B, length), the first position of each position's document."""
     if starts is None:

@@ -18,6 +18,7 @@ from .backend import backend_module, resolve_backend
 from .checks import (
     check_heads,
     check_options,
+    check_prefix,
     check_reach,
     check_rope,
     check_tensor,
@@ -26,14 +27,19 @@ from .checks import (
     whole_number,
 )
 from .namespace import NAMESPACE, OPERATORS
+from .prefix import merge_prefix
+from .rope import apply_rope
 
 
-def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto"):
+def append_to_cache(k, v, k_cache, v_cache, lengths, *, prefix=0, rope=None, backend="auto"):
     """Write k, v (B, Hkv, T_new, D) into the rings at positions lengths - T_new .. lengths - 1, in place.
 
     lengths (B,) int32 or int64, on k's device, counts the tokens of each row, with those of this call.
     rope=(cos, sin) rotates k for its positions first (half-split); the tables must reach the largest of them. Not
     differentiable. Returns None.
+
+    prefix   the first positions, which `sliding_gqa_decode` always sees: position p < prefix has slot p for ever, and
+             the other C - prefix slots are a ring for all later positions.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, for T_new > C, for rings that share an element
     (they may be parts of one buffer), and for a position past the tables. On a GPU, where nothing waits for `lengths`,
@@ -42,6 +48,7 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto
     check_heads(k, k_cache, v_cache, "k_cache", "v_cache")
     check_tensor("v", v, k, "k")
     lengths = _check_ring(k, k_cache, lengths)
+    prefix = _check_prefix_slots(prefix, k_cache)
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
     if k.shape[1] != k_cache.shape[1]:
@@ -59,21 +66,26 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, rope=None, backend="auto
         raise ValueError(_SHARED)
     cos, sin = check_rope(rope, 0, k, "k")
     name, _ = resolve_backend(backend, k.device)
+    if prefix:
+        rings, (cos, sin) = _behind_prefix(prefix, k_cache, v_cache, cos, sin)
+        append_to_cache(k, v, *rings, lengths - prefix, rope=None if cos is None else (cos, sin), backend=name)
+        return _append_prefix(k, v, k_cache[:, :, :prefix], v_cache[:, :, :prefix], lengths, rope, name)
     with torch.no_grad():
         OPERATORS.append(k, v, k_cache, v_cache, lengths, cos, sin, name)
 
 
 def sliding_gqa_decode(
-    q, k_cache, v_cache, lengths, window=None, *, scale=None, softcap=None, sinks=None, rope=None, num_splits=None,
-    backend="auto",
+    q, k_cache, v_cache, lengths, window=None, *, prefix=0, scale=None, softcap=None, sinks=None, rope=None,
+    return_lse=False, num_splits=None, backend="auto",
 ):  # fmt: skip
     """Attention of the newest tokens q (B, Hq, T_new, D) over the rings that `append_to_cache` filled.
 
     lengths are those of `append_to_cache`. Query i of row b is at position lengths[b] - T_new + i and sees the `window`
     newest positions up to its own. The other arguments are those of `sliding_gqa_attention`; rope rotates q only, since
     the keys were rotated when they were written. Slots never written are never read. Not differentiable. Returns
-    (B, Hq, T_new, D) in q's dtype and memory layout.
+    (B, Hq, T_new, D) in q's dtype and memory layout; with return_lse also (B, Hq, T_new) fp32, -inf for padding.
 
+    prefix       that of `append_to_cache`: every query sees these positions, up to its own, besides its window.
     num_splits   into how many parts Triton cuts the keys of a row; None for what suits the batch, the window and the
                  GPU. The other backends cut nothing. 1: the bits of a row do not depend on the other rows of its
                  batch, and banded takes the rows one by one for that.
@@ -89,15 +101,74 @@ def sliding_gqa_decode(
         raise ValueError("window's right side is not 0: a cache holds no keys after the newest token")
     scale, softcap = check_options(q, scale, softcap, sinks)
     lengths = _check_ring(q, k_cache, lengths)
-    T, C = q.shape[2], k_cache.shape[2]
+    prefix = _check_prefix_slots(prefix, k_cache)
+    T, C = q.shape[2], k_cache.shape[2] - prefix
     if window is not None and C < window + T - 1:
-        raise ValueError(f"k_cache has {C} slots, expected at least window + T_new - 1 = {window + T - 1}")
+        besides = " besides the prefix's" if prefix else ""
+        raise ValueError(f"k_cache has {C} slots{besides}, expected at least window + T_new - 1 = {window + T - 1}")
     cos, sin = check_rope(rope, 0, q)
     if num_splits is not None and (num_splits := whole_number("num_splits", num_splits)) < 1:
         raise ValueError(f"num_splits is {num_splits}, expected None or a whole number of at least 1")
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
+    if prefix:
+        options = {"scale": scale, "softcap": softcap, "num_splits": num_splits, "backend": name}
+        with torch.no_grad():
+            out, lse = _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, sinks, rope, options)
+        return (out, lse) if return_lse else out
     with torch.no_grad():
-        return OPERATORS.decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, name)
+        out, lse = OPERATORS.decode(
+            q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, name, return_lse
+        )
+    return (out, lse) if return_lse else out
+
+
+def _check_prefix_slots(prefix, k_cache):
+    prefix = check_prefix(prefix)
+    if prefix and prefix >= k_cache.shape[2]:
+        raise ValueError(f"prefix is {prefix}, but k_cache has {k_cache.shape[2]} slots: the ring behind it needs some")
+    return prefix
+
+
+def _behind_prefix(prefix, k_cache, v_cache, cos, sin):
+    """The rings behind the prefix's slots, and the tables from there on: position p is p - prefix in them."""
+    tables = (cos, sin) if cos is None else (cos[prefix:], sin[prefix:])
+    return (k_cache[:, :, prefix:], v_cache[:, :, prefix:]), tables
+
+
+@torch.no_grad()
+def _append_prefix(k, v, k_slots, v_slots, lengths, rope, backend):
+    """Write the tokens whose position is one of the prefix, slot for position."""
+    T, first = k.shape[2], lengths - k.shape[2]
+    if k.numel() == 0 or (
+        lengths.is_cpu and not torch.compiler.is_compiling() and int(first.amin()) >= k_slots.shape[2]
+    ):
+        return
+    if rope is not None:
+        reached = min(len(rope[0]), k_slots.shape[2])
+        k_slots, v_slots = k_slots[:, :, :reached], v_slots[:, :, :reached]
+    token = torch.arange(k_slots.shape[2], device=k.device) - first[:, None]  # (B, P): of this call, which slot gets it
+    written = ((token >= 0) & (token < T))[:, None, :, None]
+    index = token.clamp(0, T - 1).long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+    new_k, new_v = k.gather(2, index), v.gather(2, index)
+    if rope is not None:
+        new_k = apply_rope(new_k[:, :1], new_k, *rope, backend=backend)[1]
+    k_slots.copy_(torch.where(written, new_k, k_slots))
+    v_slots.copy_(torch.where(written, new_v, v_slots))
+
+
+def _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, sinks, rope, options):
+    position = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)  # (B, T)
+    if rope is not None:
+        q, _ = apply_rope(q, q[:, :1], *rope, positions=position.clamp(min=0), backend=options["backend"])
+    rings, _ = _behind_prefix(prefix, k_cache, v_cache, None, None)
+    out, lse = sliding_gqa_decode(q, *rings, lengths - prefix, window, return_lse=True, **options)
+    slot = torch.arange(prefix, device=q.device)
+    v = torch.where((slot < lengths[:, None])[:, None, :, None], v_cache[:, :, :prefix], 0)  # NaN where never written
+    seen = slot <= position[..., None]
+    scale, softcap = options["scale"], options["softcap"]
+    out, lse = merge_prefix(out, lse, q, k_cache[:, :, :prefix], v, seen, scale=scale, softcap=softcap, sinks=sinks)
+    padding = (position < 0)[:, None]
+    return out.masked_fill(padding[..., None], 0.0), lse.masked_fill(padding, float("-inf"))
 
 
 def _check_ring(x, k_cache, lengths):
@@ -162,7 +233,8 @@ library.define(
 library.define(
     f"{NAMESPACE}::decode",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, Tensor? cos, Tensor? sin, "
-    "SymInt? window, float scale, float? softcap, SymInt? num_splits, str backend) -> Tensor",
+    "SymInt? window, float scale, float? softcap, SymInt? num_splits, str backend, bool with_lse) "
+    "-> (Tensor out, Tensor lse)",
 )
 
 
@@ -182,17 +254,24 @@ def _append_fake(k, v, k_cache, v_cache, lengths, cos, sin, backend):
     return None
 
 
-def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend):
+def _decode(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend, with_lse):
     _check_lengths(lengths, k_cache.shape[2] if window is None else None, cos, backend)
     rope = None if cos is None else (cos, sin)
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope, "num_splits": num_splits}
+    lse = _new_lse(q, with_lse)
+    if with_lse:
+        options["lse"] = lse
     out = backend_module(backend).attend_to_cache(q, k_cache, v_cache, lengths, window, **options)
-    return out if q.is_contiguous() and out.is_contiguous() else torch.empty_like(q).copy_(out)
+    return out if q.is_contiguous() and out.is_contiguous() else torch.empty_like(q).copy_(out), lse
+
+
+def _new_lse(q, with_lse):
+    return q.new_empty(q.shape[:3] if with_lse else 0, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 library.impl(f"{NAMESPACE}::decode", "default", _decode)
 
 
 @library.register_fake(f"{NAMESPACE}::decode")
-def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend):
-    return torch.empty_like(q)
+def _decode_fake(q, k_cache, v_cache, lengths, sinks, cos, sin, window, scale, softcap, num_splits, backend, with_lse):
+    return torch.empty_like(q), _new_lse(q, with_lse)

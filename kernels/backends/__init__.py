@@ -5,7 +5,7 @@
     attend_backward(grad_out, grad_lse, q, k, v, out, lse, window, **options)    -> (dq, dk, dv, dsinks)
     rotate(q, k, cos, sin, *, positions, interleaved, inverse)                   -> (q, k), new tensors
     append(k, v, k_cache, v_cache, lengths, *, rope)                             writes into the rings
-    attend_to_cache(q, k_cache, v_cache, lengths, window, num_splits=None, **options)    -> out
+    attend_to_cache(q, k_cache, v_cache, lengths, window, num_splits=None, lse=None, **options)    -> out; fills lse
     READS_LENGTHS                                     whether it reads `lengths` on the host, also from a GPU
     BACKWARD_READS_LSE                                whether `attend_backward` reads lse
 

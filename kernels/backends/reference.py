@@ -156,12 +156,14 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
 
 
 def attend_to_cache(
-    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, num_splits=None
+    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, num_splits=None, lse=None
 ):
     """`sliding_gqa_decode`, one row and one query at a time, reading exactly the slots that the query sees.
 
-    num_splits is not read: no keys are cut, and no row depends on another.
+    lse (B, Hq, T) is written to. num_splits is not read: no keys are cut, and no row depends on another.
     """
+    if lse is not None:
+        lse.fill_(float("-inf"))
     T, C = q.shape[2], k_cache.shape[2]
     group = q.shape[1] // k_cache.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -179,5 +181,7 @@ def attend_to_cache(
             keys, values = (cache[b][:, slots].to(wide).repeat_interleave(group, dim=0) for cache in (k_cache, v_cache))
             seen = torch.ones(1, len(slots), dtype=torch.bool, device=q.device)
             scores = _scores(token @ keys.mT, seen, scale, softcap)
-            out[b, :, i : i + 1] = _average(scores, values, _lse(scores, sinks), q.dtype)[0]
+            out[b, :, i : i + 1], row_lse = _average(scores, values, _lse(scores, sinks), q.dtype)
+            if lse is not None:
+                lse[b, :, i : i + 1] = row_lse
     return out

@@ -125,12 +125,13 @@ def card_of(target):
 
 
 def launches(
-    target, *, head_dim, dtype, rope=False, half_rope=False, sinks=False, softcap=None, grad_lse=False, group=4,
-    new_tokens=1, configs=None,
+    target, *, head_dim, dtype, rope=False, half_rope=False, sinks=False, softcap=None, grad_lse=False, starts=False,
+    group=4, new_tokens=1, configs=None,
 ):  # fmt: skip
     """The launches of every pass on `target`, once each: a list of `Launch`.
 
     rope: whether q and k are rotated, with half_rope only half of each head. grad_lse: whether lse has a gradient.
+    starts: whether attention has documents; the caches of decoding have none.
     configs {pass: tile}: in place of the table's. The other arguments are those of `sliding_gqa_attention`.
     """
     configs = configs or {}
@@ -152,9 +153,11 @@ def launches(
         "rope": (table, table) if rotary_dim else None,
     }
     with recorded(target) as found:
-        out, lse = attend(q, k, k, window, config=configs.get("forward"), **extras)
+        documents = {"starts": meta(batch, length, dtype=torch.int32) if starts else None}
+        out, lse = attend(q, k, k, window, config=configs.get("forward"), **documents, **extras)
         by_pass = (configs.get("dq"), configs.get("dkdv"))
-        attend_backward(out, lse if grad_lse else None, q, k, k, out, lse, window, configs=by_pass, **extras)
+        grads = out, lse if grad_lse else None
+        attend_backward(*grads, q, k, k, out, lse, window, configs=by_pass, **documents, **extras)
         tables = extras["rope"] or (meta(length, head_dim // 2, dtype=torch.float32),) * 2
         rotate(q, k, *tables)
         cache, lengths = meta(batch, heads, length, head_dim), meta(batch, dtype=torch.int32)

@@ -19,7 +19,8 @@ from ..backends.triton import tiles
 
 KERNELS = Path(tiles.__file__).parent
 # Arrays of one number a row, token or part: their loads are narrow because the rows are, and there are few of them
-ROW_ARRAYS = {"lse", "lse_log2", "delta", "sink", "length", "position", "part_max", "part_sum", "max", "sum"}
+ROW_ARRAYS = {"lse", "lse_log2", "delta", "sink", "start", "past", "length", "position", "part_max", "part_sum", "max",
+              "sum"}  # fmt: skip
 
 # What executes an instruction, by the start of its name; the first match counts. Uniform instructions (one result for a
 # whole warp) have a data path of their own. NVIDIA documents names, not pipes: this follows profilers' metrics.

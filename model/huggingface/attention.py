@@ -23,8 +23,11 @@ from kernels import document_starts, sliding_gqa_attention
 from kernels.backend import check_backend
 from kernels.band import visible_mask
 
-# What the layers of a model may be if its config says which of them slide. The last two do not attend.
-KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv"}
+# What the layers of a model may be. Those of the second line do not attend, or as full_attention; others change masks.
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"} | {
+    "linear_attention", "conv", "mamba", "attention", "moe", "mlp", "hybrid"
+}  # fmt: skip
+READ_THEIR_MASK = {"doge"}  # model_type of models that compute with the mask: they need one of all pairs
 _registered = set()
 
 
@@ -35,8 +38,8 @@ def register_attention(name="sliding_gqa", *, backend="auto"):
 
     It runs any architecture with causal attention, in training and generation, with dynamic and static caches. The
     kernels run in all its layers: with padding on either side, with documents packed by position_ids or cu_seq_lens_q,
-    and with caches. Plain PyTorch runs for your own masks, attention dropout, single tokens into a static cache on a
-    GPU, and models that change the causal mask. The forward raises ValueError for what it cannot do: return attention
+    and with caches. Plain PyTorch runs for your own masks, attention dropout, single tokens into a static cache, and
+    models that change the causal mask. The forward raises ValueError for what it cannot do: return attention
     weights, attend to later tokens, continuous batching, a padding mask with zeros between ones (on a GPU, where it is
     not read, each run of ones is a document then). Raises ValueError for a name that transformers gives another meaning
     and for an unknown backend; ImportError without transformers 5.4 or newer.
@@ -82,17 +85,21 @@ def _starts_or_mask(
     mask_function    (row, head, query, key) -> whether the query sees the key, padding aside; index tensors broadcast.
     attention_mask   (B, tokens so far) of bools, False on padding; None: no padding.
     local_size       the window of a sliding layer, or the size of chunks; None on a layer that sees all earlier keys.
-    allow_is_causal_skip   False if documents are packed, if the causal mask is changed, and if None is no answer.
+    allow_is_causal_skip   False if documents are packed, if the causal mask is changed, for single tokens into a static
+                     cache, whose graph must not change, and for models that need a mask.
     Queries are at positions q_offset .. and keys at kv_offset .. (a sliding cache has dropped earlier ones). starts may
     be shorter than the keys: those after it are a static cache's unwritten ones.
     """
-    more_than_causal = (
+    packed = not allow_is_causal_skip and _packed(mask_function, q_length, kv_length, attention_mask)
+    needs_mask = (
         use_vmap  # for masks that users and models of images change
         or getattr(mask_function, "__name__", None) == "or_mask"
         or "allow_is_bidirectional_skip" in others
+        or not (allow_is_causal_skip or packed)
+        or getattr(config, "model_type", None) in READ_THEIR_MASK
     )
-    written = _written(q_length, kv_length, q_offset, kv_offset, device)
-    if more_than_causal or written is None or not _layers_know(config, local_size):
+    written = None if needs_mask else _written(q_length, kv_length, q_offset, kv_offset)
+    if written is None or not _layers_know(config, local_size):
         from transformers.masking_utils import sdpa_mask
 
         # sdpa_mask must not return None for a mask where every query sees every key: here None means causal
@@ -118,9 +125,8 @@ def _starts_or_mask(
         # on a GPU, looking at the values would wait for them
         if attention_mask.is_cpu and not _captured(attention_mask) and attention_mask.all():
             attention_mask = None
-    chunked = local_size is not None and local_size != getattr(config, "sliding_window", None)
     document_ids = None
-    if chunked or not allow_is_causal_skip:
+    if packed or (local_size is not None and getattr(config, "attention_chunk_size", None) is not None):
         # a key that the next position does not see ends a document
         key = torch.arange(written - 1, device=device)[None] + kv_offset
         row = torch.arange(batch_size, device=device)[:, None]
@@ -137,14 +143,24 @@ def _starts_or_mask(
     return starts.expand(batch_size, -1)[:, None, None]
 
 
-def _written(q_length, kv_length, q_offset, kv_offset, device):
+def _packed(mask_function, q_length, kv_length, attention_mask):
+    """Whether transformers found packed documents; then they are one of the parts that mask_function combines."""
+    if _captured(attention_mask):  # functions cannot be looked into; transformers takes each such call for packed
+        return attention_mask is None and q_length == kv_length > 1
+    for cell in getattr(mask_function, "__closure__", None) or ():
+        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple) else ()
+        if any("packed_sequence" in getattr(part, "__qualname__", "") for part in parts):
+            return True
+    return False
+
+
+def _written(q_length, kv_length, q_offset, kv_offset):
     """How many of the keys are written, as a number of the host: the last query is at the last of them.
 
-    None if it is not known: a static cache counts on the device, and takes graphs whose shapes stay. There, reading
-    the number waits for the device, which is done for prompts, and by transformers' own masks too.
+    A static cache counts on the device, so that reading the number waits for it, as transformers' own masks do. None in
+    a graph, where it cannot be read, and if the keys are fewer.
     """
-    static = isinstance(q_offset, torch.Tensor) or q_offset + q_length < kv_offset + kv_length
-    if static and (_captured(q_offset) or (q_length == 1 and torch.device(device).type != "cpu")):
+    if isinstance(q_offset, torch.Tensor) and _captured(q_offset):
         return None
     written = int(q_offset) + q_length - kv_offset
     return written if written <= kv_length else None

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attn_contestants import CONTESTANTS, Contestant, Oracle, Problem
+from document_contestants import DOCUMENT_CONTESTANTS, document_lengths
 
 from kernels import sliding_gqa_attention
 
@@ -89,6 +90,36 @@ def test_contestants_are_right_or_say_why_they_are_not_there(name, shape, monkey
     for way, prepare in contestant.ways.items():
         error, objection = oracle.objection(prepare(problem))
         assert objection is None and error <= 1, way
+
+
+@pytest.mark.parametrize("name", DOCUMENT_CONTESTANTS)
+@pytest.mark.parametrize("shape", [dict(window=21), dict(window=None, Hkv=4)])
+def test_contestants_for_documents_are_right_or_say_why_they_are_not_there(name, shape, monkeypatch):
+    problem = PROBLEM._replace(**shape, lengths=(40, 1, 100, 19, 140), backward=name != "FlexAttention")
+    contestant = DOCUMENT_CONTESTANTS[name]
+    if name == "FlexAttention":
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    if (reason := contestant.why_not(problem)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(attn_contestants, "CHECK_BLOCK", 64)  # so that a document begins before its block
+    inputs = problem.inputs()
+    oracle = Oracle(problem, inputs, contestant.windowed, contestant.in_documents)
+    across = Oracle(problem._replace(lengths=None), inputs)
+    for way, prepare in contestant.ways.items():
+        error, objection = oracle.objection(prepare(problem))
+        assert objection is None and error <= 1, way
+        assert (across.objection(prepare(problem))[1] is None) == (not contestant.in_documents)
+
+
+def test_lengths_of_documents_fill_the_row_and_have_the_mean():
+    lengths = document_lengths(300_000, 300)
+    assert sum(lengths) == 300_000 and min(lengths) >= 1
+    assert 250 < 300_000 / len(lengths) < 350
+    assert document_lengths(1000, 50) == document_lengths(1000, 50) != document_lengths(1000, 50, seed=1)
+
+
+def test_pairs_are_counted_in_each_document():
+    assert Problem(T=7, Hq=1, Hkv=1, D=1, lengths=(3, 4)).flops == 4 * (6 + 10)
 
 
 def test_one_wrong_way_is_not_taken():

@@ -67,7 +67,7 @@ def test_the_report_runs_end_to_end(tmp_path):
 
 
 def test_every_set_of_features_is_compiled_and_the_worst_is_shown(compiling, monkeypatch, tmp_path):
-    """Three ways to rotate, and sinks, softcap and a gradient of lse or none: 24 sets, each once."""
+    """Three ways to rotate, and sinks, softcap and a gradient of lse, documents or none: 48 sets, each once."""
     asked = []
 
     class Launch:
@@ -86,10 +86,10 @@ def test_every_set_of_features_is_compiled_and_the_worst_is_shown(compiling, mon
     file = tmp_path / "report.json"
     arguments = ["--arch", "sm_86", "--head-dim", "64", "--features", "every", "--json", str(file)]
     assert kernel_report.main(arguments) == 0
-    assert len(asked) == 24 and len({tuple(sorted(settings)) for settings in asked}) == 24
+    assert len(asked) == 48 and len({tuple(sorted(settings)) for settings in asked}) == 48
     assert {"rope": True, "sinks": True, "softcap": 20.0, "grad_lse": True} in asked and {} in asked
     (table,) = json.loads(file.read_text())["tables"]
-    assert table["rows"] == [["sm_86, D 64, bf16", "append", "24", "20", "0", "28", "0", "8"]]
+    assert table["rows"] == [["sm_86, D 64, bf16", "append", "48", "20", "0", "28", "0", "8"]]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import apply_rope, rope_tables, sliding_gqa_attention
 from kernels.backends import reference
-from kernels.backends.banded import attention as banded
+from kernels.backends.banded import keeping as banded_keeping
 from kernels.backends.banded import plan as banded_plan
 from kernels.backends.banded import rope as banded_rope
 from kernels.band import visible_mask
@@ -116,7 +117,7 @@ def test_the_cuts_are_all_taken(monkeypatch):
 def test_banded_equals_reference(case, option, how, keep, monkeypatch):
     cut(monkeypatch, *CUTS[how])
     if not keep:
-        monkeypatch.setattr(banded, "KEPT_KEYS", 0)
+        monkeypatch.setattr(banded_keeping, "KEPT_KEYS", 0)
     arguments, options = inputs(SHAPES[case], OPTIONS[option])
     leaves = [*arguments[:3], *([options["sinks"]] if "sinks" in options else [])]
     results = []
@@ -208,19 +209,20 @@ def test_empty_inputs_give_empty_outputs(backend, B, T, S, window):
     assert out.shape == q.shape and lse.shape == (B, 4, T)
 
 
+class LargestTensor(TorchDispatchMode):
+    """The number of elements in the largest storage that an operation gave."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
 def test_memory_is_linear_in_the_length():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class LargestTensor(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(x, torch.Tensor):
-                    self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-            return out
-
     sizes = []
     for T in (512, 1024, 2048):
         (q, k, v, window), _ = inputs((T, T, 4, 2, 32), {}, torch.float32)

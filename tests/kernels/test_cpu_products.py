@@ -13,6 +13,7 @@ from torch import library
 
 from kernels import cpu, rope_tables, sliding_gqa_attention
 from kernels.backends.banded import attention as banded
+from kernels.backends.banded import keeping as banded_keeping
 from kernels.backends.banded import plan as banded_plan
 
 ROOT = Path(__file__).parent.parent.parent
@@ -167,7 +168,7 @@ def test_bf16_stays_within_twice_the_error_of_eager_bf16(case, keep, products, m
     monkeypatch.setattr(banded_plan, "STEP_SCORES_PER_THREAD", 2**15)
     banded_plan.plan.cache_clear()
     if not keep:
-        monkeypatch.setattr(banded, "KEPT_KEYS", 0)
+        monkeypatch.setattr(banded_keeping, "KEPT_KEYS", 0)
     tensors, grads, window, options = inputs(case, torch.bfloat16)
     attend = functools.partial(sliding_gqa_attention, return_lse=True, backend="banded")
     ratios = excess(run(attend, tensors, grads, window, **options), tensors, grads, window, **options)
@@ -190,7 +191,7 @@ def test_bf16_sums_over_blocks_are_fp32():
 def test_the_operators_of_bf16_inputs_pass_opcheck(products, with_lse, monkeypatch):
     monkeypatch.setattr(banded, "has_bf16_products", lambda: products == torch.bfloat16)
     q, k, v = (torch.randn(2, 80, heads, 16).bfloat16().transpose(1, 2) for heads in (4, 2, 2))
-    shared = (*rope_tables(80, 8), 6, 0.25)
+    shared = (None, *rope_tables(80, 8), 6, 0, 0.25)
     forward, backward = torch.ops.sliding_gqa.banded_forward, torch.ops.sliding_gqa.banded_backward
     library.opcheck(forward, (q, k, v, *shared, with_lse, 2))
     out, lse, kept = forward(q, k, v, *shared, with_lse, 2)

@@ -129,7 +129,7 @@ def test_operators_pass_opcheck(backend, rope, device):
     library.opcheck(torch.ops.sliding_gqa.append, (k, k, k_cache, v_cache, lengths, cos, sin, backend))
     sinks = None if rope is None else torch.randn(Hq, device=device)
     library.opcheck(
-        torch.ops.sliding_gqa.decode, (q, k_cache, v_cache, lengths, sinks, cos, sin, 8, 0.25, None, 2, backend)
+        torch.ops.sliding_gqa.decode, (q, k_cache, v_cache, lengths, sinks, cos, sin, 8, 0.25, None, 2, backend, True)
     )
 
 

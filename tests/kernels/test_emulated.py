@@ -18,7 +18,14 @@ import pytest
 import torch
 from budget import excess, run
 
-from kernels import append_to_cache, apply_rope, rope_tables, sliding_gqa_attention, sliding_gqa_decode
+from kernels import (
+    append_to_cache,
+    apply_rope,
+    document_starts,
+    rope_tables,
+    sliding_gqa_attention,
+    sliding_gqa_decode,
+)
 
 ROOT = Path(__file__).parents[2]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -29,6 +36,19 @@ ATTENTION = {  # dtype, T, S, Hq, Hkv, D, window, rotated elements, options
     "fp16, heads of 72, half rotated, no window": (FP16, 65, 65, 2, 1, 72, None, 32, {}),
     "fp32, rope, sinks, cap, a window of 1": (FP32, 53, 60, 3, 1, 16, 1, 16, ALL),
     "fp32, heads of 64": (FP32, 70, 75, 4, 1, 64, 50, 0, {}),
+    "bf16, documents, rope, sinks, cap": (BF16, 61, 150, 6, 2, 64, 50, 64, {**ALL, "documents": [[1, 90, 59], [150]]}),
+    "bf16, documents with an interior, heads of 128": (
+        BF16,
+        200,
+        200,
+        4,
+        1,
+        128,
+        None,
+        0,
+        {"documents": [[130, 2, 68]]},
+    ),
+    "fp32, documents": (FP32, 60, 70, 2, 1, 32, 40, 0, {"documents": [[33, 1, 1, 35]]}),
 }
 DECODING = {  # dtype, Hq, Hkv, D, slots, window, new tokens, lengths, rotated elements, options
     "bf16, heads of 128, split keys": (BF16, 4, 1, 128, 300, 290, 1, (450, 31), 0, {}),
@@ -52,6 +72,11 @@ def projected(length, heads, head_dim, dtype, batch=1):
     return fused[:, :, :heads].transpose(1, 2)
 
 
+def starts_of(lengths):
+    """(1, S) int32 of the lengths of a row's documents."""
+    return document_starts(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+
+
 def over_budget(ours, same, exact):
     """The largest of |ours - exact| over twice what the same maths in the same dtype is off, and one rounding."""
     ratios = []
@@ -69,11 +94,14 @@ def tables(positions, rotated, dtype=FP32):
 
 
 def attention(emulator, dtype, T, S, Hq, Hkv, D, window, rotated, options):
-    inputs = [projected(length, heads, D, dtype) for length, heads in ((T, Hq), (S, Hkv), (S, Hkv))]
-    if options:
+    documents = options.get("documents")
+    B = len(documents) if documents else 1
+    inputs = [projected(length, heads, D, dtype, B) for length, heads in ((T, Hq), (S, Hkv), (S, Hkv))]
+    if "sinks" in options:
         inputs.append(torch.randn(Hq).to(dtype) + 1)
-    grads = torch.randn(1, Hq, T, D), torch.randn(1, Hq, T)
+    grads = torch.randn(B, Hq, T, D), torch.randn(B, Hq, T)
     options = {"scale": 0.5, "softcap": options.get("softcap"), "rope": tables(S, rotated) if rotated else None}
+    options["starts"] = torch.cat([starts_of(row) for row in documents]) if documents else None
 
     def attend(*leaves, **options):
         return sliding_gqa_attention(*leaves, return_lse=True, backend="triton", **options)
@@ -153,6 +181,59 @@ def shared_memory_and_instructions(emulator):
     return {"instructions": forward.instructions / visible / 21, "wasted": float(wasted)}
 
 
+def forward_and_backward(inputs, grad, window, **options):
+    """Of the launchers, which do not look at the values of starts."""
+    from kernels.backends.triton import attend, attend_backward
+
+    out, lse = attend(*inputs, window, scale=0.5, **options)
+    return out, *attend_backward(grad, None, *inputs, out, lse, window, scale=0.5, **options)[:3]
+
+
+def work_of_documents(target):
+    """A packed row costs what its documents cost alone: keys, values, queries and products, to the last one.
+
+    They begin at the borders of tiles. What is loaded of starts and ends is not counted, and rows of delta are not.
+    """
+    from kernels.compiled import emulated
+    from kernels.compiled.counts import Counter
+
+    lengths, tensors = [64, 192, 128], ("k_ptr", "v_ptr", "q_ptr", "do_ptr")
+    S = sum(lengths)
+    inputs = [projected(S, heads, 64, BF16) for heads in (4, 1, 1)]
+    grad = projected(S, 4, 64, BF16)
+    packed, alone = Counter(), Counter()
+    with emulated(target, counter=packed):
+        forward_and_backward(inputs, grad, 100, starts=starts_of(lengths))
+    with emulated(target, counter=alone):
+        for row in torch.arange(S).split(lengths):
+            cut = [x[:, :, row[0] : row[-1] + 1] for x in (*inputs, grad)]
+            forward_and_backward(cut[:3], cut[3], 100)
+    ratios = {}
+    for name, counts in packed.kernels.items():
+        expected = alone.kernels[name]
+        ratios[f"{name}: products"] = counts.multiplications / expected.multiplications
+        for tensor in tensors:
+            if expected.bytes_read[tensor]:
+                ratios[f"{name}: {tensor}"] = counts.bytes_read[tensor] / expected.bytes_read[tensor]
+    assert len(ratios) == 3 + 2 + 1 + 4 + 4, ratios
+    return ratios
+
+
+def wrong_starts(emulator):
+    """On a GPU nobody reads the values of starts first: whatever they are, no access is outside of the tensors.
+
+    The emulator raises `Fault` for one. Rows that see no key are as likely as those that see too many.
+    """
+    inputs, grad = [projected(150, heads, 64, BF16) for heads in (4, 1, 1)], projected(150, 4, 64, BF16)
+    most = 2**31 - 1
+    anything = torch.randint(-300, 300, (1, 150), dtype=torch.int32)
+    with emulator:
+        for starts in (anything, anything.sort(1).values, -anything * (most // 400), torch.full_like(anything, most)):
+            for window in (None, 40):
+                results = forward_and_backward(inputs, grad, window, starts=starts.contiguous())
+    return {"results": 0.0 if len(results) == 4 else float("inf")}
+
+
 def report(target):
     from kernels.compiled import emulated
     from kernels.compiled.memory import MissingFence
@@ -160,6 +241,8 @@ def report(target):
     cases = [(attention, f"attention: {name}", case) for name, case in ATTENTION.items()]
     cases += [(decoding, f"decoding: {name}", case) for name, case in DECODING.items()]
     cases += [(rotation, f"rotation: {name}", case) for name, case in ROTATION.items()]
+    cases.append((lambda _: work_of_documents(target), "documents: work", ()))
+    cases.append((wrong_starts, "documents: wrong starts", ()))
     if target == "sm_90":
         cases.append((model, "a GPT trains and writes", ()))
         cases.append((shared_memory_and_instructions, "counts", ()))
@@ -186,7 +269,7 @@ def test_every_pass_as_compiled_is_within_its_budget(target):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) >= 13
+    assert len(cases) >= 18
     for case in cases:
         assert case["error"] is None, case
         assert case["ratios"] and all(ratio <= 1 for ratio in case["ratios"].values()), case

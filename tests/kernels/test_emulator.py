@@ -259,8 +259,12 @@ MUTATIONS = {
     "another swizzle of a descriptor": (r"(or\.b64 \t%rd\d+, %rd\d+, )(46\d{17})", other_swizzle, 0.6),
     "a wait for wgmma removed": (r"\twgmma\.wait_group[^;]*;", without, 0.3),
     "a group of wgmma not committed": (r"\twgmma\.commit_group[^;]*;", without, 0.3),
-    # on sm_90 two of three are not found since q stays in shared memory; why was not looked into
-    "a proxy fence removed": (r"\tfence\.proxy\.async[^;]*;", without, 0.3),
+    # of several before a product, the last: it covers what the others do
+    "a proxy fence removed": (
+        r"\tfence\.proxy\.async[^;]*;(?=(?:(?!fence\.proxy)[\s\S])*?(?:wgmma|tcgen05)\.mma)",
+        without,
+        1,
+    ),
     "a wait for tcgen05.ld removed": (r"\ttcgen05\.wait::ld[^;]*;", without, 1),
     "a wait for tcgen05.st removed": (r"\ttcgen05\.wait::st[^;]*;", without, 0.3),
     "a tcgen05.commit removed": (r"\t@%p\d+ tcgen05\.commit[^;]*;", without, 1),

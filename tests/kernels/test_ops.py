@@ -8,8 +8,9 @@ from torch import library
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import rope_tables, sliding_gqa_attention
+from kernels import document_starts, rope_tables, sliding_gqa_attention
 from kernels.backends import reference
+from kernels.backends.banded.keeping import stacks_of
 from kernels.band import visible_mask, visible_pairs
 
 BACKENDS = ["banded", "triton"]
@@ -21,6 +22,12 @@ def inputs(T=20, S=20, dtype=torch.float32, device="cpu", Hq=4, Hkv=2, D=16):
         for length, heads in ((T, Hq), (S, Hkv), (S, Hkv))
     )
     return q, k, v
+
+
+def documents(S, device):
+    """starts of two rows: three documents, and one behind padding."""
+    first = document_starts(document_ids=torch.arange(S, device=device) // 6)
+    return torch.cat([first, document_starts(attention_mask=torch.arange(S, device=device)[None] > 4)])
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -40,15 +47,30 @@ def test_operators_pass_opcheck(backend, everything, device):
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("T, S", [(12, 15), (12, 12), (80, 80)])
-def test_operators_that_keep_probabilities_pass_opcheck(T, S, with_lse, device):
+def test_operators_that_keep_probabilities_pass_opcheck(T, S, with_documents, with_lse, device):
     q, k, v = (x.detach() for x in inputs(T, S, device=device))
-    shared = (*rope_tables(S, 8, device=device), 6, 0.25)
+    starts = documents(S, device) if with_documents else None
+    shared = (starts, *rope_tables(S, 8, device=device), 6, 0, 0.25)
+    stacks = stacks_of(q, k, starts, 6, 0, 2)
     forward, backward = torch.ops.sliding_gqa.banded_forward, torch.ops.sliding_gqa.banded_backward
-    library.opcheck(forward, (q, k, v, *shared, with_lse, 2))
-    *results, kept = forward(q, k, v, *shared, with_lse, 2)
+    library.opcheck(forward, (q, k, v, *shared, with_lse, 2, stacks))
+    *results, kept = forward(q, k, v, *shared, with_lse, 2, stacks)
     assert kept
     library.opcheck(backward, (*grads_of(results, with_lse), q, k, v, *results, kept, *shared, 2))
+
+
+@pytest.mark.parametrize("backend", ["banded", "reference"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_operators_with_documents_pass_opcheck(backend, everything, device):
+    q, k, v = (x.detach() for x in inputs(12, 15, device=device))
+    sinks = torch.randn(4, device=device) if everything else None
+    shared = (documents(15, device), sinks, *rope_tables(15, 8, device=device), 6, 0, 0.25, None, backend)
+    forward, backward = torch.ops.sliding_gqa.attention_forward, torch.ops.sliding_gqa.attention_backward
+    library.opcheck(forward, (q, k, v, *shared, True))
+    results = forward(q, k, v, *shared, True)
+    library.opcheck(backward, (*grads_of(results, everything), q, k, v, *results, *shared))
 
 
 def grads_of(results, with_lse):

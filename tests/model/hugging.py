@@ -21,6 +21,24 @@ FAMILIES = {
     "starcoder2": ("Starcoder2", {}),
     "phi3": ("Phi3", {}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    "gemma4": (
+        "Gemma4",
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 97,
+            "num_hidden_layers": 5,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        },
+    ),
+    "olmo3": ("Olmo3", ALTERNATING),
+    "ministral": ("Ministral", {"head_dim": 8, **ALTERNATING}),
+    "qwen3": ("Qwen3", {"head_dim": 8, "use_sliding_window": True, "max_window_layers": 1}),
+    "cohere2": ("Cohere2", ALTERNATING),
+    "exaone4": ("Exaone4", ALTERNATING),
+    "smollm3": ("SmolLM3", {"use_sliding_window": True, **ALTERNATING}),
 }
 
 
@@ -30,7 +48,7 @@ def family(name, options=None, **changes):
         import transformers
 
         classes, options = FAMILIES[name]
-        config_name = classes + ("TextConfig" if classes == "Gemma3" else "Config")
+        config_name = classes + ("TextConfig" if classes in ("Gemma3", "Gemma4") else "Config")
         name = getattr(transformers, f"{classes}ForCausalLM"), getattr(transformers, config_name)
     model_class, config_class = name
     model = model_class(config_class(**{**SIZES, **options, "attn_implementation": "eager", **changes}))

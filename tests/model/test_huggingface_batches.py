@@ -9,6 +9,7 @@ from hugging import (
     equal,
     every_family,
     family,
+    generated,
     padding,
     refused,
     results,
@@ -199,6 +200,31 @@ def test_nothing_waits_for_values_on_a_device(name):
     assert model(inputs[:, :1], attention_mask=mask[:, :21], past_key_values=cache).logits.is_meta
 
 
+@pytest.mark.parametrize("left", [0, 3, 9])
+def test_chunks_are_documents(left, calls):
+    """Llama 4 attends inside of chunks, which begin with the first token of each row."""
+    classes = transformers.Llama4ForCausalLM, transformers.Llama4TextConfig
+    model = family(
+        classes,
+        dict(attention_chunk_size=WINDOW, num_local_experts=2, intermediate_size_mlp=64, head_dim=8,
+             layer_types=["chunked_attention", "full_attention", "chunked_attention"]),
+        sliding_window=None,
+    )  # fmt: skip
+    inputs, mask = tokens(), padding(left=left)
+    same(model, inputs, counts=mask.bool(), attention_mask=mask)
+    expected = generated(model, "eager", inputs, attention_mask=mask)
+    assert torch.equal(generated(model, "sliding_gqa", inputs, attention_mask=mask), expected)
+    assert set(calls) == {"sliding_gqa_attention"}
+
+
+def test_a_model_that_computes_with_its_mask_gets_one(calls):
+    model = family((transformers.DogeForCausalLM, transformers.DogeConfig), dict(keep_window_size=WINDOW))
+    mask = padding(left=6)
+    same(model, tokens(), counts=mask.bool(), attention_mask=mask)
+    same(model, tokens(rows=1), position_ids=POSITIONS)
+    assert set(calls) == {"_masked_attention"}
+
+
 def test_changes_of_the_causal_mask_are_made_as_transformers_makes_them():
     from transformers.masking_utils import create_causal_mask
 
@@ -215,6 +241,23 @@ def test_changes_of_the_causal_mask_are_made_as_transformers_makes_them():
             for name in ("sdpa", "sliding_gqa")
         ]
         assert masks[0].shape == (2, 1, LENGTH, LENGTH) and torch.equal(*masks)
+
+
+def test_a_window_that_only_the_config_knows_is_not_applied(calls):
+    """Llama's layers see all earlier keys, whatever sliding_window says."""
+    same(family((transformers.LlamaForCausalLM, transformers.LlamaConfig), {}), tokens())
+    assert set(calls) == {"_masked_attention"}
+
+
+def test_layers_of_kinds_that_are_not_known_get_the_mask_of_transformers():
+    from transformers.masking_utils import create_sliding_window_causal_mask
+
+    masks = []
+    for name in ("sdpa", "sliding_gqa"):
+        config = transformers.MistralConfig(sliding_window=WINDOW, attn_implementation=name)
+        config.layer_types = ["compressed_sparse_attention"] * config.num_hidden_layers
+        masks.append(create_sliding_window_causal_mask(config, torch.zeros(1, LENGTH, 1), None, None, POSITIONS))
+    assert masks[0].shape == (1, 1, LENGTH, LENGTH) and torch.equal(*masks)
 
 
 def test_what_starts_cannot_say_is_refused_in_one_line():

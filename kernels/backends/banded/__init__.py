@@ -1,8 +1,9 @@
 """Attention, rotation and decoding in PyTorch with a cost linear in the length: the backend for CPUs."""
 
 from . import token_step
-from .attention import attend, attend_backward, attend_keeping
+from .attention import attend, attend_backward
 from .decode import append, attend_to_cache
+from .keeping import attend_keeping
 from .rope import rotate
 
 READS_LENGTHS = False

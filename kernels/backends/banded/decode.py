@@ -43,18 +43,21 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
 
 
 def attend_to_cache(
-    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, num_splits=None
+    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, num_splits=None, lse=None
 ):
     """`sliding_gqa_decode`: products over the slots that are seen, or over the whole ring under a mask.
 
     num_splits 1 takes the rows one by one: the sums of a product and of a softmax begin and end elsewhere in a larger
-    batch, whose longest row they must cover. Other numbers mean nothing here.
+    batch, whose longest row they must cover. Other numbers mean nothing here. lse (B, Hq, T) is written to.
     """
     options = {"scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
     if num_splits == 1 and q.shape[0]:
         batch = zip(*(x.split(1) for x in (q, k_cache, v_cache, lengths)), strict=True)
-        return torch.cat([_attend(*map(_aligned, row), window, **options) for row in batch])
-    return _attend(q, k_cache, v_cache, lengths, window, **options)
+        lse_rows = [None] * len(q) if lse is None else lse.split(1)
+        return torch.cat(
+            [_attend(*map(_aligned, row), window, lse=x, **options) for row, x in zip(batch, lse_rows, strict=True)]
+        )
+    return _attend(q, k_cache, v_cache, lengths, window, lse=lse, **options)
 
 
 def _aligned(x):
@@ -62,7 +65,7 @@ def _aligned(x):
     return x.clone() if x.data_ptr() % 64 else x
 
 
-def _attend(q, k_cache, v_cache, lengths, window, *, scale, softcap, sinks, rope):
+def _attend(q, k_cache, v_cache, lengths, window, *, scale, softcap, sinks, rope, lse):
     B, Hq, T, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
     lost = None
@@ -84,16 +87,21 @@ def _attend(q, k_cache, v_cache, lengths, window, *, scale, softcap, sinks, rope
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     rows = q.reshape(B * Hkv, Hq // Hkv * T, D)  # the heads of a group share their keys
     attend = attend_rows if rows.shape[1] < MANY_ROWS else through_onednn(attend_rows)
-    out = attend(rows, keys, values, (B, Hq, T), scale, unseen, softcap, sinks, shortest < T)
+    out = attend(rows, keys, values, (B, Hq, T), scale, unseen, softcap, sinks, shortest < T, lse)
     out = out.view(B, Hq, T, D)
-    return out if lost is None else out.masked_fill(lost, float("nan"))
+    if lost is None:
+        return out
+    if lse is not None:
+        lse.masked_fill_(lost[..., 0], float("nan"))
+    return out.masked_fill(lost, float("nan"))
 
 
-def attend_rows(rows, keys, values, queries, scale, unseen=None, softcap=None, sinks=None, padding=False):
+def attend_rows(rows, keys, values, queries, scale, unseen=None, softcap=None, sinks=None, padding=False, lse=None):
     """(B * Hkv, G * T, D), in the dtype of the values: rows of this shape attend to keys and values (B * Hkv, N, D).
 
     queries   (B, Hq, T), which the rows are
     unseen    (B, T, N) bool: where a query does not look, None for nowhere; with `padding` that may be everywhere
+    lse       (B, Hq, T), in which the log of the sum of exponentials is stored
     """
     scores = torch.bmm(rows, keys.mT)
     if rows.dtype.itemsize < 4:
@@ -102,6 +110,8 @@ def attend_rows(rows, keys, values, queries, scale, unseen=None, softcap=None, s
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     if unseen is None and sinks is None:
+        if lse is not None:
+            lse.copy_(scores.logsumexp(-1).view(queries))
         p = torch.softmax(scores, dim=-1)
         return torch.bmm(p if p.dtype == values.dtype else p.to(values.dtype), values)
     p = scores.view(*queries, scores.shape[-1])
@@ -109,6 +119,8 @@ def attend_rows(rows, keys, values, queries, scale, unseen=None, softcap=None, s
         p.masked_fill_(unseen[:, None], float("-inf"))
     if sinks is not None:  # one more column, which has no value
         p = torch.cat([p, sinks.to(p.dtype)[:, None, None].expand(*queries, 1)], dim=-1)
+    if lse is not None:
+        lse.copy_(p.logsumexp(-1))
     p = torch.softmax(p, dim=-1)[..., : keys.shape[1]]
     if padding:  # the row of a padding query is NaN: it sees nothing
         p = p.masked_fill(unseen[:, None], 0.0)

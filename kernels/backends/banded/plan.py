@@ -18,6 +18,10 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
+import torch
+
+from .rope import rotate_pairs_back
+
 BLOCK_LENGTHS = (16, 32, 64, 128)  # L: short blocks compute few masked scores, long ones need fewer and larger products
 STEP_SCORES_PER_THREAD = 512 * 1024  # scores of one step: 2 MB in fp32; smaller steps cost calls, larger ones caches
 # What a cut is weighed by, in multiply-adds: measured on two cores of an AMD EPYC (Zen 4)
@@ -55,6 +59,18 @@ class Step(NamedTuple):
         size = (*self.pairs, self.blocks, L, G, x.shape[3])
         return x.as_strided(size, (b, G * h, L * t, t, h, d), x.storage_offset() + offset)
 
+    def read(self, x, G, out):
+        """The same, copied into out (b * h * n, L * G, D)."""
+        x = self.rows(x, G)
+        out.view(x.shape).copy_(x)
+        return out
+
+    def write(self, x, G, values, rotation=None):
+        """values (b * h * n, L * G, D) to the step's rows of x; rotated back if they are rotated."""
+        x = self.rows(x, G)
+        values = values.view(x.shape)
+        x.copy_(values) if rotation is None else rotate_pairs_back(values, rotation, x)
+
     def numbers(self, x, G):
         """The same of one number a row: x (B, Hkv * G, T) as (b * h * n, L * G, 1)."""
         return self.rows(x[..., None], G).reshape(-1, self.region.rows * G, 1)
@@ -70,6 +86,12 @@ class Step(NamedTuple):
         size = (*self.pairs, self.blocks, width, x.shape[3])
         return x.as_strided(size, (b, h, L * s, s, d), x.storage_offset() + offset)
 
+    def copy_keys(self, x, out):
+        """The step's key slices, into out (b * h * n, N, D)."""
+        slices = self.pieces(x, 0, self.region.keys)
+        out.view(slices.shape).copy_(slices)
+        return out
+
     def add_to_keys(self, x, summands):
         """x (B, Hkv, S, D) += summands (b * h * n, N, D), each at its block's keys."""
         L, (b, h, t, d) = self.region.rows, x.stride()
@@ -83,6 +105,30 @@ class Step(NamedTuple):
         for target, summand in zip(targets.unbind(0), summands.unbind(3), strict=True):
             target.add_(summand)
 
+    def rotation(self, rotation, offset):
+        """The rotation (S, R / 2) of the step's rows, (n, L, 1, R / 2); offset: the position of row 0."""
+        first = offset + self.region.first_row + self.first * self.region.rows
+        part = rotation[first : first + self.blocks * self.region.rows]
+        return part.view(self.blocks, self.region.rows, 1, -1)
+
+    def mask(self, scores, G):
+        """Adds -inf to the scores (b * h * n, L * G, N) of keys that a row does not see."""
+        region = self.region
+        corners = scores.view(-1, region.rows, G, region.keys)
+        left, right = _triangles(region.rows, region.left, scores.dtype, scores.device)
+        if region.left:
+            corners[..., : region.left].add_(left)
+        if region.rows > 1:
+            corners[..., region.keys - region.rows + 1 :].add_(right)
+
+    @property
+    def length(self):
+        return self.region.rows
+
+    @property
+    def width(self):
+        return self.region.keys
+
     @property
     def pairs(self):
         """(sequences, KV heads)"""
@@ -92,6 +138,19 @@ class Step(NamedTuple):
     def products(self):
         sequences, heads = self.pairs
         return sequences * heads * self.blocks
+
+
+@lru_cache(maxsize=32)
+def _triangles(rows, left, dtype, device):
+    """What is added to the first `left` columns and the last rows - 1 columns of a block's scores: 0 or -inf.
+
+    Row r of the block no longer sees the first left - (rows - 1) + r columns, and does not yet see the last
+    rows - 1 - r. Shapes (rows, 1, columns): the heads of a position are neighbours.
+    """
+    row = torch.arange(rows, device=device)[:, None, None]
+    gone = torch.arange(left, device=device) < left - (rows - 1) + row
+    ahead = torch.arange(rows - 1, device=device) >= row
+    return tuple(torch.zeros(x.shape, dtype=dtype, device=device).masked_fill_(x, float("-inf")) for x in (gone, ahead))
 
 
 @lru_cache(maxsize=256)
@@ -133,7 +192,7 @@ def plan(B, Hkv, G, T, S, window, D, threads):
     steps = []
     for region in regions(B, Hkv, G, T, S, window, D) if B and T else ():
         blocks = region.blocks
-        most = max(1, STEP_SCORES_PER_THREAD * threads // (region.rows * G * region.keys))  # products in one step
+        most = max(1, most_scores(threads) // (region.rows * G * region.keys))  # products in one step
         batch, heads, n = _share(B, most // (Hkv * blocks)), _share(Hkv, most // blocks), _share(blocks, most)
         if n < blocks:  # as many for each thread, and steps of one length
             n = -(-n // threads) * threads
@@ -141,6 +200,11 @@ def plan(B, Hkv, G, T, S, window, D, threads):
             some = slice(b, min(B, b + batch)), slice(h, min(Hkv, h + heads))
             steps.append(Step(region, *some, first, min(n, blocks - first)))
     return steps
+
+
+def most_scores(threads):
+    """The scores of one step."""
+    return STEP_SCORES_PER_THREAD * threads
 
 
 def _share(total, most):

@@ -6,9 +6,10 @@
     dsink = -sum_i exp(sink - lse_i) delta_i
 
 The dq kernel owns rows and walks keys, like the forward. Since it loads do and q anyway, it also writes delta and, with
-rope, the rotated q: no pass of their own reads them. The dk/dv kernel owns keys and walks the rows that see them, all
-heads of the group within one program, so that nothing is summed afterwards and nothing is added atomically. Both turn
-their fp32 accumulators back by the angles before the store: RoPE's backward has no pass of its own.
+rope, the rotated q: no pass of their own reads them. It writes -log2(e) lse too, as dk/dv adds it to every score. The
+dk/dv kernel owns keys and walks the rows that see them, all heads of the group within one program, so that nothing is
+summed afterwards and nothing is added atomically. Both turn their fp32 accumulators back by the angles before the
+store: RoPE's backward has no pass of its own.
 """
 
 import torch
@@ -16,11 +17,13 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
-from .attention_forward import first_key
+from .attention_forward import first_key, starts_from
 from .rope import rotary_tables, rotate
 from .tiles import (
     LOG2_E,
     dot,
+    end_of,
+    first_of,
     head_block,
     head_columns,
     in_elements,
@@ -47,7 +50,8 @@ from .tiles import (
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, scale_log2, cap_scale,
+    dq, q, do, pivot, delta, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, window, limits, scale_log2,
+    cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +62,8 @@ def _add_dq(
     v_element, v_in_head = head_columns(HEAD_DIM)
     start = walk_start(span, MASKED)
     key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
-    k_ptrs = k_ptr + key[:, None] * k_stride + k_element[None, :]
-    v_ptrs = v_ptr + key[None, :] * v_stride + v_element[:, None]
+    k_ptrs = k_ptr + k_element[None, :] + key[:, None] * k_stride
+    v_ptrs = v_ptr + v_element[:, None] + key[None, :] * v_stride
     for _ in range(span[3]):
         k_pos = start + tl.arange(0, BLOCK_N)
         in_keys = k_pos < num_keys
@@ -68,9 +72,9 @@ def _add_dq(
         scores = dot(q, tl.trans(k), None, PRECISION)
         if cap_scale is not None:
             scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
-        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        p = tl.exp2(scores * scale_log2 + pivot[:, None])
         if MASKED:
-            p = tl.where(visible(q_pos[:, None], k_pos[None, :], window), p, 0.0)
+            p = tl.where(visible(q_pos[:, None], k_pos[None, :], window, limits), p, 0.0)
         ds = p * (dot(do, v, None, PRECISION) - delta[:, None])
         if cap_scale is not None:
             ds *= 1 - scores * scores
@@ -84,13 +88,17 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, dq_ptr, delta_ptr, rotated_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr, cos_ptr, sin_ptr, starts_ptr, dq_ptr, pivot_ptr, delta_ptr,
+    rotated_ptr,
     strides,  # of do, q, k, v, out, dq, rotated: of batch, head, position, in units of UNIT elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta and, with rope, the rotated q. k is rotated already; dlse_ptr and cap_scale may be None."""
+    """dq and what dk/dv takes of each row: pivot = -log2(e) lse, delta and, with rope, the rotated q.
+
+    k is rotated already; dlse_ptr, starts_ptr and cap_scale may be None.
+    """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     do_strides = in_elements(strides[0], UNIT)
     q_strides = in_elements(strides[1], UNIT)
@@ -106,40 +114,48 @@ def attention_dq_kernel(
     q_pos = query + offset
     in_queries = query < num_queries
 
+    # rows past the last query repeat it, and are not stored: a load without a mask needs no zeros
+    row = tl.minimum(query, num_queries - 1)
     element, in_head = head_columns(HEAD_DIM)
-    ok = in_queries[:, None] & in_head[None, :]
-    do_row = row_offset(batch, head, query, do_strides)
-    out_row = row_offset(batch, head, query, out_strides)
-    lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + query
-    do = tl.load(do_ptr + do_row[:, None] + element[None, :], mask=ok, other=0.0)
-    out = tl.load(out_ptr + out_row[:, None] + element[None, :], mask=ok, other=0.0)
-    lse_log2 = tl.load(lse_ptr + lse_row, mask=in_queries, other=0.0) * LOG2_E
+    PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
+    do_ptrs = do_ptr + element[None, :] + row_offset(batch, head, row, do_strides)[:, None]
+    out_ptrs = out_ptr + element[None, :] + row_offset(batch, head, row, out_strides)[:, None]
+    lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + row
+    do = load_tile(do_ptrs, None, in_head[None, :], False, PADDED)
+    out = load_tile(out_ptrs, None, in_head[None, :], False, PADDED)
+    pivot = tl.load(lse_ptr + lse_row) * -LOG2_E
+    tl.store(pivot_ptr + lse_row, pivot, mask=in_queries)
     delta = tl.sum(out.to(WIDE) * do.to(WIDE), 1)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + lse_row, mask=in_queries, other=0.0)
+        delta -= tl.load(dlse_ptr + lse_row)
     tl.store(delta_ptr + lse_row, delta, mask=in_queries)
 
     element, in_head = head_columns(HEAD_DIM, ROTARY_DIM)
-    ok = in_queries[:, None] & in_head[None, :]
-    q_row = row_offset(batch, head, query, q_strides)
-    q = load_rotated(q_ptr + q_row[:, None], element[None, :], ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    in_columns = in_head[None, :] if head_block(HEAD_DIM, ROTARY_DIM) != HEAD_DIM else None
+    q_row = row_offset(batch, head, row, q_strides)[:, None]
+    q = load_rotated(q_ptr, q_row, element[None, :], in_columns, (row + offset)[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
     if ROTARY_DIM > 0:
-        rotated_row = row_offset(batch, head, query, rotated_strides)
-        tl.store(rotated_ptr + rotated_row[:, None] + element[None, :], q, mask=ok)
+        rotated_row = row_offset(batch, head, row, rotated_strides)
+        ok = in_queries[:, None] & in_head[None, :]
+        tl.store(rotated_ptr + element[None, :] + rotated_row[:, None], q, mask=ok)
 
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     first_pos = block * BLOCK_Q + offset
     last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
-    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N)
+    limits = None
+    if starts_ptr is not None:
+        starts_ptr += batch.to(tl.int64) * num_keys
+        limits = (first_of(q_pos, window, num_keys, starts_ptr)[:, None], q_pos[:, None] + 1)
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N, num_keys, starts_ptr)
     dq = tl.zeros((BLOCK_M, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
     dq = _add_dq(
-        dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window,
-        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, EDGE_N, PRECISION, True,
+        dq, q, do, pivot, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, window,
+        limits, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, EDGE_N, PRECISION, True,
     )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse_log2, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window,
-        scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_N, PRECISION, False,
+        dq, q, do, pivot, delta, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, window,
+        limits, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     dq *= scale
     query, head = packed_rows(recomputed(block, num_queries) * BLOCK_Q, first_head, PACK, BLOCK_M)
@@ -149,13 +165,13 @@ def attention_dq_kernel(
     if ROTARY_DIM > 0:
         dq = rotate_back(dq, q_pos, in_queries, cos_ptr, sin_ptr, ROTARY_DIM)
     dq_row = row_offset(batch, head, query, dq_strides)
-    tl.store(dq_ptr + dq_row[:, None] + element[None, :], dq.to(dq_ptr.dtype.element_ty), mask=ok)
+    tl.store(dq_ptr + element[None, :] + dq_row[:, None], dq.to(dq_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def _add_dkdv(
-    state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, span,
-    num_queries, offset, window, scale_log2, cap_scale,
+    state, k, v, k_pos, do_ptr, q_ptr, pivot_ptr, delta_ptr, do_strides, q_strides, batch, first_head, span,
+    num_queries, offset, window, limits, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, PACK: tl.constexpr, BLOCK_Q: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -167,24 +183,25 @@ def _add_dkdv(
     do_element, do_in_head = head_columns(HEAD_DIM)
     start = walk_start(span, MASKED)
     query, head = packed_rows(start, first_head, PACK, BLOCK_Q * PACK)
-    do_ptrs = do_ptr + row_offset(batch, head, query, do_strides)[:, None] + do_element[None, :]
-    q_ptrs = q_ptr + row_offset(batch, head, query, q_strides)[:, None] + q_element[None, :]
-    lse_row = head.to(tl.int64) * num_queries + query
-    lse_ptrs = lse_ptr + lse_row
-    delta_ptrs = delta_ptr + lse_row
+    do_ptrs = do_ptr + do_element[None, :] + row_offset(batch, head, query, do_strides)[:, None]
+    q_ptrs = q_ptr + q_element[None, :] + row_offset(batch, head, query, q_strides)[:, None]
+    row = head.to(tl.int64) * num_queries + query
+    pivot_ptrs = pivot_ptr + row
+    delta_ptrs = delta_ptr + row
     for _ in range(span[3]):
         row_query = start + tl.arange(0, BLOCK_Q * PACK) // PACK
         in_queries = row_query < num_queries
         q = load_tile(q_ptrs, in_queries[:, None], q_in_head[None, :], MASKED, Q_PADDED)
         do = load_tile(do_ptrs, in_queries[:, None], do_in_head[None, :], MASKED, DO_PADDED)
-        lse = load_tile(lse_ptrs, in_queries, None, MASKED, False)
+        pivot = load_tile(pivot_ptrs, in_queries, None, MASKED, False)
         delta = load_tile(delta_ptrs, in_queries, None, MASKED, False)
         scores = dot(k, tl.trans(q), None, PRECISION)
         if cap_scale is not None:
             scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
-        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
+        p = tl.exp2(scores * scale_log2 + pivot[None, :])
         if MASKED:
-            p = tl.where(visible((row_query + offset)[None, :], k_pos[:, None], window), p, 0.0)
+            seen = visible((row_query + offset)[None, :], k_pos[:, None], window, limits, OF_KEYS=True)
+            p = tl.where(seen, p, 0.0)
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
         ds = p * (dot(v, tl.trans(do), None, PRECISION) - delta[None, :])
         if cap_scale is not None:
@@ -194,21 +211,24 @@ def _add_dkdv(
         start += step
         do_ptrs += step * wide_stride(do_strides[2])
         q_ptrs += step * wide_stride(q_strides[2])
-        lse_ptrs += step
+        pivot_ptrs += step
         delta_ptrs += step
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
+    do_ptr, q_ptr, k_ptr, v_ptr, pivot_ptr, delta_ptr, cos_ptr, sin_ptr, ends_ptr, dk_ptr, dv_ptr,
     strides,  # of do, q, k, v, dk, dv: of batch, head, position, in units of UNIT elements
     part_stride,  # of the parts of dk and dv, in elements
     num_queries, num_keys, num_kv_heads, window, scale, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_M: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over GROUP / PARTS query heads of each KV head. q and k are rotated already."""
+    """dk and dv, summed over GROUP / PARTS query heads of each KV head. q and k are rotated already.
+
+    ends_ptr: where the document of each position ends; None where there are no documents.
+    """
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     do_strides = in_elements(strides[0], UNIT)
     q_strides = in_elements(strides[1], UNIT)
@@ -226,20 +246,27 @@ def attention_dkdv_kernel(
     kv_head = pair % num_kv_heads
 
     k_pos = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_keys = k_pos < num_keys
+    # rows past the last key repeat it, as those of the dq kernel do
+    row = tl.minimum(k_pos, num_keys - 1)
     k_element, k_in_head = head_columns(HEAD_DIM, ROTARY_DIM)
     v_element, v_in_head = head_columns(HEAD_DIM)
-    k_ok = in_keys[:, None] & k_in_head[None, :]
-    v_ok = in_keys[:, None] & v_in_head[None, :]
-    k_row = row_offset(batch, kv_head, k_pos, k_strides)
-    v_row = row_offset(batch, kv_head, k_pos, v_strides)
-    k = tl.load(k_ptr + k_row[:, None] + k_element[None, :], mask=k_ok, other=0.0)
-    v = tl.load(v_ptr + v_row[:, None] + v_element[None, :], mask=v_ok, other=0.0)
+    k_ptrs = k_ptr + k_element[None, :] + row_offset(batch, kv_head, row, k_strides)[:, None]
+    v_ptrs = v_ptr + v_element[None, :] + row_offset(batch, kv_head, row, v_strides)[:, None]
+    k = load_tile(k_ptrs, None, k_in_head[None, :], False, head_block(HEAD_DIM, ROTARY_DIM) != HEAD_DIM)
+    v = load_tile(v_ptrs, None, v_in_head[None, :], False, head_block(HEAD_DIM) != HEAD_DIM)
 
     offset = num_keys - num_queries
     last_key = tl.minimum(block * BLOCK_N + BLOCK_N, num_keys) - 1
-    edges, interior = query_spans(block * BLOCK_N, last_key, window, offset, num_queries, EDGE_Q, BLOCK_Q)
-    lse_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
+    limits = None
+    if ends_ptr is not None:
+        ends_ptr += batch.to(tl.int64) * num_keys
+        limits = (k_pos[:, None] - offset, end_of(k_pos, window, num_keys, ends_ptr)[:, None] - offset)
+    edges, interior = query_spans(
+        block * BLOCK_N, last_key, window, offset, num_queries, EDGE_Q, BLOCK_Q, num_keys, ends_ptr
+    )
+    if ends_ptr is not None:
+        offset = 0  # limits count queries: with an addition in the loop, all features at once would spill on sm_90
+    pivot_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
     delta_ptr += batch.to(tl.int64) * num_kv_heads * GROUP * num_queries
     dk = tl.zeros((BLOCK_N, head_block(HEAD_DIM, ROTARY_DIM)), dtype=WIDE)
     dv = tl.zeros((BLOCK_N, head_block(HEAD_DIM)), dtype=WIDE)
@@ -247,12 +274,14 @@ def attention_dkdv_kernel(
     for pack in range(GROUP // PACK // PARTS):
         first_head = kv_head * GROUP + (part * (GROUP // PACK // PARTS) + pack) * PACK
         state = _add_dkdv(
-            state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, edges,
-            num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, EDGE_Q, PRECISION, True,
+            state, k, v, k_pos, do_ptr, q_ptr, pivot_ptr, delta_ptr, do_strides, q_strides, batch, first_head, edges,
+            num_queries, offset, window, limits, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, EDGE_Q, PRECISION,
+            True,
         )  # fmt: skip
         state = _add_dkdv(
-            state, k, v, k_pos, do_ptr, q_ptr, lse_ptr, delta_ptr, do_strides, q_strides, batch, first_head, interior,
-            num_queries, offset, window, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, BLOCK_Q, PRECISION, False,
+            state, k, v, k_pos, do_ptr, q_ptr, pivot_ptr, delta_ptr, do_strides, q_strides, batch, first_head, interior,
+            num_queries, offset, window, limits, scale_log2, cap_scale, HEAD_DIM, ROTARY_DIM, PACK, BLOCK_Q, PRECISION,
+            False,
         )  # fmt: skip
     dk, dv = state
     dk *= scale
@@ -267,8 +296,8 @@ def attention_dkdv_kernel(
         dv_ptr += part.to(tl.int64) * part_stride
     dk_row = row_offset(batch, kv_head, k_pos, dk_strides)
     dv_row = row_offset(batch, kv_head, k_pos, dv_strides)
-    tl.store(dk_ptr + dk_row[:, None] + k_element[None, :], dk.to(dk_ptr.dtype.element_ty), mask=k_ok)
-    tl.store(dv_ptr + dv_row[:, None] + v_element[None, :], dv.to(dv_ptr.dtype.element_ty), mask=v_ok)
+    tl.store(dk_ptr + k_element[None, :] + dk_row[:, None], dk.to(dk_ptr.dtype.element_ty), mask=k_ok)
+    tl.store(dv_ptr + v_element[None, :] + dv_row[:, None], dv.to(dv_ptr.dtype.element_ty), mask=v_ok)
 
 
 def attend_backward(
@@ -290,7 +319,7 @@ def attend_backward(
         grad_out = grad_out.contiguous()
     if grad_lse is not None:
         grad_lse = grad_lse.to(lse.dtype).contiguous()
-    delta = torch.empty_like(lse)
+    pivot, delta = torch.empty_like(lse), torch.empty_like(lse)
     cos, sin, rotary_dim = rotary_tables(rope)
     to_dq, to_dk, to_dv, separate = dq, dk, dv, False
     q_rotated = q
@@ -301,6 +330,7 @@ def attend_backward(
         k, v, to_dk, to_dv = (x[:, :, first:] for x in (k, v, dk, dv))
         cos, sin, S = cos[first:], sin[first:], S - first
         k, _ = rotate(k, None, cos, sin)
+        starts = starts_from(starts, first)
         # Halves that pad to a wider tile, 48 of 128 elements to 64: a rotation before and one after cost less
         separate = head_block(D, rotary_dim) > head_block(D)
         if separate:
@@ -308,6 +338,8 @@ def attend_backward(
             q_rotated, tables, cos, sin, rotary_dim = q, (cos, sin), None, None, 0
         else:
             q_rotated = torch.empty_like(q)
+    starts = None if starts is None else starts.contiguous()
+    ends = None if starts is None else document_ends(starts)
     arch = tile_configs.architecture(q.device)
     by_row = configs[0] or tile_configs.tile_config("dq", D, q.dtype, arch)
     by_key = configs[1] or tile_configs.tile_config("dkdv", D, q.dtype, arch)
@@ -327,12 +359,12 @@ def attend_backward(
     key_unit, key_strides = strides_of(grad_out, q_rotated, k, v, dk_part, dv_part)
     with torch.cuda.device_of(q):
         attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.BLOCK_M // pack),)](
-            grad_out, q, k, v, out, lse, grad_lse, cos, sin, to_dq, delta, q_rotated, row_strides, *scalars,
+            grad_out, q, k, v, out, lse, grad_lse, cos, sin, starts, to_dq, pivot, delta, q_rotated, row_strides, *scalars,
             **shape, PACK=pack, UNIT=row_unit, **by_row._asdict(),
         )  # fmt: skip
         attention_dkdv_kernel[(key_programs * parts,)](
-            grad_out, q_rotated, k, v, lse, delta, cos, sin, dk_part, dv_part, key_strides, to_dk.numel(), *scalars,
-            **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, **by_key._asdict(),
+            grad_out, q_rotated, k, v, pivot, delta, cos, sin, ends, dk_part, dv_part, key_strides, to_dk.numel(),
+            *scalars, **shape, PACK=key_pack, UNIT=key_unit, PARTS=parts, **by_key._asdict(),
         )  # fmt: skip
     if parts > 1:
         to_dk.copy_(wide[0].sum(0))
@@ -345,6 +377,13 @@ def attend_backward(
         weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # what the sink takes of each row
         dsinks = (weight * delta).sum((0, 2)).neg().to(sinks.dtype)
     return dq, dk, dv, dsinks
+
+
+def document_ends(starts):
+    """For each position the end of its document, (B, S) int32, from `starts`. On the device, without waiting for it."""
+    position = torch.arange(starts.shape[1], dtype=starts.dtype, device=starts.device)
+    # starts do not decrease: those that are not past a position belong to its document or to one before it
+    return torch.searchsorted(starts, position.expand_as(starts).contiguous(), right=True, out_int32=True)
 
 
 def head_parts(programs, packs, processors):

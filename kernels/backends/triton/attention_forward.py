@@ -18,6 +18,7 @@ from .tiles import (
     LN_2,
     LOG2_E,
     attend_tiles,
+    first_of,
     head_block,
     head_columns,
     in_elements,
@@ -25,6 +26,7 @@ from .tiles import (
     load_rotated,
     packed_heads,
     packed_rows,
+    partial_sums,
     row_offset,
     row_program,
     softmax_scales,
@@ -35,13 +37,14 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_kv_heads", "window"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cos_ptr, sin_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cos_ptr, sin_ptr, starts_ptr,
     strides,  # of q, k, v, out: of batch, head, position, in units of UNIT elements; the last stride is 1
     num_queries, num_keys, num_kv_heads, window, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """k is rotated already, q is rotated here. sinks_ptr and cap_scale are None where there are none."""
+    """k is rotated already, q is rotated here. sinks_ptr, starts_ptr and cap_scale are None where there are none."""
     WIDE: tl.constexpr = wide_dtype(q_ptr.dtype.element_ty)
     q_strides = in_elements(strides[0], UNIT)
     k_strides = in_elements(strides[1], UNIT)
@@ -52,30 +55,36 @@ def attention_forward_kernel(
     query, head = packed_rows(block * BLOCK_Q, first_head, PACK, BLOCK_M)
     offset = num_keys - num_queries
     q_pos = query + offset
-    in_queries = query < num_queries
     element, in_head = head_columns(HEAD_DIM)
-    ok = in_queries[:, None] & in_head[None, :]
-    q_row = row_offset(batch, head, query, q_strides)
-    q = load_rotated(q_ptr + q_row[:, None], element[None, :], ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
+    in_columns = in_head[None, :] if head_block(HEAD_DIM) != HEAD_DIM else None
+    # rows past the last query repeat it, and are not stored: a load without a mask needs no zeros
+    row = tl.minimum(query, num_queries - 1)
+    q_row = row_offset(batch, head, row, q_strides)[:, None]
+    q = load_rotated(q_ptr, q_row, element[None, :], in_columns, (row + offset)[:, None], cos_ptr, sin_ptr, ROTARY_DIM)
 
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     first_pos = block * BLOCK_Q + offset
     last_pos = tl.minimum(first_pos + BLOCK_Q, num_keys) - 1
-    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N)
+    limits = None
+    if starts_ptr is not None:
+        starts_ptr += batch.to(tl.int64) * num_keys
+        limits = (first_of(q_pos, window, num_keys, starts_ptr)[:, None], q_pos[:, None] + 1)
+    edges, interior = key_spans(first_pos, last_pos, window, EDGE_N, BLOCK_N, num_keys, starts_ptr)
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
-    row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
+    row_sum = tl.zeros((BLOCK_M, SUMS), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
     state = (acc, row_sum, row_max)
     state = attend_tiles(
-        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, None, None, window, scale_log2,
-        cap_scale, HEAD_DIM, EDGE_N, PRECISION, True,
+        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, None, None, window, limits,
+        scale_log2, cap_scale, HEAD_DIM, EDGE_N, PRECISION, True,
     )  # fmt: skip
     state = attend_tiles(
-        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, None, None, window, scale_log2,
-        cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
+        state, q, q_pos, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, None, None, window, limits,
+        scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
+    row_sum = tl.sum(row_sum, 1)
 
     has_keys = row_sum != 0  # true of NaN, which lse must not hide
     lse_log2 = tl.where(has_keys, row_max * scale_log2 + tl.log2(row_sum), float("-inf"))
@@ -88,15 +97,22 @@ def attention_forward_kernel(
         lse_log2 = with_sink
 
     lse_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_queries + query
+    in_queries = query < num_queries
     tl.store(lse_ptr + lse_row, lse_log2 * LN_2, mask=in_queries)
     out_row = row_offset(batch, head, query, out_strides)
     out = (acc * norm[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + out_row[:, None] + element[None, :], out, mask=ok)
+    ok = in_queries[:, None] & in_head[None, :]
+    tl.store(out_ptr + element[None, :] + out_row[:, None], out, mask=ok)
 
 
 def first_key(T, S, window):
     """The first key that any of T queries sees: what lies before it need not be rotated."""
     return 0 if window is None else max(0, S - T - window + 1)
+
+
+def starts_from(starts, first):
+    """`starts` of the positions from `first` on, counted from there."""
+    return starts if starts is None or first == 0 else (starts[:, first:] - first).clamp_(min=0)
 
 
 def attend(
@@ -120,6 +136,8 @@ def attend(
         first = first_key(T, S, window)
         k, v, cos, sin, S = k[:, :, first:], v[:, :, first:], cos[first:], sin[first:], S - first
         k, _ = rotate(k, None, cos, sin)
+        starts = starts_from(starts, first)
+    starts = None if starts is None else starts.contiguous()
     arch = tile_configs.architecture(q.device)
     config = config or tile_configs.tile_config("forward", D, q.dtype, arch)
     pack = packed_heads(group, config.BLOCK_M)
@@ -127,9 +145,9 @@ def attend(
     unit, strides = strides_of(q, k, v, out)
     with torch.cuda.device_of(q):
         attention_forward_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, config.BLOCK_M // pack),)](
-            q, k, v, out, lse, sinks, cos, sin, strides,
+            q, k, v, out, lse, sinks, cos, sin, starts, strides,
             T, S, Hkv, S if window is None else min(window, S), scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack, UNIT=unit,
-            PRECISION=tile_configs.dot_precision(q.dtype, arch), **config._asdict(),
+            SUMS=partial_sums(config), PRECISION=tile_configs.dot_precision(q.dtype, arch), **config._asdict(),
         )  # fmt: skip
     return out, lse if with_lse else lse.new_empty(0)

@@ -35,6 +35,7 @@ import triton.language as tl
 from . import tile_configs
 from .rope import rotary_tables
 from .tiles import (
+    LN_2,
     LOG2_E,
     attend_tiles,
     head_block,
@@ -77,11 +78,11 @@ def append_kernel(
     element, in_head = head_columns(HEAD_DIM)
     # positions below 0 are padding
     ok = (in_rows & (position >= 0))[:, None] & in_head[None, :]
-    k_rows = k_ptr + row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
+    k_row = row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
     v_rows = v_ptr + row_offset(batch, head, token, in_elements(strides[1], UNIT))[:, None]
     k_slots = k_cache_ptr + row_offset(batch, head, slot, in_elements(strides[2], UNIT))[:, None]
     v_slots = v_cache_ptr + row_offset(batch, head, slot, in_elements(strides[3], UNIT))[:, None]
-    k = load_rotated(k_rows, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
+    k = load_rotated(k_ptr, k_row, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
     tl.store(k_slots + element[None, :], k, mask=ok)
     tl.store(v_slots + element[None, :], tl.load(v_rows + element[None, :], mask=ok, other=0.0), mask=ok)
 
@@ -90,13 +91,15 @@ def append_kernel(
     do_not_specialize=["num_new", "num_kv_heads", "num_slots", "window", "max_length", "num_positions", "num_splits"]
 )
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr, acc_ptr, max_ptr, sum_ptr,
     strides,  # of q, k, v, out: of batch, head, position or slot, in units of UNIT elements; the last stride is 1
     num_new, num_kv_heads, num_slots, window, max_length, num_positions, num_splits, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one row block, into out, or if acc_ptr is not None, into (rows, num_splits, HEAD_DIM).
+
+    lse_ptr is None where nobody needs lse.
 
     NaN, since the host has not seen lengths: for rows longer than max_length, whose ring has overwritten what they see,
     and for queries whose position is past the num_positions rows of the tables.
@@ -122,10 +125,10 @@ def decode_kernel(
     q_pos = offset + token
     element, in_head = head_columns(HEAD_DIM)
     ok = in_rows[:, None] & in_head[None, :]
-    q_rows = q_ptr + row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
+    q_row = row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
     # positions below 0 are padding, and have no angles
     q_ok = ok & (q_pos >= 0)[:, None]
-    q = load_rotated(q_rows, element[None, :], q_ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
+    q = load_rotated(q_ptr, q_row, element[None, :], q_ok, q_pos[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
 
     first_pos = offset + first_row // GROUP
     last_pos = offset + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // GROUP
@@ -143,7 +146,7 @@ def decode_kernel(
     interior = (full_begin, full_end, full_end, (full_end - full_begin) // BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, head_block(HEAD_DIM)), dtype=WIDE)
-    row_sum = tl.zeros((BLOCK_M,), dtype=WIDE)
+    row_sum = tl.zeros((BLOCK_M, 1), dtype=WIDE)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=WIDE)
     if sinks_ptr is not None:
         # the sink is a key without a value, which the first part has seen before all others
@@ -156,21 +159,25 @@ def decode_kernel(
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
     state = attend_tiles(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, oldest % num_slots,
-        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
+        num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
     state = attend_tiles(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, oldest % num_slots,
-        num_slots, window, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
+        num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = state
+    row_sum = tl.sum(row_sum, 1)
 
+    out_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_new + token
     if acc_ptr is None:
         # a row that saw nothing has acc = 0; NaN is a sum, too
         out = acc / tl.where(row_sum != 0, row_sum, 1.0)[:, None]
         out_rows = out_ptr + row_offset(batch, head, token, in_elements(strides[3], UNIT))[:, None]
         tl.store(out_rows + element[None, :], out.to(out_ptr.dtype.element_ty), mask=ok)
+        if lse_ptr is not None:
+            lse_log2 = tl.where(row_sum != 0, row_max * scale_log2 + tl.log2(row_sum), float("-inf"))
+            tl.store(lse_ptr + out_row, lse_log2 * LN_2, mask=in_rows)
     else:
-        out_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_new + token
         partial = out_row * num_splits + split
         tl.store(max_ptr + partial, row_max * scale_log2, mask=in_rows)
         tl.store(sum_ptr + partial, row_sum, mask=in_rows)
@@ -179,7 +186,7 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["num_new", "num_heads", "num_splits"])
 def combine_kernel(
-    acc_ptr, max_ptr, sum_ptr, out_ptr, out_strides, num_new, num_heads, num_splits,
+    acc_ptr, max_ptr, sum_ptr, out_ptr, lse_ptr, out_strides, num_new, num_heads, num_splits,
     HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one row, BLOCK_S at a time: the online softmax again, with a part in the place of a key."""
@@ -209,6 +216,9 @@ def combine_kernel(
     head = row // num_new % num_heads
     out_row = row_offset(row // (num_new * num_heads), head, token, out_strides)
     tl.store(out_ptr + out_row + element, out.to(out_ptr.dtype.element_ty), mask=in_head)
+    if lse_ptr is not None:
+        lse_log2 = tl.where(row_sum != 0, row_max + tl.log2(row_sum), float("-inf"))
+        tl.store(lse_ptr + row + tl.arange(0, 1), lse_log2 * LN_2)
 
 
 def append(k, v, k_cache, v_cache, lengths, *, rope=None):
@@ -231,11 +241,11 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
 
 def attend_to_cache(
     q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None,
-    config=None, num_splits=None,
+    config=None, num_splits=None, lse=None,
 ):  # fmt: skip
     """`sliding_gqa_decode`: one launch, or two if the keys are split.
 
-    config, num_splits: in place of the table's DecodeTile and of what `split_count` says.
+    config, num_splits: in place of the table's DecodeTile and of what `split_count` says. lse (B, Hq, T) is written to.
     """
     B, Hq, T, D = q.shape
     Hkv, C = k_cache.shape[1], k_cache.shape[2]
@@ -262,7 +272,7 @@ def attend_to_cache(
     unit, strides = strides_of(q, k_cache, v_cache, out)
     with torch.cuda.device_of(q):
         decode_kernel[(programs * num_splits,)](
-            q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, out, acc, maxima, sums,
+            q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, out, lse, acc, maxima, sums,
             strides,
             T, Hkv, C, C if window is None else window, C if window is None else 2**31 - 1, num_positions, num_splits,
             scale_log2, cap_scale,
@@ -272,7 +282,7 @@ def attend_to_cache(
         )  # fmt: skip
         if num_splits > 1:
             combine_kernel[(B * Hq * T,)](
-                acc, maxima, sums, out, out.stride()[:3], T, Hq, num_splits, HEAD_DIM=D, BLOCK_S=COMBINE_SPLITS,
+                acc, maxima, sums, out, lse, out.stride()[:3], T, Hq, num_splits, HEAD_DIM=D, BLOCK_S=COMBINE_SPLITS,
                 num_warps=8, num_stages=1,
             )  # fmt: skip
     return out

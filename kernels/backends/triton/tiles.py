@@ -123,30 +123,61 @@ def row_offset(batch, head, position, strides):
 
 
 @triton.jit
-def key_spans(first_pos, last_pos, window, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr):
+def first_of(position, left, num_positions=None, starts_ptr=None):
+    """The first of the `left` positions up to `position`, as far as they are in its document.
+
+    starts_ptr: where the document of each of num_positions begins; None where there are none.
+    """
+    first = position - left + 1
+    if starts_ptr is not None:
+        # a position is in its own document: no value of starts may lead a walk out of the tensors
+        start = tl.load(starts_ptr + tl.minimum(position, num_positions - 1))
+        first = tl.maximum(first, tl.minimum(start, position))
+    return first
+
+
+@triton.jit
+def end_of(position, right, num_positions=None, ends_ptr=None):
+    """Where the `right` positions from `position` on end, as far as they are in its document; see `first_of`."""
+    end = position + right
+    if ends_ptr is not None:
+        past = tl.load(ends_ptr + tl.minimum(position, num_positions - 1))
+        end = tl.minimum(end, tl.maximum(past, position + 1))
+    return end
+
+
+@triton.jit
+def key_spans(
+    first_pos, last_pos, window, EDGE_N: tl.constexpr, BLOCK_N: tl.constexpr, num_keys=None, starts_ptr=None
+):  # fmt: skip
     """The keys that queries first_pos .. last_pos need, as two walks: (edges, interior). See `walk_start`.
 
     The interior is whole tiles of BLOCK_N that every query sees, the edges are tiles of EDGE_N to the left and to the
-    right of it. Needed is the union over the queries, unmasked their intersection.
+    right of it. Needed is the union over the queries, unmasked their intersection. What a query sees begins and ends
+    no earlier than for the query before it, also with documents: so the first and the last query say both.
     """
-    begin = tl.maximum(first_pos - window + 1, 0) // EDGE_N * EDGE_N
+    begin = tl.maximum(first_of(first_pos, window, num_keys, starts_ptr), 0) // EDGE_N * EDGE_N
     end = (last_pos // EDGE_N + 1) * EDGE_N
-    full_begin = tl.minimum(tl.cdiv(tl.maximum(last_pos - window + 1, 0), EDGE_N) * EDGE_N, end)
+    past_begin = tl.maximum(first_of(last_pos, window, num_keys, starts_ptr), 0)
+    full_begin = tl.minimum(tl.cdiv(past_begin, EDGE_N) * EDGE_N, end)
     full_end = tl.maximum((first_pos + 1) // EDGE_N * EDGE_N, full_begin)
     return _spans(begin, full_begin, full_end, end, EDGE_N, BLOCK_N)
 
 
 @triton.jit
-def query_spans(first_key, last_key, window, offset, num_queries, EDGE_Q: tl.constexpr, BLOCK_Q: tl.constexpr):
+def query_spans(
+    first_key, last_key, window, offset, num_queries, EDGE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, num_keys=None,
+    ends_ptr=None,
+):  # fmt: skip
     """The transpose of `key_spans`: the queries that see keys first_key .. last_key. offset: the position of query 0.
 
     A tile that runs past the last query is an edge, so that the interior's loads need no mask either.
     """
     begin = tl.maximum(first_key - offset, 0) // EDGE_Q * EDGE_Q
-    past_last = tl.maximum(tl.minimum(last_key + window - offset, num_queries), 0)
+    past_last = tl.maximum(tl.minimum(end_of(last_key, window, num_keys, ends_ptr) - offset, num_queries), 0)
     end = tl.maximum(tl.cdiv(past_last, EDGE_Q) * EDGE_Q, begin)
     full_begin = tl.minimum(tl.cdiv(tl.maximum(last_key - offset, 0), EDGE_Q) * EDGE_Q, end)
-    past_full = tl.maximum(tl.minimum(first_key + window - offset, num_queries), 0)
+    past_full = tl.maximum(tl.minimum(end_of(first_key, window, num_keys, ends_ptr) - offset, num_queries), 0)
     full_end = tl.maximum(past_full // EDGE_Q * EDGE_Q, full_begin)
     return _spans(begin, full_begin, full_end, end, EDGE_Q, BLOCK_Q)
 
@@ -183,9 +214,17 @@ def walk_step(start, span, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def visible(q_pos, k_pos, window):
-    """Causal sliding window: a query sees the `window` newest keys, its own included."""
-    return (k_pos <= q_pos) & (k_pos > q_pos - window)
+def visible(q_pos, k_pos, window, limits=None, OF_KEYS: tl.constexpr = False):
+    """Causal sliding window: a query sees the `window` newest keys, its own included.
+
+    limits: what documents leave of that, as (first, end) of the keys that each query sees, or OF_KEYS of the queries
+    that see each key. They are made before the loop, so that they cost no instruction in it.
+    """
+    if limits is None:
+        return (k_pos <= q_pos) & (k_pos > q_pos - window)
+    else:
+        position = q_pos if OF_KEYS else k_pos
+        return (position >= limits[0]) & (position < limits[1])
 
 
 @triton.jit
@@ -202,20 +241,23 @@ def load_tile(ptrs, row_ok, column_ok, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def load_rotated(row_ptrs, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, num_positions=None):
-    """Load the elements (1, columns) of rows (rows, 1), each rotated by the angle of its row's position.
+def load_rotated(ptr, row, element, ok, position, cos_ptr, sin_ptr, ROTARY_DIM: tl.constexpr, num_positions=None):
+    """Load the elements (1, columns) of rows that begin at `row` (rows, 1), rotated by the angle of a row's position.
 
     (a, b) -> (a cos - b sin, b cos + a sin) in wide precision, rounded once. The partner of every element is loaded
     beside it: a second read of lines that are in L1 by then, instead of moving elements between threads.
 
-    num_positions: rows of the tables, for positions that the host has not seen: where a table ends, the row is NaN.
+    ok: which of them there are, None for all. num_positions: rows of the tables, for positions that the host has not
+    seen: where a table ends, the row is NaN.
     """
-    x = tl.load(row_ptrs + element, mask=ok, other=0.0)
+    x = load_tile(ptr + element + row, ok, None, ok is not None, False)
     if ROTARY_DIM > 0:
         HALF: tl.constexpr = ROTARY_DIM // 2
         is_first = element < HALF
-        in_pairs = ok & (element < ROTARY_DIM)
-        partner = tl.load(row_ptrs + tl.where(is_first, element + HALF, element - HALF), mask=in_pairs, other=0.0)
+        in_pairs = element < ROTARY_DIM
+        if ok is not None:
+            in_pairs &= ok
+        partner = tl.load(ptr + tl.where(is_first, element + HALF, element - HALF) + row, mask=in_pairs, other=0.0)
         angle = position.to(tl.int64) * HALF + element % HALF
         if num_positions is not None:
             in_table = (position >= 0) & (position < num_positions)
@@ -282,6 +324,7 @@ def tanh(x, ACCURATE: tl.constexpr):
 def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Fold one tile of scores and its values into state = (acc, row_sum, row_max) of the online softmax.
 
+    row_sum (rows, n) is the sums over every n-th column, see `partial_sums`.
     Weights are 2^(scale_log2 * (score - row_max)): the scale costs nothing, since it rides on the subtraction's FMA.
     """
     acc, row_sum, row_max = state
@@ -294,7 +337,9 @@ def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: 
     # Maxima are subtracted before they are scaled, so that the factor is 1 where none has risen. The difference of two
     # products would become one FMA and give the rounding error of the pivot, again and again with every tile
     rescale = tl.exp2((row_max - finite_max) * scale_log2)
-    row_sum = row_sum * rescale + tl.sum(p, 1)
+    SUMS: tl.constexpr = row_sum.shape[1]
+    partial = tl.reshape(p, (p.shape[0], p.shape[1] // SUMS, SUMS))
+    row_sum = row_sum * rescale[:, None] + tl.sum(partial, 1)
     acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
     return acc, row_sum, new_max
 
@@ -308,7 +353,7 @@ def ring_slot(oldest_slot, key, num_slots):
 
 @triton.jit
 def attend_tiles(
-    state, q, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, oldest_slot, num_slots, window,
+    state, q, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, oldest_slot, num_slots, window, limits,
     scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -322,21 +367,21 @@ def attend_tiles(
     if num_slots is None:
         key = start.to(tl.int64) + tl.arange(0, BLOCK_N)
         # pointers are carried, not computed: a 64-bit product a tile costs 10 to 20 instructions
-        k_ptrs = k_ptr + key[None, :] * k_stride + element[:, None]
-        v_ptrs = v_ptr + key[:, None] * v_stride + element[None, :]
+        k_ptrs = k_ptr + element[:, None] + key[None, :] * k_stride
+        v_ptrs = v_ptr + element[None, :] + key[:, None] * v_stride
     for _ in range(span[3]):
         k_pos = start + tl.arange(0, BLOCK_N)
         in_keys = k_pos < num_keys
         if num_slots is not None:
             slot = ring_slot(oldest_slot, k_pos, num_slots).to(tl.int64)
-            k_ptrs = k_ptr + slot[None, :] * k_stride + element[:, None]
-            v_ptrs = v_ptr + slot[:, None] * v_stride + element[None, :]
+            k_ptrs = k_ptr + element[:, None] + slot[None, :] * k_stride
+            v_ptrs = v_ptr + element[None, :] + slot[:, None] * v_stride
         k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
         scores = dot(q, k, None, PRECISION)
         if cap_scale is not None:
             scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
         if MASKED:
-            scores = tl.where(visible(q_pos[:, None], k_pos[None, :], window), scores, float("-inf"))
+            scores = tl.where(visible(q_pos[:, None], k_pos[None, :], window, limits), scores, float("-inf"))
         v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
         state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
         step = walk_step(start, span, BLOCK_N, MASKED)
@@ -362,6 +407,15 @@ def strides_of(*tensors):
 def packed_heads(group, rows):
     """How many heads of a group share a tile of `rows` rows: the largest power of two that divides both."""
     return math.gcd(group & -group, rows)
+
+
+def partial_sums(config):
+    """How many sums of a row are kept apart until its walk is over.
+
+    Where a warp has whole rows, products put every 8th column on the same threads. Then 8 sums need nothing of another
+    thread, in place of two exchanges a row and tile. Where warps share rows, each sum would go through shared memory.
+    """
+    return 8 if config.BLOCK_M >= 16 * config.num_warps else 1
 
 
 def softmax_scales(scale, softcap):
