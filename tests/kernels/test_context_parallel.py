@@ -219,7 +219,7 @@ def test_bytes_are_those_of_the_halo(found):
 
 
 def test_under_autocast_the_halo_travels_in_its_dtype(found):
-    assert [process["autocast"] for process in found] == [["torch.bfloat16", n] for n in (1024, 1024, 1024, 0)]
+    assert [process["autocast"] for process in found] == [["torch.bfloat16", n] for n in (512, 512, 512, 0)]
 
 
 def test_differences_are_refused_in_all_processes_together(found):
