@@ -359,8 +359,8 @@ def attend_backward(
     key_unit, key_strides = strides_of(grad_out, q_rotated, k, v, dk_part, dv_part)
     with torch.cuda.device_of(q):
         attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.BLOCK_M // pack),)](
-            grad_out, q, k, v, out, lse, grad_lse, cos, sin, starts, to_dq, pivot, delta, q_rotated, row_strides, *scalars,
-            **shape, PACK=pack, UNIT=row_unit, **by_row._asdict(),
+            grad_out, q, k, v, out, lse, grad_lse, cos, sin, starts, to_dq, pivot, delta, q_rotated, row_strides,
+            *scalars, **shape, PACK=pack, UNIT=row_unit, **by_row._asdict(),
         )  # fmt: skip
         attention_dkdv_kernel[(key_programs * parts,)](
             grad_out, q_rotated, k, v, pivot, delta, cos, sin, ends, dk_part, dv_part, key_strides, to_dk.numel(),
