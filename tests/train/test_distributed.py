@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from model import GPT, CharTokenizer, GPTConfig, from_pretrained
-from train import CharDataset, Trainer, TrainerConfig
+from train import CharDataset, Trainer, TrainerConfig, optim
 from train.__main__ import main
 from train.checkpoint import checkpoints, damage
 from train.data import training_batches
@@ -130,6 +130,18 @@ def run_processes(directory, *runs, processes=2):
 def runs(tmp_path_factory):
     """The directory of all runs, and in moved/ of those that went on from 2 processes to 1 to 2."""
     directory = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "fast_precision", fp32)
+        _train_all(directory)
+    return directory
+
+
+def fp32(device):
+    """In place of train.optim's: Muon in bf16 would round the processes' gradients apart by more than is compared."""
+    return "fp32", "losses are compared"
+
+
+def _train_all(directory):
     for name in RUNS:
         if name.startswith("one"):
             trainer_of(directory, name).train()
@@ -140,7 +152,6 @@ def runs(tmp_path_factory):
         assert alone.step == 5
         stop_at(alone, 8)
     run_processes(directory, *(f"{name}+" for name in MOVED))
-    return directory
 
 
 def measured(run, name):
@@ -271,6 +282,7 @@ def test_the_command_prints_everything_once_and_sigterm_to_torchrun_saves(text, 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    optim.fast_precision = fp32
     for run in sys.argv[2:]:
         name, _, step = run.rstrip("+").partition("@")
         trainer = trainer_of(Path(sys.argv[1]), name, resume=run.endswith("+"))
