@@ -52,11 +52,7 @@ def sliding_gqa_attention(
     natural log of the sum of exponentials, (B, Hq, T) fp32, sinks included. Dropout is not offered. Under autocast the
     inputs are cast to its dtype. Raises ValueError for shapes, dtypes, devices or strides it cannot take.
     """
-    check_tensor("q", q, q)
-    dtype = autocast_dtype(q.device.type)
-    if dtype is not None and q.dtype != torch.float64:
-        check_tensor("k", k, k), check_tensor("v", v, v)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = autocast_inputs(q, k, v)
     check_heads(q, k, v, "k", "v")
     window, right = check_window(window)
     scale, softcap = check_options(q, scale, softcap, sinks)
@@ -99,6 +95,16 @@ def sliding_gqa_attention(
     else:
         out, lse = OPERATORS.attention_forward(*arguments, name, with_lse)
     return (out, lse) if return_lse else out
+
+
+def autocast_inputs(q, k, v):
+    """q, k and v in the dtype of an autocast that is under way, fp64 excepted."""
+    check_tensor("q", q, q)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None and q.dtype != torch.float64:
+        check_tensor("k", k, k), check_tensor("v", v, v)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
 
 
 library.define(

@@ -9,6 +9,7 @@ heads of size D for queries, Hkv for keys and values.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
 
@@ -49,6 +50,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.fused_kernels, self.backend = fused_kernels, backend
         self.rope, self.masks = rope, masks  # shared by all layers
+        self.attend, self.parts = sliding_gqa_attention, 1  # GPT.split_sequences sets both
         # query, key and value projections of all heads, in one matrix
         self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
         self.proj = nn.Linear(config.d_model, config.d_model)
@@ -60,11 +62,11 @@ class Attention(nn.Module):
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, Hq, T, D), a view
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
-        rope = None if self.rope is None else self.rope(T if cache is None else cache.columns, x.device)
+        rope = None if self.rope is None else self.rope(T * self.parts if cache is None else cache.columns, x.device)
         if cache is not None:
             out = self.attend_to_cache(q, k, v, rope, cache)
         elif self.fused_kernels and not (self.training and self.dropout):
-            out = sliding_gqa_attention(q, k, v, self.window, starts=starts, rope=rope, backend=self.backend)
+            out = self.attend(q, k, v, self.window, starts=starts, rope=rope, backend=self.backend)
         else:
             dropout = self.dropout if self.training else 0.0
             out = sdpa_attention(q, k, v, self.window, rope, self.masks, dropout, mask)
@@ -137,6 +139,7 @@ class GPT(nn.Module):
                 self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights(seed)
         self._warned_of_dropout = False
+        self.group, self.part, self.parts = None, 0, 1
 
     def init_weights(self, seed=None):
         """GPT-2's initialisation: N(0, 0.02), divided by sqrt(2 n_layer) for the output of a branch; biases 0.
@@ -177,8 +180,13 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1)
 
     def last_logits(self, tokens):
-        """The logits (B, V) after the last of tokens (B, T); those of other positions are not computed."""
-        return self._head(self._blocks(tokens)[:, -1])
+        """The logits (B, V) after the last of tokens (B, T), whole sequences; others are not computed."""
+        group = self.group
+        try:
+            self.split_sequences(None)
+            return self._head(self._blocks(tokens)[:, -1])
+        finally:
+            self.split_sequences(group)
 
     def _blocks(self, tokens, cache=None, starts=None):
         """The output of the last block, (B, T, C)."""
@@ -187,10 +195,10 @@ class GPT(nn.Module):
             self._check_starts(tokens, cache, starts)
         if cache is not None:
             cache.advance(T, self.config)
-        elif self.config.positions == "learned" and T > self.config.context_length:
+        elif self.config.positions == "learned" and T * self.parts > self.config.context_length:
             raise ValueError(
-                f"tokens has {T} positions, but the model learned {self.config.context_length} (context_length): "
-                "shorten them, or train with rotary positions"
+                f"tokens has {T * self.parts} positions, but the model learned {self.config.context_length} "
+                "(context_length): shorten them, or train with rotary positions"
             )
         self._warn_of_dropout()
         x = self.wte(tokens)  # (B, T, C)
@@ -206,7 +214,7 @@ class GPT(nn.Module):
         if cache is not None:
             raise ValueError("starts and a cache: the rows of a cache are one document each, leave out one of the two")
         check_starts(starts, tokens, tokens.shape[1])
-        if starts.is_cpu and not torch.compiler.is_compiling():
+        if starts.is_cpu and self.parts == 1 and not torch.compiler.is_compiling():
             check_starts_values(starts)
 
     def _document_masks(self, T, starts):
@@ -222,10 +230,11 @@ class GPT(nn.Module):
 
     def _position_vectors(self, T, cache, starts):
         """The learned vectors of the call's positions: (T, C), or (B, T, C) where rows differ: a cache or documents."""
+        first = T * self.part
         if starts is not None:
-            return self.wpe(torch.arange(T, device=starts.device) - starts)
+            return self.wpe(torch.arange(first, first + T, device=starts.device) - starts)
         if cache is None:
-            return self.wpe.weight[:T]
+            return self.wpe.weight[first : first + T]
         return self.wpe(cache.positions(T).clamp(min=0))  # padding has negative positions; no query sees it
 
     def _warn_of_dropout(self):
@@ -236,6 +245,26 @@ class GPT(nn.Module):
                 "kernels have no dropout (evaluation and sampling use them; so does training with dropout=0)",
                 stacklevel=3,
             )
+
+    def split_sequences(self, group=None):
+        """From now on, each process of a torch.distributed group passes its part of every sequence to `forward`.
+
+        The parts are equal and in the order of the ranks. `forward` gives a part's logits and mean loss, its starts are
+        those of the whole sequence, and all processes must call it, and backward. None: whole sequences again, as they
+        always are with a cache. Raises ValueError for a model without the fused kernels or with dropout, and in a
+        process outside the group.
+        """
+        attend, part, parts = sliding_gqa_attention, 0, 1
+        if group is not None:
+            if not self.fused_kernels or self.config.dropout:
+                raise ValueError("sequences can be split in the fused kernels only, and they have no dropout")
+            from kernels.context_parallel import context_parallel_attention, place_in  # torch.distributed is optional
+
+            _, part, parts = place_in(group)
+            attend = functools.partial(context_parallel_attention, group=group)
+        self.group, self.part, self.parts = group, part, parts
+        for block in self.blocks:
+            block.attn.attend, block.attn.parts = attend, self.parts
 
     def set_window(self, window, pattern=None):
         """Change the window of a trained model (None = all earlier keys), and the pattern of layers that have it.

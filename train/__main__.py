@@ -110,7 +110,7 @@ def prepare(run: RunConfig, config: TrainerConfig, command: str, stated: set[str
     device = resolve_device(local_device(config.parallel, config.device))
     use_fast_products(device)
     # rank 0 checks, and all processes stop or none: one that went on would wait for the others
-    processes = join_processes(config.parallel, device)
+    processes = join_processes(config.parallel, device, config.context_parallel)
     processes.run_on_main(refuse_if_written, config.out_dir)
     processes.run_on_main(check_run_directory, config.out_dir, config.resume)
     backend = attention_backend(device, run.fused_kernels, run.backend)
@@ -252,7 +252,8 @@ def _first_lines(run, trainer, backend, data, estimate):
     if config.parallel != "none":
         processes = trainer.processes
         part = f"{processes.local_batch_size(config.batch_size)} of {config.batch_size} examples of a batch each"
-        yield "parallel", f"{config.parallel}, {processes.world_size} processes, {part}"
+        parts = "" if processes.context == 1 else f", 1 of {processes.context} parts of their tokens"
+        yield "parallel", f"{config.parallel}, {processes.world_size} processes, {part}{parts}"
     if trainer.resumed_from is not None:
         yield "resume", f"from {trainer.resumed_from}, step {trainer.step:,} of {trainer.total_steps:,}"
     elif config.resume:

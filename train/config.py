@@ -43,7 +43,7 @@ GROUPS = {
     "final_tokens weight_decay betas grad_clip ema_decay overfit_one_batch",
     "what is measured and saved": "eval_every eval_examples sample_tokens log_every tensorboard save_every "
     "save_every_minutes keep_checkpoints",
-    "machine": "device precision compile activation_checkpointing parallel num_workers seed",
+    "machine": "device precision compile activation_checkpointing parallel context_parallel num_workers seed",
 }
 
 
@@ -89,6 +89,7 @@ class TrainerConfig:
     parallel: Literal["none", "ddp", "fsdp"] = option(
         "none", "under torchrun: all weights in each process, or shards", True
     )
+    context_parallel: int = option(1, "processes that share each sequence, every one an equal part of its tokens", True)
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)", True)
     seed: int = option(0, "random seed of the initial weights, the order of the examples and the dropout")
     num_workers: int = option(0, "processes that load items of data sets without a batch method", True)
@@ -114,7 +115,7 @@ class TrainerConfig:
         check_values(self)
         at_least = {
             1: "batch_size grad_accumulation max_steps max_epochs final_tokens eval_every eval_examples save_every "
-            "log_every keep_checkpoints",
+            "log_every keep_checkpoints context_parallel",
             0: "warmup_steps warmup_tokens weight_decay num_workers seed sample_tokens",
         }
         for least, names in at_least.items():
@@ -136,6 +137,9 @@ class TrainerConfig:
             raise ValueError(f"grad_clip is {self.grad_clip}, wanted a norm above 0, or None for no clipping")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas is {self.betas}, wanted two numbers from 0 to below 1")
+        if self.context_parallel > 1 and (self.parallel == "none" or self.compile):
+            reason = "needs parallel ddp or fsdp" if self.parallel == "none" else "and compile exclude each other"
+            raise ValueError(f"context_parallel {self.context_parallel} {reason}")
         if self.resume and self.out_dir is None:
             raise ValueError("resume needs a run directory: name it with --out-dir")
         if self.warmup_steps is not None and self.warmup_tokens is not None:

@@ -6,9 +6,10 @@ ddp     every process holds all weights; the gradients are averaged (Distributed
 fsdp    every process holds a shard of weights, gradients and optimizer state; a block is gathered when it is needed
         (fully_shard)
 
-Each process takes an equal part of every batch, so a run has the same losses, up to rounding, for any number of
-processes. Checkpoints hold full tensors by name, so any number of processes can resume them. gloo sends CPU tensors,
-NCCL sends GPU tensors.
+Each process takes an equal part of every batch, and with context_parallel n of them share the tokens of each of its
+sequences (kernels/context_parallel.py). So a run has the same losses, up to rounding, for any number of processes.
+Checkpoints hold full tensors by name, so any number of processes can resume them. gloo sends CPU tensors, NCCL sends
+GPU tensors.
 """
 
 import contextlib
@@ -38,8 +39,8 @@ def local_device(parallel: str, name: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 
-def join_processes(parallel: str, device: torch.device) -> "Processes":
-    """Joins torchrun's process group, or uses the one that exists. Raises ValueError if `parallel` does not fit it."""
+def join_processes(parallel: str, device: torch.device, context_parallel: int = 1) -> "Processes":
+    """Joins torchrun's process group, or uses the one that exists. Raises ValueError if the arguments do not fit it."""
     started = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     if parallel == "none":
         if started > 1:
@@ -51,27 +52,58 @@ def join_processes(parallel: str, device: torch.device) -> "Processes":
                 f"parallel {parallel} needs processes: torchrun --nproc-per-node 2 -m train --parallel {parallel} ..."
             )
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Processes(parallel, dist.get_rank(), dist.get_world_size())
+    world_size = dist.get_world_size()
+    if world_size % context_parallel:
+        raise ValueError(
+            f"context_parallel is {context_parallel}, which does not divide the {world_size} processes: change one"
+        )
+    return Processes(parallel, dist.get_rank(), world_size, context_parallel)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them (`rank`) sees them. With world_size 1 nothing is sent."""
+    """The processes of a run, as one of them (`rank`) sees them. With world_size 1 nothing is sent.
+
+    They form a mesh of 2 dimensions: a row of `context` neighbours shares its sequences, the rows share the batches.
+    """
 
     parallel: str
     rank: int = 0
     world_size: int = 1
+    context: int = 1
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(this process's row of the mesh, the number of rows)."""
+        return self.rank // self.context, self.world_size // self.context
 
     def local_batch_size(self, batch_size: int) -> int:
         """Examples of a batch that each process takes. Raises ValueError if the parts are not equal."""
-        if batch_size % self.world_size:
+        rows = self.rows[1]
+        if batch_size % rows:
+            sharing = f"{rows} processes" if self.context == 1 else f"{rows} groups of {self.context} processes"
+            raise ValueError(f"batch_size is {batch_size}, which {sharing} cannot share equally: take a multiple")
+        return batch_size // rows
+
+    def require_equal_parts(self, batch_size: int, length: int) -> None:
+        """Raises ValueError unless all processes can have equal parts of such batches and of sequences so long."""
+        self.local_batch_size(batch_size)
+        if length % self.context:
             raise ValueError(
-                f"batch_size is {batch_size}, which {self.world_size} processes cannot share equally: take a multiple"
+                f"context_parallel is {self.context}, which does not divide the context size {length}: change one"
             )
-        return batch_size // self.world_size
+
+    def tokens(self, batch) -> list[torch.Tensor]:
+        """This process's tokens of tensors (B, T), all of which its row has: (B, T / context) each."""
+        number = self.rank % self.context
+        parts = (slice(number * t.shape[1] // self.context, (number + 1) * t.shape[1] // self.context) for t in batch)
+        return [tensor[:, part] for tensor, part in zip(batch, parts, strict=True)]
 
     def distribute(self, model: torch.nn.Module, device: torch.device, compiled: bool = False) -> torch.nn.Module:
         """The module to call in training. Under fsdp, the model's parameters become shards in place."""
+        if self.context > 1:
+            mesh = dist.init_device_mesh(device.type, (self.rows[1], self.context), mesh_dim_names=("data", "context"))
+            model.split_sequences(mesh.get_group("context"))
         if self.parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
 

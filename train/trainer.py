@@ -77,8 +77,8 @@ class Trainer:
             require_tensorboard()
             if config.out_dir is None:
                 raise ValueError("tensorboard needs a run directory to write into: give out_dir")
-        self.processes = join_processes(config.parallel, self.device)
-        self.processes.local_batch_size(config.batch_size)  # raises if the processes cannot share a batch
+        self.processes = join_processes(config.parallel, self.device, config.context_parallel)
+        self.processes.require_equal_parts(config.batch_size, len(train_dataset[0][0]))
         self.train_dataset, self.held_out_dataset = train_dataset, test_dataset
         self.tokenizer = getattr(train_dataset, "tokenizer", None)
 
@@ -192,8 +192,9 @@ class Trainer:
             config.seed,
             first_batch=0 if config.overfit_one_batch else self.step * config.grad_accumulation,
             num_workers=config.num_workers,
-            part=(self.processes.rank, self.processes.world_size),
+            part=self.processes.rows,
         )
+        batches = map(self.processes.tokens, batches)
         return itertools.repeat(next(batches)) if config.overfit_one_batch else batches
 
     def held_out_loss(self) -> float:
@@ -203,17 +204,16 @@ class Trainer:
     @torch.no_grad()
     def _mean_loss(self, dataset, examples):
         self.model.eval()
-        rank, world_size = self.processes.rank, self.processes.world_size
+        row, rows_of_processes = self.processes.rows
         total, counted = torch.zeros((), dtype=torch.float64), 0
         for batch in evaluation_batches(dataset, self.config.batch_size, examples):
             # if the processes cannot share a batch equally, such as the last one, each of them takes all of it
-            rows = len(batch[0])
-            shared = world_size if rows % world_size == 0 else 1
-            part = slice(rank % shared * rows // shared, (rank % shared + 1) * rows // shared)
-            mine = [tensor[part] for tensor in batch]
+            shared = rows_of_processes if len(batch[0]) % rows_of_processes == 0 else 1
+            mine = self.processes.tokens([tensor[row % shared :: shared] for tensor in batch])
             with self._autocast():
                 loss = _loss(self.model, *self._on_device(*mine))
-            total += loss.item() * _targets(mine) * shared  # the mean over the processes follows
+            if targets := _targets(mine):  # the mean over the processes follows
+                total += loss.item() * targets * shared * self.processes.context
             counted += _targets(batch)
         self.model.train()
         return self.processes.mean(total).item() / counted
@@ -225,7 +225,7 @@ class Trainer:
         batch. The run does not change.
         """
         config, found = self.config, []
-        one = [tensor[None] for tensor in self.train_dataset[0]]
+        one = self.processes.tokens([tensor[None] for tensor in self.train_dataset[0]])
         self.model.train()  # with the masks of dropout
         for examples in (1, 2):
             saved = SavedActivations(self.model)
@@ -287,7 +287,8 @@ class Trainer:
         with self.processes.gradient_sync(self.forward, sync):
             with self._autocast():
                 loss = _loss(self.forward, *self._on_device(*batch))
-            loss = loss if weight == 1 else loss * weight
+            if weight != 1:  # without targets, as a part of a sequence may be, the loss is NaN and its gradient 0
+                loss = (loss if weight else loss.nan_to_num()) * weight
             self.scaler.scale_loss(loss / self.config.grad_accumulation).backward()
         return loss.detach()
 

@@ -1,4 +1,4 @@
-"""Two processes with gloo on a CPU have the losses of one, and any number of processes can resume their checkpoints.
+"""Processes with gloo on a CPU have the losses of one, and any number of processes can resume their checkpoints.
 
 `python test_distributed.py DIRECTORY RUN...`, under torchrun, trains the runs. A run is a directory that has its name
 from RUNS; ddp@5 stops at step 5, ddp+ resumes.
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from model import GPT, CharTokenizer, GPTConfig, from_pretrained
-from train import CharDataset, Trainer, TrainerConfig
+from train import CharDataset, Trainer, TrainerConfig, optim
 from train.__main__ import main
 from train.checkpoint import checkpoints, damage
 from train.data import training_batches
@@ -42,13 +42,24 @@ RUNS = {
     "one-documents": {},
     "ddp-documents": {"parallel": "ddp"},
     "fsdp-documents": {"parallel": "fsdp", "batch_size": 2, "grad_accumulation": 2},
+    "ddp-context": {"parallel": "ddp", "context_parallel": 2, "activation_checkpointing": True},
+    "fsdp-context-documents": {"parallel": "fsdp", "context_parallel": 2},
+    "one-learned": {"sample_tokens": 20},  # more than the model learned positions
+    "ddp-context-learned": {"parallel": "ddp", "context_parallel": 2, "sample_tokens": 20},
 }
+OF_FOUR = {
+    "four-fsdp-context": {"parallel": "fsdp", "context_parallel": 2},
+    "four-ddp-window-of-3-parts": {"parallel": "ddp", "context_parallel": 4},
+    "four-ddp-context-documents": {"parallel": "ddp", "context_parallel": 2, "batch_size": 2, "grad_accumulation": 2},
+}
+MOVED = ("moved/ddp", "moved/fsdp-muon", "moved/ddp-context")
+SEVERAL = [name for name in RUNS if not name.startswith("one")]
 
 
 def one_of(name):
     """The run of one process that a run is like."""
     kind = name.rpartition("-")[2]
-    return f"one-{kind}" if kind in ("muon", "documents") else "one"
+    return f"one-{kind}" if kind in ("muon", "documents", "learned") else "one"
 
 
 def packed(text, tokenizer):
@@ -60,20 +71,24 @@ def packed(text, tokenizer):
     return PackedDataset(Encoded(torch.tensor(tokens), 0, 0, prompts, True), 16, tokenizer)
 
 
+def positions_of(name):
+    return "learned" if name.endswith("learned") else "rope"
+
+
 def trainer_of(directory, name, **settings):
     train_set = CharDataset(TEXT[:1500], block_size=16)
     held_out = CharDataset(TEXT[1500:], block_size=16, tokenizer=train_set.tokenizer)
     if name.endswith("documents"):
         tokenizer = CharTokenizer(sorted(set(TEXT)), end=True)
         train_set, held_out = packed(TEXT[:1500], tokenizer), packed(TEXT[1500:], tokenizer)
-    config = GPTConfig(vocab_size=train_set.vocab_size, **SIZES)
+    config = GPTConfig(vocab_size=train_set.vocab_size, positions=positions_of(name), **SIZES)
     model = GPT(config, seed=int(os.environ.get("RANK", 0)))
     settings = {
         **BASE,
         "learning_rate": 1e-2,
         "device": "cpu",
         "sample_tokens": 4,
-        **RUNS[name.split("/")[-1]],
+        **(RUNS | OF_FOUR)[name.split("/")[-1]],
         **settings,
     }
     return Trainer(model, train_set, held_out, TrainerConfig(**{"out_dir": directory / name, **settings}))
@@ -94,17 +109,17 @@ def stop_at(trainer, step):
 
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def start(*command):
+def start(*command, processes=2):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*TORCHRUN, *map(str, command)], cwd=ROOT, env=environment, text=True,
+    return subprocess.Popen([*TORCHRUN, *map(str, (processes, *command))], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
-def two_processes(directory, *runs):
-    process = start(__file__, directory, *runs)
+def run_processes(directory, *runs, processes=2):
+    process = start(__file__, directory, *runs, processes=processes)
     shown, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return shown
@@ -112,18 +127,30 @@ def two_processes(directory, *runs):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The directory of all RUNS, and in moved/ of two that went on from 2 processes to 1 to 2."""
+    """The directory of all runs, and in moved/ of those that went on from 2 processes to 1 to 2."""
     directory = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "fast_precision", fp32)
+        _train_all(directory)
+    return directory
+
+
+def fp32(device):
+    """In place of train.optim's: Muon in bf16 would round the processes' gradients apart by more than is compared."""
+    return "fp32", "losses are compared"
+
+
+def _train_all(directory):
     for name in RUNS:
         if name.startswith("one"):
             trainer_of(directory, name).train()
-    two_processes(directory, *(name for name in RUNS if not name.startswith("one")), "moved/ddp@5", "moved/fsdp-muon@5")
-    for name in ("moved/ddp", "moved/fsdp-muon"):
-        alone = trainer_of(directory, name, parallel="none", resume=True)
+    run_processes(directory, *SEVERAL, *(f"{name}@5" for name in MOVED))
+    run_processes(directory, *OF_FOUR, processes=4)
+    for name in MOVED:
+        alone = trainer_of(directory, name, parallel="none", context_parallel=1, resume=True)
         assert alone.step == 5
         stop_at(alone, 8)
-    two_processes(directory, "moved/ddp+", "moved/fsdp-muon+")
-    return directory
+    run_processes(directory, *(f"{name}+" for name in MOVED))
 
 
 def measured(run, name):
@@ -131,10 +158,8 @@ def measured(run, name):
     return [(line["step"], line[name]) for line in lines if name in line]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in RUNS if not name.startswith("one")] + ["moved/ddp", "moved/fsdp-muon"]
-)
-def test_two_processes_have_the_losses_of_one(runs, name):
+@pytest.mark.parametrize("name", [*SEVERAL, *OF_FOUR, *MOVED])
+def test_several_processes_have_the_losses_of_one(runs, name):
     one = runs / one_of(name)
     for value in ("loss", "held_out_loss", "grad_norm"):
         found, expected = measured(runs / name, value), measured(one, value)
@@ -144,8 +169,10 @@ def test_two_processes_have_the_losses_of_one(runs, name):
         )
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-muon", "moved/fsdp-muon", "fsdp-documents"])
-def test_the_checkpoint_of_two_processes_is_that_of_one(runs, name):
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp", "fsdp-muon", "moved/fsdp-muon", "fsdp-documents", "moved/ddp-context", *OF_FOUR]
+)
+def test_the_checkpoint_of_several_processes_is_that_of_one(runs, name):
     one = runs / one_of(name)
     assert [path.name for path in checkpoints(runs / name)][-1] == "step-000012" and damage(
         runs / name / "last"
@@ -171,6 +198,32 @@ def test_the_parts_of_a_batch_make_up_the_batch():
 def test_processes_that_cannot_share_a_batch_equally_are_refused():
     with pytest.raises(ValueError, match="batch_size is 16, which 3 processes cannot share equally: take a multiple"):
         Processes("ddp", 0, 3).local_batch_size(16)
+
+
+def test_a_context_that_processes_cannot_share_equally_is_refused():
+    with pytest.raises(ValueError, match="context_parallel is 3, which does not divide the context size 16: change"):
+        Processes("ddp", 0, 3, 3).require_equal_parts(1, 16)
+    with pytest.raises(ValueError, match="batch_size is 3, which 2 groups of 2 processes cannot share equally"):
+        Processes("ddp", 0, 4, 2).require_equal_parts(3, 16)
+    with pytest.raises(ValueError, match="context_parallel 2 needs parallel ddp or fsdp"):
+        TrainerConfig(context_parallel=2)
+    with pytest.raises(ValueError, match="context_parallel 2 and compile exclude each other"):
+        TrainerConfig(context_parallel=2, parallel="ddp", compile=True)
+
+
+def test_processes_take_the_parts_of_a_mesh():
+    batch = torch.arange(16).view(2, 8)
+    parts = [(p.rows, p.tokens([batch])[0].tolist()) for p in (Processes("ddp", rank, 4, 2) for rank in range(4))]
+    left, right = batch[:, :4].tolist(), batch[:, 4:].tolist()
+    assert parts == [((0, 2), left), ((0, 2), right), ((1, 2), left), ((1, 2), right)]
+
+
+def test_a_model_without_fused_kernels_cannot_split_sequences():
+    config = GPTConfig(vocab_size=9, **SIZES)
+    for model in (GPT(config, fused_kernels=False), GPT(GPTConfig(vocab_size=9, dropout=0.1, **SIZES))):
+        with pytest.raises(ValueError, match="sequences can be split in the fused kernels only"):
+            model.split_sequences(object())
+        assert model.parts == 1 and model.group is None
 
 
 @pytest.fixture
@@ -228,6 +281,7 @@ def test_the_command_prints_everything_once_and_sigterm_to_torchrun_saves(text, 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    optim.fast_precision = fp32
     for run in sys.argv[2:]:
         name, _, step = run.rstrip("+").partition("@")
         trainer = trainer_of(Path(sys.argv[1]), name, resume=run.endswith("+"))
