@@ -19,7 +19,7 @@ import torch
 from budget import excess, run
 from packed import starts_of
 
-from kernels import append_to_cache, apply_rope, rope_tables, sliding_gqa_attention, sliding_gqa_decode
+from kernels import append_to_cache, apply_rope, flash_attn, rope_tables, sliding_gqa_attention, sliding_gqa_decode
 
 ROOT = Path(__file__).parents[2]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -205,6 +205,33 @@ def work_of_documents(target):
     return ratios
 
 
+def flash_attention(emulator):
+    """flash-attention's packed sequences and its linear cache, in bf16, with lse."""
+    q, k, v = (torch.randn(90, heads, 64).to(BF16) for heads in (4, 1, 1))
+    ends = torch.tensor([0, 37, 38, 90], dtype=torch.int32)
+    new = [torch.randn(2, 2, heads, 64).to(BF16) for heads in (4, 1, 1)]
+    caches = torch.randn(2, 2, 70, 1, 64).to(BF16)
+    before = torch.tensor([61, 3], dtype=torch.int32)
+
+    def results(backend, dtype):
+        packed = flash_attn.flash_attn_varlen_func(
+            *(x.to(dtype) for x in (q, k, v)), ends, ends.clone(), 52, 52, causal=True, window_size=(30, 0),
+            return_attn_probs=True, backend=backend,
+        )[:2]  # fmt: skip
+        cos, sin = tables(70, 64, dtype)
+        k_cache, v_cache = caches.to(dtype, copy=True)
+        token, k_new, v_new = (x.to(dtype) for x in new)
+        decoded = flash_attn.flash_attn_with_kvcache(
+            token, k_cache, v_cache, k_new, v_new, cos, sin, before, causal=True, window_size=(40, 0),
+            rotary_interleaved=False, return_softmax_lse=True, backend=backend,
+        )  # fmt: skip
+        return [*packed, *decoded, k_cache, v_cache]
+
+    with emulator:
+        ours = results("triton", BF16)
+    return {"results": over_budget(ours, results("reference", BF16), results("reference", torch.float64))}
+
+
 def wrong_starts(emulator):
     """On a GPU nobody reads the values of starts first: whatever they are, no access is outside of the tensors.
 
@@ -229,6 +256,7 @@ def report(target):
     cases += [(rotation, f"rotation: {name}", case) for name, case in ROTATION.items()]
     cases.append((lambda _: work_of_documents(target), "documents: work", ()))
     cases.append((wrong_starts, "documents: wrong starts", ()))
+    cases.append((flash_attention, "flash-attention's names", ()))
     if target == "sm_90":
         cases.append((model, "a GPT trains and writes", ()))
         cases.append((shared_memory_and_instructions, "counts", ()))
@@ -255,7 +283,7 @@ def test_every_pass_as_compiled_is_within_its_budget(target):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) >= 21
+    assert len(cases) >= 22
     for case in cases:
         assert case["error"] is None, case
         assert case["ratios"] and all(ratio <= 1 for ratio in case["ratios"].values()), case
