@@ -24,8 +24,8 @@ MUTATIONS = {
     ),
     "the diagonal taken for interior": (
         "tiles.py",
-        "(first_pos + 1) // EDGE_N * EDGE_N",
-        "(last_pos + 1) // EDGE_N * EDGE_N",
+        "past_full = first_pos + 1",
+        "past_full = last_pos + 1",
     ),
     "an edge taken for interior, queries": (
         "tiles.py",
