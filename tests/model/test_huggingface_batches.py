@@ -40,6 +40,10 @@ def registered(request):
     register_attention(backend=request.param)
 
 
+# for slow tests: the backend that trains
+fused_only = pytest.mark.parametrize("registered", ["auto"], indirect=True)
+
+
 def apart(model, packed, documents=DOCUMENTS):
     """(logits, gradients) of eager, one document at a time."""
     parts = [results(model, "eager", document) for document in packed.split(documents, dim=1)]
@@ -103,6 +107,7 @@ def test_gradient_checkpointing_gives_the_same(name):
     equal(results(model, "sliding_gqa", packed, position_ids=POSITIONS), expected)
 
 
+@fused_only
 @every_family
 def test_trainer_has_the_losses_of_eager(name, tmp_path):
     """On packed rows, ours; on the same documents padded on the right, eager's: it mixes packed ones in gpt-oss."""
@@ -153,6 +158,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@fused_only
 @every_family
 def test_no_tensor_holds_all_pairs(name):
     length = 300
