@@ -36,7 +36,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # at lower levels PyTorch's prof
 import drawing  # noqa: E402
 import torch  # noqa: E402
 
-from model.command import Parser, resolve_device  # noqa: E402
+from model.command import Parser, command_output, resolve_device  # noqa: E402
 from model.shared_cores import SharedCores  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,9 +112,13 @@ def run(flags, prepare, arguments=None):
     except (BadInput, OSError) as error:
         flags.error(str(error).splitlines()[0])
     print_header(document)
+    with SharedCores(device), command_output(flags.prog):
+        return _measure_and_write(document, measure, plot, options.json)
+
+
+def _measure_and_write(document, measure, plot, json_file):
     started = time.perf_counter()
-    with SharedCores(device):
-        document |= measure()
+    document |= measure()
     if "failed" not in document:
         document["failed"] = failed(document["rows"])
     document["seconds"] = round(time.perf_counter() - started, 1)
@@ -127,9 +131,9 @@ def run(flags, prepare, arguments=None):
         print(f"\nFAILED: {line}")
     if plot:
         print(f"\n{drawing.draw(document['plots'], plot, drawing.place(document))}")
-    if options.json:
-        Path(options.json).write_text(as_json(document) + "\n", encoding="utf-8")
-    print("\n" + json.dumps(summary(document, options.json)))
+    if json_file:
+        Path(json_file).write_text(as_json(document) + "\n", encoding="utf-8")
+    print("\n" + json.dumps(summary(document, json_file)))
     return 1 if document["failed"] else 0
 
 

@@ -22,7 +22,7 @@ from .checks import (
 )
 from .namespace import NAMESPACE, OPERATORS
 from .prefix import attention_prefix, merge_prefix
-from .rope import apply_rope
+from .rope import rotate_alone
 
 
 def sliding_gqa_attention(
@@ -72,8 +72,8 @@ def sliding_gqa_attention(
     if prefix and window is not None and window < k.shape[2]:
         if rope is not None:
             T, S = q.shape[2], k.shape[2]
-            q, _ = apply_rope(q, q[:, :1], cos, sin, positions=S - T, backend=name)
-            k, _ = apply_rope(k, k[:, :1], cos, sin, backend=name)
+            q = rotate_alone(q, cos, sin, positions=S - T, backend=name)
+            k = rotate_alone(k, cos, sin, backend=name)
         options = {"starts": starts, "scale": scale, "softcap": softcap, "backend": name}
         out, lse = sliding_gqa_attention(q, k, v, window, return_lse=True, **options)
         keys = attention_prefix(q, k, v, window, prefix, starts)

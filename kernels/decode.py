@@ -28,7 +28,7 @@ from .checks import (
 )
 from .namespace import NAMESPACE, OPERATORS
 from .prefix import merge_prefix
-from .rope import apply_rope
+from .rope import rotate_alone
 
 
 def append_to_cache(k, v, k_cache, v_cache, lengths, *, prefix=0, rope=None, backend="auto"):
@@ -151,7 +151,7 @@ def _append_prefix(k, v, k_slots, v_slots, lengths, rope, backend):
     index = token.clamp(0, T - 1).long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
     new_k, new_v = k.gather(2, index), v.gather(2, index)
     if rope is not None:
-        new_k = apply_rope(new_k[:, :1], new_k, *rope, backend=backend)[1]
+        new_k = rotate_alone(new_k, *rope, backend=backend)
     k_slots.copy_(torch.where(written, new_k, k_slots))
     v_slots.copy_(torch.where(written, new_v, v_slots))
 
@@ -159,7 +159,7 @@ def _append_prefix(k, v, k_slots, v_slots, lengths, rope, backend):
 def _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, sinks, rope, options):
     position = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)  # (B, T)
     if rope is not None:
-        q, _ = apply_rope(q, q[:, :1], *rope, positions=position.clamp(min=0), backend=options["backend"])
+        q = rotate_alone(q, *rope, positions=position.clamp(min=0), backend=options["backend"])
     rings, _ = _behind_prefix(prefix, k_cache, v_cache, None, None)
     out, lse = sliding_gqa_decode(q, *rings, lengths - prefix, window, return_lse=True, **options)
     slot = torch.arange(prefix, device=q.device)

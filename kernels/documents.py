@@ -28,7 +28,7 @@ def document_starts(*, cu_seqlens=None, position_ids=None, attention_mask=None, 
     """
     starts = []
     if cu_seqlens is not None:
-        starts.append(_of_cu_seqlens(_integers("cu_seqlens", cu_seqlens, 1), length))
+        starts.append(_of_cu_seqlens(cu_seqlens, length))
     elif length is not None:
         raise ValueError("length is for cu_seqlens only: the other arguments have one")
     if position_ids is not None:
@@ -86,13 +86,19 @@ def _of_mask(mask):
     return _last_begin(~(is_token[:, 1:] & is_token[:, :-1]), mask)
 
 
-def _of_cu_seqlens(ends, length):
+def check_cu_seqlens(ends):
+    """Raise ValueError unless ends are integers (N + 1,); on a CPU also unless they begin at 0 and do not decrease."""
+    _integers("cu_seqlens", ends, 1)
     if len(ends) == 0:
         raise ValueError("cu_seqlens is empty, expected at least [0]")
     if ends.is_cpu and not torch.compiler.is_compiling() and (ends[0] != 0 or (ends[1:] < ends[:-1]).any()):
         raise ValueError(
             f"cu_seqlens is {ends.tolist()[:8]}, expected 0 and then the end of each document, none smaller"
         )
+
+
+def _of_cu_seqlens(ends, length):
+    check_cu_seqlens(ends)
     length = int(ends[-1]) if length is None else whole_number("length", length)
     position = torch.arange(length, dtype=ends.dtype, device=ends.device)
     document = torch.searchsorted(ends.contiguous(), position, right=True) - 1

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from .attention import sliding_gqa_attention
 from .checks import check_window, kind_of, whole_number
 from .decode import append_to_cache, sliding_gqa_decode
-from .documents import document_starts
-from .rope import apply_rope
+from .documents import check_cu_seqlens, document_starts
+from .rope import rotate_alone
 
 
 def flash_attn_func(
@@ -138,8 +138,8 @@ def flash_attn_with_kvcache(
         first, step = before[:, None], torch.arange(max(T, k.shape[2]), device=q.device)
         at_q = first.expand(-1, T) if window is None and right is None else first + step[:T]
         how = {"interleaved": rotary_interleaved, "backend": backend}
-        q, _ = apply_rope(q, q[:, :1], rotary_cos, rotary_sin, positions=at_q, **how)
-        k, _ = apply_rope(k, k[:, :1], rotary_cos, rotary_sin, positions=first + step[: k.shape[2]], **how)
+        q = rotate_alone(q, rotary_cos, rotary_sin, positions=at_q, **how)
+        k = rotate_alone(k, rotary_cos, rotary_sin, positions=first + step[: k.shape[2]], **how)
     if k is not None:
         append_to_cache(k, v, k_cache, v_cache, lengths, backend=backend)
 
@@ -278,7 +278,7 @@ def _positions_among_keys(cu_q, cu_k, total_q, total_k, right):
     """
     if len(cu_q) != len(cu_k) or len(cu_q) < 2:
         raise ValueError(f"cu_seqlens_q has {len(cu_q)} numbers, cu_seqlens_k {len(cu_k)}, expected as many, 2 or more")
-    document_starts(cu_seqlens=cu_q, length=total_q)  # raises for what is no list of ends
+    check_cu_seqlens(cu_q)
     query = torch.arange(total_q, device=cu_q.device)
     sequence = torch.searchsorted(cu_q.contiguous(), query, right=True) - 1
     outside = (sequence < 0) | (sequence > len(cu_q) - 2)

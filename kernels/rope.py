@@ -145,6 +145,11 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="au
     return rotation.apply(q, k, cos, sin, by_token, offset, interleaved, False, name)
 
 
+def rotate_alone(x, cos, sin, **options):
+    """`apply_rope` of one tensor x (B, H, T, D), with its options."""
+    return apply_rope(x, x[:, :0], cos, sin, **options)[0]
+
+
 def _offset(positions):
     if positions is None:
         return 0

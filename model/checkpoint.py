@@ -85,6 +85,8 @@ def resolve_checkpoint(path) -> Path:
 
     Raises CheckpointError, in one line, if there is none.
     """
+    if path == "":
+        raise CheckpointError("the checkpoint's path is empty: give a model directory or a run's")
     path = Path(path)
     for directory in (path, path / "best", path / "last"):
         if (directory / CONFIG).is_file():

@@ -5,10 +5,10 @@
     python -m model.sample --checkpoint runs/shakespeare --prompt-file letter.txt --min-p 0.1 --stop-string "\\n\\n"
     python -m model.sample --checkpoint runs/shakespeare --interactive
 
-A text ends with --max-new-tokens, or where the model ends its document, by <|endoftext|>. It goes to standard output as
-it is made, everything else to standard error. Exit status: 0; 2 for a wrong
-argument or model directory; 130 after Ctrl-C, which keeps the text so far; 1 if standard output cannot be written, and
-without a message if the reader of a pipe closed it.
+A text ends after --max-new-tokens, or where the model ends its document, by <|endoftext|>. The text goes to standard
+output as it is made, everything else to standard error. Exit status: 0; 2 for a wrong argument or model directory; 130
+after Ctrl-C, which keeps the text so far; 1 if standard output cannot be written, and without a message if the reader
+of a pipe closed it.
 """
 
 import argparse

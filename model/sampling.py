@@ -8,6 +8,7 @@ Learned positions end at context_length: after that every token reads the last c
 """
 
 from collections import deque
+from collections.abc import Iterable
 from itertools import zip_longest
 
 import torch
@@ -266,6 +267,8 @@ def _prompts(tokens, tokenizer):
     """Any prompts of `generate` as (B, T) integers or a list of sequences: one becomes a list, texts are encoded."""
     if isinstance(tokens, torch.Tensor):
         return tokens[None] if tokens.dim() == 1 else tokens
+    if not isinstance(tokens, Iterable):
+        raise ValueError(f"tokens is {tokens!r}, expected a prompt, or a list of them: texts, or sequences of integers")
     prompts = [tokens] if isinstance(tokens, str) else list(tokens)
     if prompts and not isinstance(prompts[0], str) and torch.as_tensor(prompts[0]).dim() == 0:
         return [prompts]

@@ -101,3 +101,17 @@ def test_wrong_input_is_one_line(command):
     done = subprocess.run([sys.executable, f"benchmarks/{name}.py", *arguments, *device],
                           cwd=harness.ROOT, env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == status and words in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_ends_no_benchmark_in_a_traceback(tmp_path):
+    """As in `python benchmarks/rope_speed.py | head`: the file is written all the same."""
+    file = tmp_path / "document.json"
+    command = [sys.executable, "benchmarks/rope_speed.py", "--shapes", "16,4,2,8", "--only", "ours", "eager"]
+    command += ["--seconds", "0.1", "--plot", "none", "--json", str(file), "--device", "cpu"]
+    with subprocess.Popen(
+        command, cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        messages = process.stderr.read()
+    assert process.returncode == 0 and "Traceback" not in messages and json.loads(file.read_text())["rows"]

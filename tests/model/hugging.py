@@ -4,6 +4,10 @@ import pytest
 import torch
 from mixes import lively
 
+from model import CharTokenizer
+
+CHARACTERS = CharTokenizer("\n !,.'()abcdefghijklmnopqrstuvwxyz\u00e9\u2014\U0001f600ABC")
+TEXT = "a b  c,\n\n 'tis (caf\u00e9) .\u2014\U0001f600 A!"
 BACKENDS = ["auto", "reference"]  # of our attention, in these tests
 WINDOW, LENGTH = 7, 25
 SIZES = dict(

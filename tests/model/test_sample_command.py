@@ -171,6 +171,7 @@ def test_several_samples_follow_each_other_with_consecutive_seeds(capsys, checkp
         (["--colour", "red"], "unrecognized arguments: --colour red"),
         (["--max", "5"], "unrecognized arguments: --max 5"),
         (["--checkpoint", "nowhere"], "nowhere is not a directory"),
+        (["--checkpoint", ""], "the checkpoint's path is empty"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, checkpoint, arguments, message):

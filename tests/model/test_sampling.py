@@ -7,7 +7,7 @@ from mixes import FIELDS, MIXES, lively
 
 from model import GPT, CharTokenizer, GPTConfig, generate, penalized_logits, top_k_logits, top_p_logits
 from model.decoding import Decoder
-from model.sampling import StopStrings, TextUntil, sample
+from model.sampling import sample
 
 
 def make(name="rope-window-gqa", **kwargs):
@@ -386,6 +386,7 @@ def test_no_token_is_drawn_that_the_tokenizer_cannot_decode(options):
         (torch.tensor([[-1, 4]]), {}, "tokens reaches from -1 to 4, outside"),
         (torch.tensor([[1.0]]), {}, "tokens has dtype torch.float32, expected integers"),
         (torch.tensor(1), {}, r"tokens has shape \(\), expected \(B, T\)"),
+        (5, {}, "tokens is 5, expected a prompt, or a list of them"),
         ("ABC", {}, "tokens is a text, and the model has no tokenizer: give tokenizer=..., or load"),
         (["A", "B"], {}, "tokens is a text, and the model has no tokenizer"),
         ("A!", {"tokenizer": CharTokenizer("AB")}, "'!' not in the vocabulary of 2 characters"),
@@ -412,65 +413,3 @@ def test_wrong_arguments_are_refused_at_the_call_not_at_the_first_token(tokens, 
     with pytest.raises(ValueError, match=message) as error:
         generate(make(), tokens, **{"max_new_tokens": 1, **options})
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "strings", "text"),
-    [
-        (["one", "\n", "\n", "two"], ["\n\n"], "one"),
-        (["one\n\ntwo"], ["\n\n"], "one"),
-        (list("aaab!"), ["aab"], "a"),
-        (list("abcabd"), ["abd"], "abc"),
-        (["x", "END", "y"], ["y", "D"], "xEN"),
-        (list("over"), ["r?", "over it"], "over"),
-        (["", "a", ""], ["b"], "a"),
-        (list("abc"), [], "abc"),
-        (["stop"], ["stop"], ""),
-    ],
-)
-def test_a_text_ends_before_its_first_stop_string(pieces, strings, text):
-    assert "".join(TextUntil(pieces, strings)) == text
-
-
-def test_only_text_that_may_begin_a_stop_string_is_held():
-    text = TextUntil(["a", "b", "c", "a", "d"], ["bcd"])
-    shown = []
-    for piece in text:
-        shown.append((piece, text.held))
-    assert shown == [("a", ""), ("", "b"), ("", "bc"), ("bca", ""), ("d", "")]
-
-
-def test_held_text_is_available_after_an_interrupt():
-    def interrupted():
-        yield from "ab"
-        raise KeyboardInterrupt
-
-    text = TextUntil(interrupted(), ["bcd"])
-    with pytest.raises(KeyboardInterrupt):
-        for _ in text:
-            pass
-    assert text.held == "b"
-
-
-def test_nothing_is_read_past_a_stop_string():
-    pieces = iter("abcdef")
-    assert "".join(TextUntil(pieces, ["cd"])) == "ab"
-    assert "".join(pieces) == "ef"
-
-
-def test_rows_are_searched_for_stop_strings_separately():
-    tokenizer = CharTokenizer("abcd")
-    rows = StopStrings(["ab", "dd"], tokenizer, [[0], [], [3]])
-    found = [rows.update(tokenizer.encode(column)) for column in ("bad", "abd", "cca")]
-    # prompts do not count: a, then b, is not ab in the first row; d, then d, is not dd in the third
-    assert found == [[False, False, False], [False, True, True], [False, False, False]]
-
-
-def test_one_stop_string_may_be_given_without_a_list():
-    assert "".join(TextUntil("abc", "b")) == "a"
-
-
-@pytest.mark.parametrize("strings", [[""], ["a", 3]])
-def test_wrong_stop_strings_are_refused(strings):
-    with pytest.raises(ValueError, match="has an empty string, or something that is not text"):
-        TextUntil([], strings)
