@@ -94,6 +94,11 @@ def run(flags, prepare, arguments=None):
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = flags.parse_args(arguments)
+    with command_output(flags.prog):
+        return _run(flags, options, prepare, arguments)
+
+
+def _run(flags, options, prepare, arguments):
     plot = None if options.plot == "none" else options.plot
     try:
         for flag in ("seconds", "deadline"):
@@ -112,7 +117,7 @@ def run(flags, prepare, arguments=None):
     except (BadInput, OSError) as error:
         flags.error(str(error).splitlines()[0])
     print_header(document)
-    with SharedCores(device), command_output(flags.prog):
+    with SharedCores(device):
         return _measure_and_write(document, measure, plot, options.json)
 
 

@@ -125,7 +125,9 @@ def _checked(q, k, v, window, starts, scale, softcap, sinks, rope, backend, rank
     check_rope(rope, size * T, q)
     resolve_backend(backend, q.device, q.dtype, q.shape[3])
     sides = check_window(window)
-    grads = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    grads = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if grads and not (k.requires_grad or v.requires_grad):
+        k = k.detach().requires_grad_()  # _Finish needs a node in the graph
     given = " ".join(name for name, x in (("starts", starts), ("sinks", sinks), ("rope", rope)) if x is not None)
     line = (
         f"q {tuple(q.shape)}, k {tuple(k.shape)} of {q.dtype}, window {sides}, scale {scale}, softcap {softcap}, "
@@ -311,6 +313,9 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ticket, exchange):
         ctx.exchange = exchange
+        # torch.utils.checkpoint recomputes until it has the last saved tensor. In a process that sees no halo that
+        # would be the body's, and a message that nobody waits for is never sent: its reader would wait for ever.
+        ctx.save_for_backward(ticket)
         return exchange.finish()
 
     @staticmethod

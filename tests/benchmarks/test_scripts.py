@@ -108,10 +108,11 @@ def test_a_reader_that_leaves_ends_no_benchmark_in_a_traceback(tmp_path):
     file = tmp_path / "document.json"
     command = [sys.executable, "benchmarks/rope_speed.py", "--shapes", "16,4,2,8", "--only", "ours", "eager"]
     command += ["--seconds", "0.1", "--plot", "none", "--json", str(file), "--device", "cpu"]
+    unbuffered = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that it ends at any line
     with subprocess.Popen(
-        command, cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=harness.ROOT, env=unbuffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        process.stdout.readline()
         process.stdout.close()
         messages = process.stderr.read()
-    assert process.returncode == 0 and "Traceback" not in messages and json.loads(file.read_text())["rows"]
+    assert (process.returncode, "Traceback" in messages) == (0, False), messages
+    assert json.loads(file.read_text())["rows"]
