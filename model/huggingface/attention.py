@@ -22,12 +22,16 @@ from einops import rearrange
 from kernels import document_starts, sliding_gqa_attention
 from kernels.backend import check_backend
 from kernels.band import visible_mask
+from kernels.checks import check_window
 
 # What the layers of a model may be. Those of the second line do not attend, or as full_attention; others change masks.
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"} | {
     "linear_attention", "conv", "mamba", "attention", "moe", "mlp", "hybrid"
 }  # fmt: skip
 READ_THEIR_MASK = {"doge"}  # model_type of models that compute with the mask: they need one of all pairs
+# model_type of encoders, whose queries see later keys too -> how many keys fewer than config.sliding_window a query of
+# a sliding layer sees on each side. ModernBERT's sliding_window is local_attention // 2
+ENCODERS = {"modernbert": 0, "embedding_gemma2_text": 0, "t5_gemma_module": 0, "gemma3_text": 1}
 _registered = set()
 
 
@@ -36,13 +40,14 @@ def register_attention(name="sliding_gqa", *, backend="auto"):
 
     backend    of the kernels, as in `sliding_gqa_attention`.
 
-    It runs any architecture with causal attention, in training and generation, with dynamic and static caches. The
-    kernels run in all its layers: with padding on either side, with documents packed by position_ids or cu_seq_lens_q,
-    and with caches. Plain PyTorch runs for your own masks, attention dropout, single tokens into a static cache, and
-    models that change the causal mask. The forward raises ValueError for what it cannot do: return attention
-    weights, attend to later tokens, continuous batching, a padding mask with zeros between ones (on a GPU, where it is
-    not read, each run of ones is a document then). Raises ValueError for a name that transformers gives another meaning
-    and for an unknown backend; ImportError without transformers 5.4 or newer.
+    It runs any architecture with causal attention, in training and generation, with dynamic and static caches, and the
+    encoders ModernBERT, EmbeddingGemma (both versions) and T5Gemma. The kernels run in all layers: with padding on
+    either side, with documents packed by position_ids or cu_seq_lens_q, and with caches. Plain PyTorch runs for your
+    own masks, attention dropout, single tokens into a static cache, models that change the causal mask, and attention
+    of a decoder to its encoder. The forward raises ValueError for what it cannot do: return attention weights, attend
+    to later tokens in other architectures, continuous batching, a padding mask with zeros between ones (on a GPU, where
+    it is not read, each run of ones is a document then). Raises ValueError for a name that transformers gives another
+    meaning and for an unknown backend; ImportError without transformers 5.4 or newer.
     """
     check_backend(backend)
     try:
@@ -90,14 +95,18 @@ def _starts_or_mask(
     Queries are at positions q_offset .. and keys at kv_offset .. (a sliding cache has dropped earlier ones). starts may
     be shorter than the keys: those after it are a static cache's unwritten ones.
     """
-    packed = not allow_is_causal_skip and _packed(mask_function, q_length, kv_length, attention_mask)
-    needs_mask = (
-        use_vmap  # for masks that users and models of images change
-        or getattr(mask_function, "__name__", None) == "or_mask"
-        or "allow_is_bidirectional_skip" in others
-        or not (allow_is_causal_skip or packed)
-        or getattr(config, "model_type", None) in READ_THEIR_MASK
-    )
+    parts = _parts(mask_function)
+    packed = not allow_is_causal_skip and _packed(parts, q_length, kv_length, attention_mask)
+    if _is_encoder(config):
+        needs_mask = kv_length != q_length or not _is_mask_of_an_encoder(config, parts, use_vmap, others)
+    else:
+        needs_mask = (
+            use_vmap  # for masks that users and models of images change
+            or getattr(mask_function, "__name__", None) == "or_mask"
+            or "allow_is_bidirectional_skip" in others
+            or not (allow_is_causal_skip or packed)
+            or getattr(config, "model_type", None) in READ_THEIR_MASK
+        )
     written = None if needs_mask else _written(q_length, kv_length, q_offset, kv_offset)
     if written is None or not _layers_know(config, local_size):
         from transformers.masking_utils import sdpa_mask
@@ -143,15 +152,46 @@ def _starts_or_mask(
     return starts.expand(batch_size, -1)[:, None, None]
 
 
-def _packed(mask_function, q_length, kv_length, attention_mask):
-    """Whether transformers found packed documents; then they are one of the parts that mask_function combines."""
-    if _captured(attention_mask):  # functions cannot be looked into; transformers takes each such call for packed
+def _parts(mask_function):
+    """The names of the functions that mask_function combines; None while a graph is captured, which cannot look."""
+    if _captured(None):
+        return None
+    found = [mask_function]
+    for function in found:
+        for cell in getattr(function, "__closure__", None) or ():
+            inner = cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
+            found += [part for part in inner if callable(part) and part not in found]
+    return {getattr(function, "__qualname__", "") for function in found}
+
+
+def _packed(parts, q_length, kv_length, attention_mask):
+    """Whether transformers found packed documents; then they are one of the parts of the mask function."""
+    if parts is None:  # transformers takes each such call for packed
         return attention_mask is None and q_length == kv_length > 1
-    for cell in getattr(mask_function, "__closure__", None) or ():
-        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple) else ()
-        if any("packed_sequence" in getattr(part, "__qualname__", "") for part in parts):
-            return True
-    return False
+    return any("packed_sequence" in name for name in parts)
+
+
+def _is_encoder(config):
+    """Whether config is of a model whose queries see later keys, as ENCODERS says; not of a decoder beside it."""
+    return (
+        getattr(config, "model_type", None) in ENCODERS
+        and not getattr(config, "is_decoder", False)
+        and getattr(config, "use_bidirectional_attention", True)
+    )
+
+
+def _is_mask_of_an_encoder(config, parts, use_vmap, others):
+    """Whether the mask is that of the encoder's layers themselves, and neither a causal one nor changed.
+
+    Gemma 3 makes it by a change of the causal mask, the others by transformers' function for both sides, which says
+    whether a mask without padding may be left out: not if it is changed.
+    """
+    if config.model_type != "gemma3_text":
+        return others.get("allow_is_bidirectional_skip", False)
+    if parts is None:
+        return use_vmap
+    own = ("Gemma3TextModel.forward.", "_bidirectional_window_overlay.")
+    return any(name.startswith(own) for name in parts) and not any("blockwise" in name for name in parts)
 
 
 def _written(q_length, kv_length, q_offset, kv_offset):
@@ -177,15 +217,23 @@ def _layers_know(config, local_size):
     return local_size in (window, getattr(config, "attention_chunk_size", None))
 
 
-def _window(module, others):
-    """The window of a layer: what it says itself, else what its config says of it; None if it sees all earlier keys."""
-    if "sliding_window" in others:
-        return others["sliding_window"]
+def _window(module, others, causal=True):
+    """The window of a layer: what it says itself, else what its config says of it; None if it sees all earlier keys.
+
+    Of an encoder's layer it is (left, right).
+    """
     config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[module.layer_idx] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
+    if "sliding_window" in others:
+        window = others["sliding_window"]
+    elif layer_types is not None and layer_types[module.layer_idx] != "sliding_attention":
+        window = None
+    if causal:
+        return window
+    # what the layer says is made for flash-attention, and in T5Gemma not what its mask says
+    side = None if window is None else config.sliding_window - ENCODERS[config.model_type]
+    return side, side
 
 
 def _captured(tensor):
@@ -214,18 +262,19 @@ def _attend(
     attention_mask   of `_starts_or_mask`, or the user's own (B, 1 or Hq, T, S): bools, or numbers to add to the scores.
     s_aux            the sinks (Hq,) of gpt-oss.
     """
-    _refuse(module, is_causal, others)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    _refuse(module, causal, others)
     starts = None
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         starts, attention_mask = attention_mask[:, 0, 0], None
         key, value = key[:, :, : starts.shape[1]], value[:, :, : starts.shape[1]]
     if attention_mask is None:
         starts = _with_documents(starts, module, len(query), key.shape[2], others)
+        window = _window(module, others, causal)
     if attention_mask is None and not dropout:
         out = sliding_gqa_attention(
-            query, key, value, _window(module, others), starts=starts, scale=scaling, softcap=softcap, sinks=s_aux,
-            backend=backend,
-        )  # fmt: skip
+            query, key, value, window, starts=starts, scale=scaling, softcap=softcap, sinks=s_aux, backend=backend
+        )
     else:
         if dropout:
             warnings.warn(
@@ -234,18 +283,21 @@ def _attend(
                 stacklevel=2,
             )
         if attention_mask is None:
-            window = _window(module, others)
-            attention_mask = visible_mask(query.shape[2], key.shape[2], window, query.device, starts=starts)
+            window, right = check_window(window)
+            attention_mask = visible_mask(
+                query.shape[2], key.shape[2], window, query.device, right=right, starts=starts
+            )
         out = _masked_attention(query, key, value, attention_mask, scaling, softcap, s_aux, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse(module, is_causal, others):
+def _refuse(module, causal, others):
     """Raise ValueError for arguments that would otherwise be ignored."""
-    if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
+    if not causal and getattr(getattr(module, "config", None), "model_type", None) not in ENCODERS:
         raise ValueError(
-            f"{type(module).__name__} looks at later tokens too, and this attention is causal: load the model with "
-            "attn_implementation='sdpa', or a dict that names one for each part of it"
+            f"{type(module).__name__} looks at later tokens too, which this attention does for ModernBERT, "
+            "EmbeddingGemma and T5Gemma only: load the model with attn_implementation='sdpa', or a dict that names one "
+            "for each part of it"
         )
     if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         raise ValueError("output_attentions: the weights are never computed; load with attn_implementation='eager'")

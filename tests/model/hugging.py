@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mixes import lively
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import CharTokenizer
 
@@ -108,3 +109,15 @@ def refused(message, model, inputs=None, **options):
     with pytest.raises(ValueError, match=message) as error:
         model(tokens() if inputs is None else inputs, **{"use_cache": False, **options})
     assert "\n" not in str(error.value)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any PyTorch operator gave, those inside of ours aside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return result

@@ -152,7 +152,6 @@ def test_attention_dropout_runs_in_plain_pytorch_and_warns(name, calls):
 
 def test_unsupported_arguments_are_refused():
     refused("output_attentions: the weights are never computed; load with", family("mistral"), output_attentions=True)
-    refused("Gemma3Attention looks at later tokens too", family("gemma3", use_bidirectional_attention=True))
     with pytest.raises(ValueError, match="continuous batching is not supported"):
         ours._attend(torch.nn.Identity(), *[torch.zeros(1, 1, 2, 8)] * 3, None, cache=object())
     with pytest.raises(ValueError, match="Identity adds a position bias"):

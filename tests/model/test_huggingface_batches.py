@@ -6,6 +6,7 @@ from hugging import (
     BACKENDS,
     LENGTH,
     WINDOW,
+    LargestTensor,
     equal,
     every_family,
     family,
@@ -16,7 +17,6 @@ from hugging import (
     same,
     tokens,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.huggingface import attention as ours
 from model.huggingface import register_attention
@@ -144,18 +144,6 @@ def test_trainer_has_the_losses_of_eager(name, tmp_path):
     packed = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     for collator in (packed, transformers.DataCollatorWithFlattening(), padded):
         assert losses("sliding_gqa", collator) == pytest.approx(expected, rel=2e-3)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any PyTorch operator gave, those inside of ours aside."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-        self.elements = max([self.elements, *(x.numel() for x in tensors)])
-        return result
 
 
 @fused_only
