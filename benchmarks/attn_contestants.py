@@ -23,7 +23,7 @@ CAUSAL_ONLY = "it sees no later keys"
 CHECK_BLOCK = 256  # query rows that the reference takes at once
 CHECK_ALL_PAIRS = 2**23  # visible pairs of a head up to which every row is checked
 # seconds a call would take, not minutes, on each kind of device
-MOST_DENSE_PAIRS = {"cpu": 8 * 8192**2, "cuda": 64 * 32768**2}
+MOST_DENSE_PAIRS = {"cpu": 12 * 8192**2, "cuda": 64 * 32768**2}
 
 
 class Problem(NamedTuple):

@@ -107,30 +107,52 @@ def read(model, tokens, last=1):
 
 
 def measure_point(models, batch_size, length, device, budget):
-    """Check that the models agree, then time them: a row each."""
+    tokens = random_tokens(batch_size, length, device)
+    return check_and_time(
+        models, tokens, lambda model: read(model, tokens, COMPARED).float(), lambda model: partial(read, model, tokens),
+        budget.share(),
+    )  # fmt: skip
+
+
+def random_tokens(batch_size, length, device):
     generator = torch.Generator(device).manual_seed(length)
-    tokens = torch.randint(SIZES["vocab_size"], (batch_size, length), generator=generator, device=device)
-    shape, rows, logits = f"{batch_size} x {length:,}", [], {}
+    return torch.randint(SIZES["vocab_size"], (batch_size, length), generator=generator, device=device)
+
+
+def largest_difference(result, expected):
+    return (result - expected).abs().max().item()
+
+
+def check_and_time(models, tokens, result, call, seconds, difference=largest_difference, tolerance=TOLERANCE):
+    """Check that models {name: model} agree about tokens (B, T), then time them: a row each.
+
+    result(model) is compared, with difference(result, expected) <= tolerance[dtype]; call(model)() is timed.
+    """
+    shape, rows, results = f"{len(tokens)} x {tokens.shape[1]:,}", [], {}
     for name, model in models.items():
-        row = {"contestant": name, "shape": shape, "tokens": tokens.numel(), "length": length, "not_timed": None}
+        row = {
+            "contestant": name,
+            "shape": shape,
+            "tokens": tokens.numel(),
+            "length": tokens.shape[1],
+            "not_timed": None,
+        }
         rows.append(row)
         try:
-            logits[name] = read(model, tokens, COMPARED).float()
+            results[name] = result(model)
         except Exception as failure:  # most likely the memory for T x T scores
             row["not_timed"] = f"failed the check: {harness.in_a_line(failure)}"
-    expected = logits.get("eager", logits.get("sdpa"))
+    expected = results.get("eager", results.get("sdpa"))
     for row in rows:
         if row["not_timed"] is None and expected is not None:
-            row["error"] = (logits[row["contestant"]] - expected).abs().max().item()
-            if not row["error"] <= TOLERANCE[models[row["contestant"]].dtype]:
-                row["not_timed"] = f"failed the check: logits differ by {row['error']:.1e}"
-    calls = {
-        row["contestant"]: partial(read, models[row["contestant"]], tokens) for row in rows if not row["not_timed"]
-    }
+            row["error"] = difference(results[row["contestant"]], expected)
+            if not row["error"] <= tolerance[models[row["contestant"]].dtype]:
+                row["not_timed"] = f"failed the check: results differ by {row['error']:.1e}"
+    calls = {row["contestant"]: call(models[row["contestant"]]) for row in rows if not row["not_timed"]}
     for row in rows:
         if row["contestant"] in calls:
-            row["peak_mb"] = peak_memory(calls[row["contestant"]], device) / 1e6
-    times = alternate(calls, device, budget.share())
+            row["peak_mb"] = peak_memory(calls[row["contestant"]], tokens.device) / 1e6
+    times = alternate(calls, tokens.device, seconds)
     for row in rows:
         if time := times.get(row["contestant"]):
             row |= time.as_dict()
