@@ -88,10 +88,10 @@ def same(model, inputs, counts=None, **options):
     equal(results(model, "sliding_gqa", inputs, counts, **options), expected)
 
 
-def apart(model, packed, documents=DOCUMENTS):
-    """(numbers, gradients) of eager, one document at a time."""
-    parts = [results(model, "eager", document) for document in packed.split(documents, dim=1)]
-    return torch.cat([numbers for numbers, _ in parts], dim=1), {
+def apart(model, documents):
+    """(numbers (tokens of all documents, ...), gradients) of eager, one document (1, T) at a time."""
+    parts = [results(model, "eager", document) for document in documents]
+    return torch.cat([numbers[0] for numbers, _ in parts]), {
         name: sum(gradients[name] for _, gradients in parts) for name in parts[0][1]
     }
 
@@ -110,19 +110,32 @@ def test_tokens_see_both_sides_as_in_eager(name, calls):
 def test_padding_on_either_side_is_never_seen(name, calls):
     model = encoder(name)
     for mask in (padding(left=6), padding(right=6), padding(left=WINDOW + 9), padding(left=5, right=4)):
-        same(model, tokens(), counts=mask.bool(), attention_mask=mask)
+        inputs, counts = tokens(), mask.bool()
+        rows = [row[None, is_token] for row, is_token in zip(inputs, counts, strict=True)]
+        found = results(model, "sliding_gqa", inputs, counts, attention_mask=mask)
+        equal(found, results(model, "eager", inputs, counts, attention_mask=mask))
+        equal(found, apart(model, rows))
+    assert set(calls) == {"sliding_gqa_attention"}
+
+
+def test_embedding_gemma_may_fill_a_cache(calls):
+    """As its configuration says by default."""
+    model = encoder("EmbeddingGemma")
+    same(model, tokens(), use_cache=True)
+    same(model, tokens(), padding(left=6).bool(), attention_mask=padding(left=6), use_cache=True)
     assert set(calls) == {"sliding_gqa_attention"}
 
 
 @every_encoder
 def test_packed_documents_are_documents_by_themselves(name, calls):
-    model, packed = encoder(name), tokens(rows=1)
-    expected = apart(model, packed)
+    model, packed, whole = encoder(name), tokens(rows=1), torch.ones(1, LENGTH, dtype=torch.bool)
+    expected = apart(model, packed.split(DOCUMENTS, dim=1))
     lengths = {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS}
-    equal(results(model, "sliding_gqa", packed, position_ids=POSITIONS, **lengths), expected)
-    equal(results(model, "sliding_gqa", packed, **lengths), expected)  # rotary positions are relative
+    forms = [{"position_ids": POSITIONS, **lengths}, lengths]  # rotary positions are relative
     if name in ("EmbeddingGemma", "T5Gemma's encoder"):  # the others do not tell their layers the positions
-        equal(results(model, "sliding_gqa", packed, position_ids=POSITIONS), expected)
+        forms.append({"position_ids": POSITIONS})
+    for options in forms:
+        equal(results(model, "sliding_gqa", packed, whole, **options), expected)
     assert set(calls) == {"sliding_gqa_attention"}
 
 
@@ -216,8 +229,10 @@ def test_t5gemma_runs_whole_and_its_decoder_sees_the_encoders_padding(length, ca
 
 def test_masks_that_are_not_the_encoders_own_are_made_as_transformers_makes_them():
     from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+    from transformers.models.gemma3.modeling_gemma3 import _bidirectional_window_overlay
 
     embeddings, images = torch.zeros(2, LENGTH, 1), torch.arange(LENGTH)[None].expand(2, -1) // 5 % 2 - 1
+    own = _bidirectional_window_overlay(WINDOW)
     longer = torch.cat([padding(left=4), padding(right=4)], dim=1)
     for make, classes, options in (
         (create_bidirectional_mask, "ModernBert", {"and_mask_function": lambda batch, head, q, kv: kv > 3}),
@@ -225,6 +240,7 @@ def test_masks_that_are_not_the_encoders_own_are_made_as_transformers_makes_them
         (create_causal_mask, "Gemma3Text", {}),
         (create_causal_mask, "Gemma3Text", {"or_mask_function": lambda batch, head, q, kv: kv < 3}),
         (create_causal_mask, "Gemma3Text", {"block_sequence_ids": images}),
+        (create_causal_mask, "Gemma3Text", {"block_sequence_ids": images, "or_mask_function": own}),
     ):
         masks = []
         for name in ("sdpa", "sliding_gqa"):
