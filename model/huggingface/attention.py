@@ -95,7 +95,7 @@ def _starts_or_mask(
     Queries are at positions q_offset .. and keys at kv_offset .. (a sliding cache has dropped earlier ones). starts may
     be shorter than the keys: those after it are a static cache's unwritten ones.
     """
-    parts = _parts(mask_function)
+    parts = _parts(mask_function, attention_mask)
     packed = not allow_is_causal_skip and _packed(parts, q_length, kv_length, attention_mask)
     if _is_encoder(config):
         needs_mask = kv_length != q_length or not _is_mask_of_an_encoder(config, parts, use_vmap, others)
@@ -111,7 +111,7 @@ def _starts_or_mask(
     if written is None or not _layers_know(config, local_size):
         from transformers.masking_utils import sdpa_mask
 
-        # sdpa_mask must not return None for a mask where every query sees every key: here None means causal
+        # sdpa_mask must not return None where every query sees every key: here None leaves it to the layer's window
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(
             batch_size,
@@ -152,9 +152,9 @@ def _starts_or_mask(
     return starts.expand(batch_size, -1)[:, None, None]
 
 
-def _parts(mask_function):
+def _parts(mask_function, attention_mask):
     """The names of the functions that mask_function combines; None while a graph is captured, which cannot look."""
-    if _captured(None):
+    if _captured(attention_mask):
         return None
     found = [mask_function]
     for function in found:
