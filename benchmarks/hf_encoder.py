@@ -27,7 +27,9 @@ from model.huggingface import register_attention
 LENGTHS = {"quick": [1024, 2048], "default": [2048, 8192]}
 SECONDS = {"quick": 30.0, "default": 120.0}
 CONTESTANTS = {"ours (sliding_gqa)": "sliding_gqa", "sdpa": "sdpa"}
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # see `difference`
+# See `difference`. A window that is off by one makes 0.02 in the hidden states, 0.12 in gradients. Those of bf16 are up
+# to 0.4 from fp32's at 8,192 tokens, by either attention
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 PASSES = {"fwd": False, "fwd+bwd": True}
 SIZES = dict(
     vocab_size=1024, hidden_size=768, intermediate_size=1152, num_attention_heads=12, max_position_embeddings=2**16,
