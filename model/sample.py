@@ -21,8 +21,9 @@ from pathlib import Path
 from .checkpoint import from_pretrained, resolve_checkpoint
 from .command import Parser, command_output, resolve_device
 from .gpt import attention_backend
-from .sampling import TextUntil, generate
+from .sampling import generate
 from .shared_cores import SharedCores
+from .stop_strings import TextUntil
 
 INTERACTIVE = "each line is a prompt; /help shows the settings, Ctrl-C stops the answer, /quit or Ctrl-D ends"
 SETTINGS = {  # options that interactive mode changes, by /temperature 0.8, and the types of their values
