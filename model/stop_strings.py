@@ -33,13 +33,14 @@ class StopStrings:
 class TextUntil:
     """An iterator over the pieces of a text, up to the first stop string, which is left out.
 
-    held   text not yet returned, because it may begin a stop string. It comes with a later piece or at the end; a
-           reader that stops early finds it here.
+    held      text not yet returned, because it may begin a stop string. It comes with a later piece or at the end; a
+              reader that stops early finds it here.
+    stopped   whether a stop string has ended the text.
     """
 
     def __init__(self, pieces, strings):
         self.pieces, self.strings, self.held = iter(pieces), checked_strings(strings), ""
-        self.ended = False
+        self.ended = self.stopped = False
 
     def __iter__(self):
         return self
@@ -57,7 +58,8 @@ class TextUntil:
             raise
         ends = [text.find(string) for string in self.strings if string in text]
         if ends:
-            self.ended, self.held = True, ""
+            self.ended = self.stopped = True
+            self.held = ""
             return text[: min(ends)]
         shown = len(text) - max((overlap(text, string) for string in self.strings), default=0)
         self.held = text[shown:]
