@@ -71,9 +71,10 @@ def test_the_text_does_not_depend_on_how_many_are_written_at_once(batch):
     assert expected[0] != expected[9]  # the same prompt, another seed
 
 
-def test_a_row_that_ends_gives_its_place_to_the_next_prompt_at_once():
-    model = make()
-    stream = generate_batch(model, prompts_of(3, 3, 3, 3), [4, 12, 4, 4], batch=2, greedy=True)
+@pytest.mark.parametrize("batch_invariant", [False, True], ids=["shared", "invariant"])
+def test_a_row_that_ends_gives_its_place_to_the_next_prompt_at_once(batch_invariant):
+    options = {"batch": 2, "greedy": True, "batch_invariant": batch_invariant}
+    stream = generate_batch(make(), prompts_of(3, 3, 3, 3), [4, 12, 4, 4], **options)
     order = [prompt for prompt, _ in stream]
     first = [order.index(prompt) for prompt in range(4)]
     last = [len(order) - 1 - order[::-1].index(prompt) for prompt in range(4)]
@@ -103,13 +104,14 @@ def test_a_row_that_was_copied_over_another_one_shows_nothing_of_it(name, backen
     model(tokens[:, :-1], cache=own)
     own.fit_single_tokens()
     cache = KVCache(model.config, 3)
+    rows = cache.first_rows(2)
+    step = make_step(model, rows)  # before the rows come and go, as in use: it clears what is unwritten now
     for x in (*cache.k, *cache.v):
         x.fill_(float("nan"))
     for row in (1, 0):  # the second copy is inside one cache
         cache.copy_row(row, cache if row == 0 else own, 1 - row, length)
-    rows = cache.first_rows(2)
     rows.columns = length
-    logits = make_step(model, rows)(tokens[0, -1:].expand(2))
+    logits = step(tokens[0, -1:].expand(2))
     torch.testing.assert_close(logits, model(tokens)[0][:, -1].expand(2, -1), atol=1e-4, rtol=1e-4)
     assert cache.lengths.tolist() == [length + 1, length + 1, 0]  # shared with the rows
 
