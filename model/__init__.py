@@ -21,6 +21,7 @@ if (
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from .batching import generate_batch
 from .checkpoint import CheckpointError, from_pretrained, save_pretrained
 from .config import ARCHITECTURES, GPTConfig
 from .gpt import GPT, attention_backend, flops_per_token
@@ -43,6 +44,7 @@ __all__ = [
     "flops_per_token",
     "from_pretrained",
     "generate",
+    "generate_batch",
     "load_tokenizer",
     "min_p_logits",
     "penalized_logits",

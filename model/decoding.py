@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import embedding, gelu
 
 from kernels.backend import backend_module, resolve_backend
+from kernels.cpu import through_onednn
 
 from . import gpt
 from .kv_cache import KVCache
@@ -20,6 +21,7 @@ STANDARD_MODULES = {gpt.GPT, gpt.Block, gpt.Attention, gpt.MLP, nn.Linear, nn.La
 # Multiply-adds up to which one thread takes a token, and a prompt. Several threads wait for each other in each of some
 # hundred short calls; beside a busy process they wait up to a hundred times as long. docs/sampling.md has the figures.
 ONE_THREAD_TOKEN, ONE_THREAD_PROMPT = 2**23, 2**27
+MANY_ROWS = 32  # of a product in fp32 on a CPU: from there on oneDNN is faster than MKL, where it is exact
 WARM_UPS = 3  # forwards before a capture: Triton compiles its kernels, cuBLAS allocates its workspace
 
 
@@ -38,6 +40,7 @@ class Decoder:
         self.model, self.padding, self.prefill_chunk, self.compile = model, padding, prefill_chunk, compile
         self.rows, self.columns = tokens.shape
         self.cache = self.step = None
+        self.is_reading = True  # until the prompt has been read
         self.on_cpu, self.row_work = tokens.device.type == "cpu", self.rows * model.num_parameters()
         self.is_standard = why_not_standard(model) is None
         self.longest_padding = int(padding.max()) if self.rows else 0
@@ -46,17 +49,24 @@ class Decoder:
         self.tokens = tokens
         self.context_length = model.config.context_length if model.config.positions == "learned" else None
 
-    @torch.no_grad()
     def prefill(self):
         """The logits after self.tokens, read into a new cache. Learned positions read the last context_length."""
+        *_, logits = self.prefill_chunks()
+        return logits
+
+    @torch.no_grad()
+    def prefill_chunks(self):
+        """`prefill` in steps: an iterator that reads a chunk each time; the last yields the logits, others None."""
+        self.is_reading = True
         dropped = 0 if self.context_length is None else max(0, self.columns - self.context_length)
         self.tokens = self.tokens[:, -self.context_length :] if self.context_length else self.tokens
         if self.context_length is not None and self.columns >= self.context_length and self.longest_padding <= dropped:
             self.cache = None  # no step will read it
-            with _evaluating(self.model):
-                if self.is_standard:
-                    return self.model.last_logits(self.tokens)
-                return self.model(self.tokens)[0][:, -1]
+            with evaluating(self.model):
+                logits = self.model.last_logits(self.tokens) if self.is_standard else self.model(self.tokens)[0][:, -1]
+            self.is_reading = False
+            yield logits
+            return
         device = self.tokens.device
         autocast = torch.is_autocast_enabled(device.type)
         self.cache = KVCache(
@@ -68,13 +78,25 @@ class Decoder:
             dtype=torch.get_autocast_dtype(device.type) if autocast else self.model.wte.weight.dtype,
             padding=(self.padding - dropped).clamp(min=0),
         )
-        with _evaluating(self.model):
-            for chunk in self.tokens.split(self.prefill_chunk, dim=1):
-                logits = self.model(chunk, cache=self.cache)[0][:, -1]
+        *chunks, last = self.tokens.split(self.prefill_chunk, dim=1)
+        for chunk in chunks:
+            self._read(chunk)
+            yield None
+        logits = self._read(last)
         self.cache.fit_single_tokens()
         self.step = None
         self.tokens = self.tokens if self.context_length else None
-        return logits
+        self.is_reading = False
+        yield logits
+
+    def _read(self, chunk):
+        """The logits after a chunk of the prompt, which goes into the cache."""
+
+        def read():
+            return self.model(chunk, cache=self.cache)[0][:, -1]
+
+        with evaluating(self.model):
+            return through_onednn(read)() if self.on_cpu and chunk.numel() >= MANY_ROWS else read()
 
     def decode(self, new):
         """The logits after one more token of each row, new (B,)."""
@@ -87,38 +109,46 @@ class Decoder:
             self.cache.extend(min(self.max_columns, 2 * self.cache.max_length))
             self.step = None
         if self.step is None:
-            self.step = self._make_step()
-        with _evaluating(self.model):
+            self.step = make_step(self.model, self.cache, self.compile)
+        with evaluating(self.model):
             return self.step(new)
 
-    @contextmanager
     def threads(self):
-        """Inside, PyTorch has the threads that the next token or prompt is worth; afterwards the caller's number."""
-        before = torch.get_num_threads()
-        columns, limit = (self.tokens.shape[1], ONE_THREAD_PROMPT) if self.cache is None else (1, ONE_THREAD_TOKEN)
-        if self.on_cpu and columns * self.row_work <= limit:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        """A context in which PyTorch has the threads that the next token or prompt is worth."""
+        if self.is_reading or self.cache is None:
+            return few_threads(self.on_cpu and self.tokens.shape[1] * self.row_work <= ONE_THREAD_PROMPT)
+        return few_threads(self.on_cpu and self.row_work <= ONE_THREAD_TOKEN)
 
-    def _make_step(self):
-        if why_not_cuda_graph(self.model, self.cache) is None:
-            return CUDAGraphStep(self.model, self.cache)
-        if why_not_cpu_step(self.model, self.cache) is None:
-            return CPUStep(self.model, self.cache, self.compile)
-        model = torch.compile(self.model) if self.compile else self.model
 
-        @torch.no_grad()
-        def step(new):
-            return model(new[:, None], cache=self.cache)[0][:, -1]
+def make_step(model, cache, compile=False):
+    """The fastest function that computes the logits (B, V) after one more token of each row, tokens (B,)."""
+    if why_not_cuda_graph(model, cache) is None:
+        return CUDAGraphStep(model, cache)
+    if why_not_cpu_step(model, cache) is None:
+        return CPUStep(model, cache, compile)
+    model = torch.compile(model) if compile else model
 
-        return step
+    @torch.no_grad()
+    def step(new):
+        return model(new[:, None], cache=cache)[0][:, -1]
+
+    return step
 
 
 @contextmanager
-def _evaluating(model):
+def few_threads(one):
+    """Inside, PyTorch has one thread if `one`; afterwards the caller's number."""
+    before = torch.get_num_threads()
+    if one:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def evaluating(model):
     """Evaluation mode inside; afterwards every module has its own mode again."""
     training = [module for module in model.modules() if module.training] if model.training else []
     if training:
@@ -201,6 +231,8 @@ class CPUStep:
         self.positions = model.wpe.weight.detach() if self.config.positions == "learned" else None
         self.head = self.embedding.t() if self.config.tie_weights else model.lm_head.weight.detach().t()
         self.norm = _norm(model.ln_f)
+        many = len(cache.lengths) >= MANY_ROWS and not compile  # a compiled graph cannot switch libraries
+        self.addmm = through_onednn(torch.addmm) if many else torch.addmm
         rotated = 0 if rope is None else self.config.rotated
         self.layers = [
             (
@@ -222,7 +254,7 @@ class CPUStep:
         return self.forward(tokens, self.kernels.StepPositions(self.cache.lengths, self.config.head_dim, self.angles))
 
     def _forward(self, tokens, positions):
-        addmm, norm = torch.addmm, torch.layer_norm
+        addmm, norm = self.addmm, torch.layer_norm
         x = embedding(tokens, self.embedding)  # (B, C)
         if self.positions is not None:
             x = x + self.positions[positions.position]

@@ -7,6 +7,8 @@ overwrites the one that has left the window. A layer that sees all earlier keys 
                                     position   4  5  2  3
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 
@@ -121,3 +123,22 @@ class KVCache:
                 slot = slot.expand(-1, self.config.n_kv_head, -1, self.config.head_dim)
                 self.k[layer], self.v[layer] = self.k[layer].gather(2, slot), self.v[layer].gather(2, slot)
         self.max_new_tokens_per_call = 1
+
+    def first_rows(self, count):
+        """The cache of the first `count` rows: it shares memory and lengths with this one, and has its own columns."""
+        rows = copy.copy(self)
+        rows.k, rows.v = [x[:count] for x in self.k], [x[:count] for x in self.v]
+        rows.lengths = self.lengths[:count]
+        return rows
+
+    def copy_row(self, row, other, other_row, length):
+        """Make `row` what row `other_row` of another cache (or of this one) is; length is that row's, on the host.
+
+        Both must be for single tokens. What the row held before is gone.
+        """
+        for mine, theirs in zip((*self.k, *self.v), (*other.k, *other.v), strict=True):
+            written = min(length, theirs.shape[2])  # slots of a row are written from the first one on
+            mine[row, :, :written] = theirs[other_row, :, :written]
+        for values in self.v:  # a step multiplies unwritten slots by 0, which leaves NaN what was NaN
+            values[row, :, length:] = 0
+        self.lengths[row] = length

@@ -4,11 +4,12 @@
     python -m model.sample --checkpoint runs/shakespeare --temperature 0.8 --top-k 20 --seed 1 --num-samples 3
     python -m model.sample --checkpoint runs/shakespeare --prompt-file letter.txt --min-p 0.1 --stop-string "\\n\\n"
     python -m model.sample --checkpoint runs/shakespeare --interactive
+    python -m model.sample --checkpoint runs/shakespeare --prompts prompts.jsonl --batch 32 --out texts.jsonl
 
 A text ends after --max-new-tokens, or where the model ends its document, by <|endoftext|>. The text goes to standard
 output as it is made, everything else to standard error. Exit status: 0; 2 for a wrong argument or model directory; 130
 after Ctrl-C, which keeps the text so far; 1 if standard output cannot be written, and without a message if the reader
-of a pipe closed it.
+of a pipe closed it, or if a line of --prompts was left out.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from pathlib import Path
 from .checkpoint import from_pretrained, resolve_checkpoint
 from .command import Parser, command_output, resolve_device
 from .gpt import attention_backend
-from .sampling import TextUntil, generate
+from .sample_many import ManyPrompts, add_flags, check_flags
+from .sampling import generate
 from .shared_cores import SharedCores
+from .stop_strings import TextUntil
 
 INTERACTIVE = "each line is a prompt; /help shows the settings, Ctrl-C stops the answer, /quit or Ctrl-D ends"
 SETTINGS = {  # options that interactive mode changes, by /temperature 0.8, and the types of their values
@@ -50,6 +53,7 @@ def make_parser():
     )
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
     prompt.add_argument("-i", "--interactive", action="store_true", help="read prompts, and answer each")
+    add_flags(parser, prompt)
     add(
         "--max-new-tokens",
         type=int,
@@ -118,15 +122,18 @@ def _run(parser, options):
     writer = None
     try:
         try:
+            check_flags(options)
             writer = Writer(options)
+            many = ManyPrompts(writer, options, writer.stop_strings) if options.prompts else None
             prompt = _prompt(options)
-            texts = (
-                [] if options.interactive else [writer.text(prompt, number) for number in range(options.num_samples)]
-            )
+            count = 0 if options.interactive or many else options.num_samples
+            texts = [writer.text(prompt, number) for number in range(count)]
         except (ValueError, RuntimeError, OSError) as error:
             parser.error(f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error))
         print(writer.about, file=sys.stderr, flush=True)
         with SharedCores(writer.model.wte.weight.device):
+            if many:
+                return many.run()
             if options.interactive:
                 return _interact(writer, options)
             for number, text in enumerate(texts, start=1):
@@ -181,6 +188,7 @@ class Writer:
         if self.tokenizer is None:
             raise ValueError(f"{checkpoint} has no tokenizer.json, which reading a prompt and writing a text need")
         self.start = self._start()
+        self.stop_strings = [_unescaped(string) for string in options.stop_strings]
         size = f"{self.model.config.architecture}, {self.model.num_parameters():,} parameters"
         self.about = f"{checkpoint}: {size}, {runs} on {device}"
 
@@ -197,14 +205,13 @@ class Writer:
         """An iterator over the pieces of a new text, drawn with the seed of sample `number`. Raises ValueError."""
         options, self.held = self.options, ""
         prompt = self.tokenizer.encode(prompt or self.start)
-        stop_strings = [_unescaped(string) for string in options.stop_strings]
         seed = None if options.seed is None else options.seed + number
         same = {name: getattr(options, name) for name in SAME_ARGUMENTS}
-        stream = generate(self.model, [prompt], seed=seed, stop_strings=stop_strings, **same)
+        stream = generate(self.model, [prompt], seed=seed, stop_strings=self.stop_strings, **same)
         stream = self._counted(stream)
         if options.log_probabilities:
             return self._lines(stream, prompt)
-        return TextUntil(self.tokenizer.stream(map(int, stream), prompt), stop_strings)
+        return TextUntil(self.tokenizer.stream(map(int, stream), prompt), self.stop_strings)
 
     def write(self, text):
         """Print the pieces of a text as they are made, and a line break."""

@@ -7,16 +7,16 @@ A model with rotary positions generates any number of tokens; with a window, a t
 Learned positions end at context_length: after that every token reads the last context_length tokens again.
 """
 
-from collections import deque
-from collections.abc import Iterable
 from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 
+from .batching import generate_batch as generate_batch  # beside `generate`, for users
 from .decoding import Decoder
+from .prompts import check_prompt, encode_prompts, left_padded, row_seeds, seen_tokens
 from .sampling_params import RowGenerators, SamplingParams
-from .tokenizer import overlap
+from .stop_strings import StopStrings
 
 FINISHED = -1  # the token that a finished row yields
 
@@ -71,8 +71,8 @@ def generate(
     """
     device = model.wte.weight.device
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    tokens, padding = _left_padded(_prompts(tokens, tokenizer), device)
-    _check_prompt(tokens, model.config.vocab_size)
+    tokens, padding = left_padded(encode_prompts(tokens, tokenizer), device)
+    check_prompt(tokens, model.config.vocab_size)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} is negative")
     params = SamplingParams(
@@ -92,11 +92,11 @@ def generate(
     def stream(tokens, padding, seeds):
         finished = FinishedRows(stop_tokens, stop_strings, tokenizer, tokens, padding)
         generators = RowGenerators(seeds, device) if params.is_random else None
-        seen = None if repetition_penalty == 1 else _seen_tokens(tokens, padding, model.config.vocab_size)
+        seen = None if repetition_penalty == 1 else seen_tokens(tokens, padding, model.config.vocab_size)
         decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
         return _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities)
 
-    seeds = _row_seeds(seed, len(tokens))
+    seeds = row_seeds(seed, len(tokens))
     if not batch_invariant or len(tokens) == 0:
         return stream(tokens, padding, seeds)
     rows = zip(tokens.split(1), padding.tolist(), seeds, strict=True)
@@ -174,132 +174,3 @@ class FinishedRows:
             found = self.stop_strings.update(new.tolist())
             self.finished = self.finished | torch.tensor(found, device=new.device)
         return bool(self.finished.all())
-
-
-class StopStrings:
-    """For each row of a batch, whether the text after its prompt contains one of the strings.
-
-    A string may span several tokens, and may be part of one. prompts: the tokens of each row's prompt.
-    """
-
-    def __init__(self, strings, tokenizer, prompts):
-        self.tokens = [deque() for _ in prompts]
-        self.texts = [
-            TextUntil(tokenizer.stream(iter(tokens.popleft, None), prompt), strings)
-            for tokens, prompt in zip(self.tokens, prompts, strict=True)
-        ]
-
-    def update(self, new):
-        """Add one token a row, a list; returns a bool a row, True if the token completes a string."""
-        found = []
-        for tokens, text, token in zip(self.tokens, self.texts, new, strict=True):
-            running = not text.ended
-            if running:
-                tokens.append(token)
-                next(text)
-            found.append(running and text.ended)
-        return found
-
-
-class TextUntil:
-    """An iterator over the pieces of a text, up to the first stop string, which is left out.
-
-    held   text not yet returned, because it may begin a stop string. It comes with a later piece or at the end; a
-           reader that stops early finds it here.
-    """
-
-    def __init__(self, pieces, strings):
-        self.pieces, self.strings, self.held = iter(pieces), _checked_strings(strings), ""
-        self.ended = False
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.ended:
-            raise StopIteration
-        try:
-            text = self.held + next(self.pieces)
-        except StopIteration:
-            self.ended = True
-            text, self.held = self.held, ""
-            if text:
-                return text
-            raise
-        ends = [text.find(string) for string in self.strings if string in text]
-        if ends:
-            self.ended, self.held = True, ""
-            return text[: min(ends)]
-        shown = len(text) - max((overlap(text, string) for string in self.strings), default=0)
-        self.held = text[shown:]
-        return text[:shown]
-
-
-def _checked_strings(strings):
-    """The stop strings as a tuple. Raises ValueError for an empty one and for anything but text."""
-    strings = (strings,) if isinstance(strings, str) else tuple(strings)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"stop_strings={list(strings)!r} has an empty string, or something that is not text")
-    return strings
-
-
-def _row_seeds(seed, rows):
-    """A seed, or None, for each row."""
-    if seed is None:
-        return [None] * rows
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else [int(s) for s in seed]
-    if len(seeds) != rows:
-        raise ValueError(f"seed has {len(seeds)} numbers, expected one for each of {rows} rows, or one number")
-    for row_seed in seeds:
-        if not 0 <= row_seed < 2**63:
-            raise ValueError(f"seed={row_seed} is not a whole number from 0 to 2**63 - 1")
-    return seeds
-
-
-def _seen_tokens(tokens, padding, vocab_size):
-    """(B, V) bool: the tokens in the prompt of each row, without its padding."""
-    in_prompt = torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
-    seen = torch.zeros(len(tokens), vocab_size, dtype=torch.int32, device=tokens.device)
-    return seen.scatter_add_(1, tokens.long(), in_prompt.int()) > 0
-
-
-def _prompts(tokens, tokenizer):
-    """Any prompts of `generate` as (B, T) integers or a list of sequences: one becomes a list, texts are encoded."""
-    if isinstance(tokens, torch.Tensor):
-        return tokens[None] if tokens.dim() == 1 else tokens
-    if not isinstance(tokens, Iterable):
-        raise ValueError(f"tokens is {tokens!r}, expected a prompt, or a list of them: texts, or sequences of integers")
-    prompts = [tokens] if isinstance(tokens, str) else list(tokens)
-    if prompts and not isinstance(prompts[0], str) and torch.as_tensor(prompts[0]).dim() == 0:
-        return [prompts]
-    if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(
-            "tokens is a text, and the model has no tokenizer: give tokenizer=..., or load the model by from_pretrained"
-        )
-    return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-
-
-def _left_padded(tokens, device):
-    """Prompts as one tensor (B, T), shorter ones padded on the left, and the padding columns of each row (B,)."""
-    if isinstance(tokens, torch.Tensor):
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (B, T), or a list of B sequences")
-        return tokens.to(device), torch.zeros(len(tokens), dtype=torch.int32, device=device)
-    rows = [torch.as_tensor(row, device=device) for row in tokens]
-    if not rows or any(row.dim() != 1 or len(row) == 0 for row in rows):
-        raise ValueError("tokens is a list without prompts or with an empty one: every row needs at least one token")
-    padding = [max(map(len, rows)) - len(row) for row in rows]
-    padded = torch.stack([F.pad(row, (count, 0)) for row, count in zip(rows, padding, strict=True)])
-    return padded, torch.tensor(padding, dtype=torch.int32, device=device)
-
-
-def _check_prompt(tokens, vocab_size):
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise ValueError(f"tokens has dtype {tokens.dtype}, expected integers")
-    if tokens.shape[1] == 0:
-        raise ValueError("tokens has no columns: a prompt needs at least one token")
-    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-        raise ValueError(
-            f"tokens reaches from {int(tokens.min())} to {int(tokens.max())}, outside the vocabulary of 0 to "
-            f"{vocab_size - 1}"
-        )

@@ -9,8 +9,8 @@ A page is read from top to bottom, in an empty directory that has README.md:
     other blocks, code spans     what starts with `python -m`, `python benchmarks/` or torchrun is parsed; in a code
                                  span required flags and a last flag's value may be absent
     <!-- test: CODE -->          CODE runs first: it makes what the page takes as given, such as a text or a run.
-                                 It may use TEXT, make_text(file), make_run(directory), make_model(directory) and
-                                 make_wheel()
+                                 It may use TEXT, make_text(file), make_prompts(file), make_run(directory),
+                                 make_model(directory) and make_wheel()
 """
 
 import argparse
@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import re
 import runpy
 import shlex
@@ -88,8 +89,8 @@ def commands(block, first, may_run):
 
 def problems(page, name, monkeypatch):
     """What is wrong with a page, a line each. The working directory is where its commands run."""
-    setup = {"TEXT": TEXT, "make_text": make_text, "make_run": make_run, "make_model": make_model}
-    setup["make_wheel"] = make_wheel
+    makers = (make_text, make_prompts, make_run, make_model, make_wheel)
+    setup = {"TEXT": TEXT, **{maker.__name__: maker for maker in makers}}
     namespace, found = setup, []
     monkeypatch.setattr(sys, "stdin", io.StringIO())  # interactive commands find its end
     for line, kind, text in parts(page):
@@ -206,6 +207,12 @@ def make_text(file):
     """A text with all of ASCII."""
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(TEXT, encoding="utf-8")
+
+
+def make_prompts(file):
+    """Three prompts, a line each."""
+    lines = [json.dumps({"prompt": prompt}) for prompt in ("A", "To be", "")]
+    Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def make_run(directory):

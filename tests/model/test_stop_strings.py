@@ -3,7 +3,7 @@
 import pytest
 
 from model import CharTokenizer
-from model.sampling import StopStrings, TextUntil
+from model.stop_strings import StopStrings, TextUntil
 
 
 @pytest.mark.parametrize(
