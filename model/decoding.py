@@ -54,9 +54,7 @@ class Decoder:
         if self.context_length is not None and self.columns >= self.context_length and self.longest_padding <= dropped:
             self.cache = None  # no step will read it
             with _evaluating(self.model):
-                if self.is_standard:
-                    return self.model.last_logits(self.tokens)
-                return self.model(self.tokens)[0][:, -1]
+                return self._last_logits(self.tokens)
         device = self.tokens.device
         autocast = torch.is_autocast_enabled(device.type)
         self.cache = KVCache(
@@ -70,11 +68,16 @@ class Decoder:
         )
         with _evaluating(self.model):
             for chunk in self.tokens.split(self.prefill_chunk, dim=1):
-                logits = self.model(chunk, cache=self.cache)[0][:, -1]
+                logits = self._last_logits(chunk, self.cache)
         self.cache.fit_single_tokens()
         self.step = None
         self.tokens = self.tokens if self.context_length else None
         return logits
+
+    def _last_logits(self, tokens, cache=None):
+        if self.is_standard:
+            return self.model.last_logits(tokens, cache)
+        return self.model(tokens, cache=cache)[0][:, -1]
 
     def decode(self, new):
         """The logits after one more token of each row, new (B,)."""
