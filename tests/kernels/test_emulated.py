@@ -155,6 +155,29 @@ def norm_rotation(emulator, dtype, D, rotated, interleaved):
     return {"results": over_budget(ours, results("reference", dtype), results("reference", torch.float64))}
 
 
+def bytes_of_norm_rotation(target):
+    """Of each tensor of q's size, forward and backward, every element is read or written once, no more."""
+    from kernels.backends.triton import norm_rotate, norm_rotate_backward
+    from kernels.compiled import emulated
+    from kernels.compiled.counts import Counter
+
+    heads = {"q": projected(16, 8, 128, BF16), "k": projected(16, 4, 128, BF16)}
+    norm = (*torch.ones(2, 128).to(BF16), 1e-6)
+    counter = Counter()
+    with emulated(target, counter=counter):
+        norm_rotate(*heads.values(), norm, *tables(16, 128))
+        norm_rotate_backward(*heads.values(), *heads.values(), norm, *tables(16, 128))
+    forward, backward = counter.kernels["norm_rope"], counter.kernels["norm_rope_backward"]
+    ratios = {}
+    for name, x in heads.items():
+        moved = forward.bytes_read[f"{name}_ptr"], forward.bytes_written[f"{name}_out_ptr"]
+        moved += backward.bytes_read[f"{name}_ptr"], backward.bytes_read[f"{name}_grad_ptr"]
+        moved += (backward.bytes_written[f"d{name}_ptr"],)
+        assert min(moved) == x.numel() * x.itemsize, moved
+        ratios[name] = max(moved) / (x.numel() * x.itemsize)
+    return ratios
+
+
 def model(emulator):
     """A GPT trains two steps and writes twelve tokens: losses to 1e-4, tokens the same as in plain PyTorch."""
     from model import GPT, GPTConfig, generate
@@ -281,6 +304,7 @@ def report(target):
     cases.append((wrong_starts, "documents: wrong starts", ()))
     cases.append((flash_attention, "flash-attention's names", ()))
     if target == "sm_90":
+        cases.append((lambda _: bytes_of_norm_rotation(target), "rotation with a norm: bytes", ()))
         cases.append((model, "a GPT trains and writes", ()))
         cases.append((shared_memory_and_instructions, "counts", ()))
     for function, name, case in cases:
