@@ -40,6 +40,8 @@ class Problem(NamedTuple):
     device: torch.device = torch.device("cpu")
     lengths: tuple[int, ...] | None = None
     """Of the documents in a sequence; None: one."""
+    norm: bool = False
+    """Whether q and k are normalised before their rotation, with weights (rope_speed.py)."""
 
     def inputs(self):
         """q, k, v, and the gradient of the output."""

@@ -47,6 +47,7 @@ FEATURES = {
     "plain": {},
     "rope": {"rope": True},
     "half-rope": {"half_rope": True},
+    "qk-norm": {"rope": True, "norm": True},
     "sinks": {"sinks": True},
     "softcap": {"softcap": 20.0},
     "grad-lse": {"grad_lse": True},
@@ -213,7 +214,8 @@ def estimate_of(made, shape, element_bytes, features):
     """The model's `Estimate` of a kernel at a shape; None for append and combine, which move few bytes."""
     if made.kernel in ATTENTION:
         return model.attention_estimate(made, shape, element_bytes, rope="rope" in str(settings_of(features)))
-    by_memory = {"rope": model.rope_estimate, "decode": model.decode_estimate}.get(made.kernel)
+    rotations = dict.fromkeys(model.TENSORS_ROTATED, model.rope_estimate)
+    by_memory = {**rotations, "decode": model.decode_estimate}.get(made.kernel)
     return by_memory and by_memory(made, shape, element_bytes)
 
 

@@ -2,9 +2,11 @@
 
     python benchmarks/rope_speed.py                      # a minute on a CPU; --quick: half of it
     python benchmarks/rope_speed.py --shapes 4096,32,8,128,4 --dtype bf16
+    python benchmarks/rope_speed.py --norm               # q and k are normalised before: fused against separate calls
 
 Rotation computes next to nothing, so we count memory traffic: q and k are read once and written once, and the same for
-their gradients in the backward pass. Every contestant is checked against the reference first. Calls take turns.
+their gradients in the backward pass. With --norm the backward also has to read q and k again. Every contestant is
+checked against the reference first. Calls take turns.
 
     shape     T, query heads / KV heads x head size; the batch size in front if it is not 1
     ms        median of the calls (20th to 80th percentile)
@@ -21,6 +23,7 @@ from functools import partial
 import drawing
 import harness  # first: it puts the root of the repository on the path, so that `kernels` is ours
 import torch
+import torch.nn.functional as F
 from attn_contestants import Problem
 from measure import alternate, call_of, peak_memory, random_heads, shown, table, three_digits
 
@@ -38,14 +41,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # 
 
 
 def inputs_of(problem):
-    """(q, k) and the gradients of the rotated ones."""
+    """(q, k), with --norm also their weights, and the gradients of the rotated ones."""
     q, k, *gradients = random_heads(problem, problem.Hq, problem.Hkv, problem.Hq, problem.Hkv)
-    return tuple(x.requires_grad_(problem.backward) for x in (q, k)), tuple(gradients)
+    weights = [1 + q[0, 0, 0] / 4, 1 + k[0, 0, 0] / 4] if problem.norm else []
+    return tuple(x.detach().requires_grad_(problem.backward) for x in (q, k, *weights)), tuple(gradients)
 
 
 def bytes_moved(problem):
     elements = problem.B * problem.T * (problem.Hq + problem.Hkv) * problem.D
-    return 2 * elements * problem.dtype.itemsize * (2 if problem.backward else 1)
+    backward = (3 if problem.norm else 2) if problem.backward else 0
+    return elements * problem.dtype.itemsize * (2 + backward)
 
 
 def tables_of(problem):
@@ -93,6 +98,43 @@ def _repeated_tables(problem):
     return (torch.cat((table, table), dim=-1)[None].to(problem.dtype) for table in tables_of(problem))
 
 
+EPS = 1e-6
+
+
+def ours_fused(problem):
+    cos, sin = tables_of(problem)
+    return lambda q, k, q_weight, k_weight: apply_rope(q, k, cos, sin, norm=(q_weight, k_weight, EPS))
+
+
+def ours_apart(problem):
+    rotate, size = ours(problem), (problem.D,)
+    return lambda q, k, q_weight, k_weight: rotate(
+        F.rms_norm(q, size, q_weight, EPS), F.rms_norm(k, size, k_weight, EPS)
+    )
+
+
+def eager_norm(problem):
+    """The norm as models write it, in fp32 and rounded before the weight, then the eager rotation."""
+    rotate = eager(problem)
+
+    def norm(x, weight):
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+    return lambda q, k, q_weight, k_weight: rotate(norm(q, q_weight), norm(k, k_weight))
+
+
+def compiled_norm(problem):
+    torch._dynamo.reset()
+    return torch.compile(eager_norm(problem), dynamic=False)
+
+
+NORM_CONTESTANTS = {
+    "ours": (ours_fused, lambda problem: None),
+    "F.rms_norm, then ours": (ours_apart, lambda problem: None),
+    "eager": (eager_norm, lambda problem: None),
+    "torch.compile": (compiled_norm, lambda problem: harness.why_not_compile(problem.device)),
+}
 CONTESTANTS = {
     "ours": (ours, lambda problem: None),
     "eager": (eager, lambda problem: None),
@@ -110,7 +152,8 @@ CONTESTANTS = {
 def main(arguments=None):
     flags = harness.parser("rope_speed", __doc__)
     flags.add_argument("--shapes", nargs="+", metavar="T,HQ,HKV,D[,B]", help="points of the grid")
-    harness.add_only(flags, CONTESTANTS)
+    flags.add_argument("--norm", action="store_true", help="normalise q and k before, with weights")
+    harness.add_only(flags, CONTESTANTS | NORM_CONTESTANTS)
     harness.add_dtype(flags)
     return harness.run(flags, prepare, arguments)
 
@@ -118,12 +161,15 @@ def main(arguments=None):
 def prepare(options, device):
     shapes = options.shapes or (QUICK if options.quick else DEFAULT)[device.type].split()
     problems = [
-        parse(shape)._replace(dtype=harness.dtype_of(options, device), device=device, backward=backward)
+        parse(shape)._replace(
+            dtype=harness.dtype_of(options, device), device=device, backward=backward, norm=options.norm
+        )
         for backward in (False, True)
         for shape in shapes
     ]
+    contestants = NORM_CONTESTANTS if options.norm else CONTESTANTS
     points = {f"{label(problem)}, {problem.pass_name}": problem for problem in problems}
-    return partial(measure, harness.budget(options, points, SECONDS), harness.chosen(options.only, CONTESTANTS))
+    return partial(measure, harness.budget(options, points, SECONDS), harness.chosen(options.only, contestants))
 
 
 def measure(budget, contestants):
@@ -132,7 +178,7 @@ def measure(budget, contestants):
     backend = resolve_backend("auto", problem.device)[0]
     passes = {name: [row for row in rows if row["pass"] == name] for name in ("fwd", "fwd+bwd")}
     return {
-        "settings": {"dtype": harness.name_of(problem.dtype), "backend of ours": backend},
+        "settings": {"dtype": harness.name_of(problem.dtype), "backend of ours": backend, "norm": problem.norm},
         "rows": rows,
         "tables": [table(f"Rotation of q and k, {name}", of_pass, COLUMNS) for name, of_pass in passes.items()],
         "plots": [plot(of_pass, name) for name, of_pass in passes.items()],
@@ -155,12 +201,19 @@ def objection(rotate, problem):
     inputs, gradients = inputs_of(problem)
     exact = tuple(x.detach().double().requires_grad_(problem.backward) for x in inputs)
     cos, sin = tables_of(problem)
-    reference = partial(apply_rope, cos=cos, sin=sin, backend="reference")
+
+    def reference(q, k, *weights):
+        norm = (*weights, EPS) if weights else None
+        return apply_rope(q, k, cos, sin, norm=norm, backend="reference")
+
     expected = call_of(reference, exact, tuple(x.double() for x in gradients), problem.backward)()
+    names = ("q", "k", "dq", "dk", "dq_weight", "dk_weight")
     got = call_of(rotate, inputs, gradients, problem.backward)()
-    for name, mine, right in zip(("q", "k", "dq", "dk"), got, expected, strict=False):
-        error = (mine.detach().double() - right.detach()).abs().max().item()
-        if not error <= TOLERANCE[problem.dtype] * 8:  # elements are of size 1, the largest of them below 8
+    for name, mine, right in zip(names, got, expected, strict=False):
+        # elements are of size 1, the largest below 8; a weight's gradient is a sum of many
+        size = max(1.0, right.detach().abs().max().item() / 8) if name.endswith("weight") else 1.0
+        error = (mine.detach().double() - right.detach()).abs().max().item() / size
+        if not error <= TOLERANCE[problem.dtype] * 8:
             return f"{name} is off by {error:.2g}, tolerance {TOLERANCE[problem.dtype] * 8:g}"
     return None
 
@@ -190,7 +243,7 @@ def measure_point(problem, contestants, seconds):
             continue
         calls[name] = call_of(rotate, inputs, gradients, problem.backward)
         row["peak_mb"] = peak_memory(calls[name], problem.device) / 1e6
-    q, k = (x.detach() for x in inputs)
+    q, k = (x.detach() for x in inputs[:2])
     copies = [torch.empty_like(x) for x in (q, k)]
 
     def copy():

@@ -306,9 +306,14 @@ def estimate_of(cycles, efficiency, flops, moved, overlapped_ms, serial_ms, card
     )
 
 
-def rope_bytes(shape, element_bytes):
-    """q and k, read and written."""
-    return 2 * shape.B * shape.T * (shape.Hq + shape.Hkv) * shape.D * element_bytes
+# of the size of q and k together, read or written: with a norm, the backward reads q and k as well as their gradients
+TENSORS_ROTATED = {"rope": 2, "norm_rope": 2, "norm_rope_backward": 3}
+
+
+def rope_bytes(shape, element_bytes, kernel="rope", programs=0):
+    """q and k, read and written; for the weights' gradients a row of fp32 sums a program, written and read again."""
+    moved = TENSORS_ROTATED[kernel] * shape.B * shape.T * (shape.Hq + shape.Hkv) * shape.D * element_bytes
+    return moved + (8 * programs * shape.D if kernel == "norm_rope_backward" else 0)
 
 
 def rope_estimate(made, shape, element_bytes):
@@ -317,7 +322,8 @@ def rope_estimate(made, shape, element_bytes):
     heads = -(-shape.Hq // made.tile["BLOCK_H"]) + -(-shape.Hkv // made.tile["BLOCK_H"])
     programs = shape.B * -(-shape.T // made.tile["BLOCK_T"]) * heads
     issue_ms = cycles * programs / card.multiprocessors / (card.gigahertz * 1e6)
-    return estimate_of({"issue": cycles}, 1.0, 0.0, rope_bytes(shape, element_bytes), issue_ms, issue_ms, card)
+    moved = rope_bytes(shape, element_bytes, made.kernel, programs)
+    return estimate_of({"issue": cycles}, 1.0, 0.0, moved, issue_ms, issue_ms, card)
 
 
 def decode_bytes(shape, element_bytes):

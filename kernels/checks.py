@@ -199,6 +199,30 @@ def check_tables(cos, sin, length, q, q_name="q"):
     return (cos.detach(), sin.detach()) if cos.requires_grad or sin.requires_grad else (cos, sin)
 
 
+def check_norm(norm, q):
+    """(q_weight, k_weight, eps) of the argument `norm`: weights (D,) or None, eps as a float.
+
+    Raises ValueError unless they fit q (..., D).
+    """
+    if not isinstance(norm, tuple | list) or len(norm) != 3:
+        came = f"{len(norm)} values" if isinstance(norm, tuple | list) else kind_of(norm)
+        raise ValueError(f"norm is {came}, expected None or (q_weight, k_weight, eps)")
+    *weights, eps = norm
+    for name, weight in zip(("q_weight", "k_weight"), weights, strict=True):
+        if weight is None:
+            continue
+        if not isinstance(weight, torch.Tensor):
+            raise ValueError(f"norm's {name} is {kind_of(weight)}, expected None or a tensor ({q.shape[3]},)")
+        if tuple(weight.shape) != (q.shape[3],) or weight.dtype not in FLOATS:
+            raise ValueError(
+                f"norm's {name} is {weight.dtype} {tuple(weight.shape)}, expected one float for each of a head's "
+                f"{q.shape[3]} elements"
+            )
+        if weight.device != q.device:
+            raise ValueError(f"norm's {name} is on {weight.device}, q is on {q.device}: move it with .to(q.device)")
+    return *weights, positive_number("norm's eps", eps)
+
+
 def check_reach(rows, position):
     """Raise ValueError unless tables of `rows` rows have one for this position."""
     if not 0 <= position < rows:

@@ -14,8 +14,9 @@ import torch
 from torch import library
 
 from .backend import backend_module, resolve_backend
-from .checks import check_reach, check_tables, check_tensor, kind_of, positive_number, whole_number
+from .checks import check_norm, check_tables, check_tensor, kind_of, positive_number, whole_number
 from .namespace import NAMESPACE, OPERATORS
+from .qk_norm import norm_rotation, positions_in
 
 
 def rope_tables(length, rotary_dim, *, theta=10000.0, scaling=None, device=None):
@@ -108,16 +109,20 @@ def _llama3(inv_freq, dim, theta, options):
     return (1 - kept) * inv_freq / factor + kept * inv_freq, 1.0
 
 
-def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="auto"):
+def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, norm=None, backend="auto"):
     """q (B, Hq, T, D) and k (B, Hkv, T, D), each token's pairs rotated by the angles of its position.
 
     cos, sin: the tables of `rope_tables`, (positions, R / 2) with R <= D; they are constants. positions: None for
     0 .. T-1, a whole number for an offset, or a tensor (T,) or (B, T) of int64 or int32.
     interleaved: pairs are (x[2i], x[2i + 1]) instead of (x[i], x[i + R/2]).
+    norm: (q_weight, k_weight, eps) normalises each head before it is rotated, to x / sqrt(mean(x^2) + eps) * weight
+    (RMSNorm, arXiv:1910.07467; of q and k: arXiv:2302.05442). Mean and weights are of all D elements, also those that
+    are not rotated. Weights are (D,) or None for ones; for Gemma's, give 1 + weight.
 
-    Returns new tensors (q, k) in their dtypes, computed in fp32, differentiable in q and k. Raises ValueError for
-    shapes, dtypes or devices that do not fit, and for positions that the tables do not have. Where reading a
-    tensor of positions would wait (on a GPU), and inside torch.compile, a token at such a position is NaN instead.
+    Returns new tensors (q, k) in their dtypes, computed in fp32 and rounded once, differentiable in q, k and the
+    weights (with norm: once, in reverse mode). Raises ValueError for shapes, dtypes or devices that do not fit, for an
+    eps that is not above 0, and for positions that the tables do not have. Where reading a tensor of positions would
+    wait (on a GPU), and inside torch.compile, a token at such a position is NaN instead.
     """
     for name, x in (("q", q), ("k", k)):
         check_tensor(name, x, q)
@@ -134,13 +139,18 @@ def apply_rope(q, k, cos, sin, *, positions=None, interleaved=False, backend="au
     else:
         offset = _offset(positions)
         cos, sin = check_tables(cos, sin, offset + T, q)
+    norm = None if norm is None else check_norm(norm, q)
     name, _ = resolve_backend(backend, q.device)
     if name != "triton" and torch.compiler.is_compiling():
         # the compiler makes one loop of the definition; an operator would hide it
         from .backends import reference
 
-        return reference.rotate(q, k, cos, sin, positions=positions if by_token is not None else offset,
-                                interleaved=interleaved)  # fmt: skip
+        options = {"positions": positions if by_token is not None else offset, "interleaved": interleaved}
+        if norm is not None:
+            return reference.norm_rotate(q, k, norm, cos, sin, **options)
+        return reference.rotate(q, k, cos, sin, **options)
+    if norm is not None:
+        return norm_rotation(q, k, *norm, cos, sin, by_token, offset, interleaved, name)
     rotation = _Rotation if torch.compiler.is_compiling() else _EagerRotation
     return rotation.apply(q, k, cos, sin, by_token, offset, interleaved, False, name)
 
@@ -183,11 +193,7 @@ library.define(
 
 @library.impl(f"{NAMESPACE}::rotate", "default")
 def _rotate(q, k, cos, sin, positions, offset, interleaved, inverse, backend):
-    if positions is None:
-        positions = offset
-    elif positions.is_cpu and positions.numel():
-        for position in torch.aminmax(positions):
-            check_reach(cos.shape[0], position.item())
+    positions = positions_in(cos, positions, offset)
     return backend_module(backend).rotate(q, k, cos, sin, positions=positions, interleaved=interleaved, inverse=inverse)
 
 

@@ -63,7 +63,7 @@ class Decoder:
         if self.context_length is not None and self.columns >= self.context_length and self.longest_padding <= dropped:
             self.cache = None  # no step will read it
             with evaluating(self.model):
-                logits = self.model.last_logits(self.tokens) if self.is_standard else self.model(self.tokens)[0][:, -1]
+                logits = self._last_logits(self.tokens)
             self.is_reading = False
             yield logits
             return
@@ -93,10 +93,15 @@ class Decoder:
         """The logits after a chunk of the prompt, which goes into the cache."""
 
         def read():
-            return self.model(chunk, cache=self.cache)[0][:, -1]
+            return self._last_logits(chunk, self.cache)
 
         with evaluating(self.model):
             return through_onednn(read)() if self.on_cpu and chunk.numel() >= MANY_ROWS else read()
+
+    def _last_logits(self, tokens, cache=None):
+        if self.is_standard:
+            return self.model.last_logits(tokens, cache)
+        return self.model(tokens, cache=cache)[0][:, -1]
 
     def decode(self, new):
         """The logits after one more token of each row, new (B,)."""

@@ -23,6 +23,7 @@ from kernels.band import visible_mask, visible_pairs
 from kernels.checks import check_starts, check_starts_values
 
 from .gelu import gelu
+from .linear_loss import linear_loss, rows_of_piece
 from .rotary import RopeTables
 from .sdpa import BandMasks, sdpa_attention
 
@@ -156,7 +157,7 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens, targets=None, cache=None, starts=None):
+    def forward(self, tokens, targets=None, cache=None, starts=None, *, with_logits=True):
         """Logits of the next token after each, and the loss against `targets` if they are given.
 
         tokens    (B, T) integers. Learned positions take at most context_length of them.
@@ -165,26 +166,39 @@ class GPT(nn.Module):
         starts    (B, T) int32, for rows that hold several documents: the first position of each position's document
                   (`kernels.document_starts`). Attention stays inside a document, and learned positions count from its
                   beginning: each document has the logits that it has alone. Not with a cache.
+        with_logits  False where only the loss is needed: then the logits are None, and a large vocabulary's are made in
+                  pieces (model/linear_loss.py), which saves most of a step's memory. The loss can be derived once.
         Returns logits (B, T, V) and the mean cross-entropy in nats a token (None without targets). Raises ValueError
         for too many tokens, and for starts that are wrong (on a GPU their values are not read).
         """
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                return self.forward(tokens, targets, cache, starts)
+                return self.forward(tokens, targets, cache, starts, with_logits=with_logits)
         x = self._blocks(tokens, cache, starts)
+        if not with_logits:
+            return None, None if targets is None else self._loss(x, targets)
         logits = self._head(x)  # (B, T, V)
-        if targets is None:
-            return logits, None
+        return logits, None if targets is None else self._loss(x, targets, logits)
+
+    def _loss(self, x, targets, logits=None):
+        """The mean cross-entropy of the last block's output x; logits: its `_head`, where they are made anyway."""
         targets = targets.flatten()
         targets = targets.masked_fill(targets == -100, -1)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1)
+        if logits is None and len(targets) > rows_of_piece(self.config.vocab_size):
+            return linear_loss(self.ln_f(x).flatten(0, 1), self._head_weight, targets)
+        logits = self._head(x) if logits is None else logits
+        return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1)
 
-    def last_logits(self, tokens):
-        """The logits (B, V) after the last of tokens (B, T), whole sequences; others are not computed."""
+    @torch.no_grad()
+    def last_logits(self, tokens, cache=None):
+        """The logits (B, V) after the last of tokens (B, T), whole sequences; others are not computed.
+
+        cache: as in `forward`. There is no gradient.
+        """
         group = self.group
         try:
             self.split_sequences(None)
-            return self._head(self._blocks(tokens)[:, -1])
+            return self._head(self._blocks(tokens, cache)[:, -1])
         finally:
             self.split_sequences(group)
 
@@ -226,7 +240,12 @@ class GPT(nn.Module):
 
     def _head(self, x):
         """The logits (..., V) of the last block's output."""
-        return F.linear(self.ln_f(x), self.wte.weight if self.config.tie_weights else self.lm_head.weight)
+        return F.linear(self.ln_f(x), self._head_weight)
+
+    @property
+    def _head_weight(self):
+        """(V, C)."""
+        return self.wte.weight if self.config.tie_weights else self.lm_head.weight
 
     def _position_vectors(self, T, cache, starts):
         """The learned vectors of the call's positions: (T, C), or (B, T, C) where rows differ: a cache or documents."""

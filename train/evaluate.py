@@ -50,7 +50,7 @@ class EvaluateConfig:
     token_cache: str | None = option(None, "directory for the tokens of long texts (none: ~/.cache/sliding-gqa)")
     stride: int | None = option(None, "tokens from one context to the next (none: the context size, no overlap)")
     context_size: int | None = option(None, "tokens in a context (none: the model's own context length)")
-    batch_size: int = option(64, "contexts in a batch, fewer where their logits would take more than 1 GB")
+    batch_size: int = option(64, "contexts in a batch")
     device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: a CUDA device where there is one)")
     fused_kernels: bool = option(True, "attention by our kernels; otherwise plain PyTorch")
     backend: Literal["auto", "triton", "banded", "reference"] = option("auto", "which of the fused kernels")
@@ -91,7 +91,6 @@ def evaluate(
         raise ValueError(f"stride is {stride}, wanted 1 to the context length, {length}")
     if not packed and len(tokens) < 2:
         raise ValueError(f"text has {len(tokens)} tokens, at least 2 are needed to predict one from another")
-    batch_size = max(1, min(batch_size, 2**28 // (length * model.config.vocab_size)))
     device = next(model.parameters()).device
     contexts = range(len(tokens)) if packed else range(0, max(1, len(tokens) - 1 - (length - stride)), stride)
     batches = (contexts[first : first + batch_size] for first in range(0, len(contexts), batch_size))
@@ -102,7 +101,8 @@ def evaluate(
     for rows in bar:
         x, y, *starts = tokens.batch(rows) if packed else _contexts(tokens, torch.tensor(rows), length, stride)
         targets = int((y >= 0).sum())
-        _, loss = model(x.to(device), y.to(device), None, *(tensor.to(device) for tensor in starts))
+        x, y, *starts = (tensor.to(device) for tensor in (x, y, *starts))
+        _, loss = model(x, y, None, *starts, with_logits=False)
         total, counted = total + loss.double().item() * targets, counted + targets
     model.train(was_training)
     loss = total / counted

@@ -83,6 +83,7 @@ class Trainer:
         self.tokenizer = getattr(train_dataset, "tokenizer", None)
 
         self.model = model.to(self.device)
+        self._loss_only = {"with_logits": False} if type(model).forward is GPT.forward else {}
         if config.activation_checkpointing:
             checkpoint_blocks(self.model)
         self.forward = self.processes.distribute(self.model, self.device, config.compile)
@@ -211,7 +212,7 @@ class Trainer:
             shared = rows_of_processes if len(batch[0]) % rows_of_processes == 0 else 1
             mine = self.processes.tokens([tensor[row % shared :: shared] for tensor in batch])
             with self._autocast():
-                loss = _loss(self.model, *self._on_device(*mine))
+                loss = _loss(self.model, *self._on_device(*mine), **self._loss_only)
             if targets := _targets(mine):  # the mean over the processes follows
                 total += loss.item() * targets * shared * self.processes.context
             counted += _targets(batch)
@@ -231,7 +232,11 @@ class Trainer:
             saved = SavedActivations(self.model)
             with saved, self._autocast():
                 # not self.forward: compiled code saves its activations where no hook sees them
-                _loss(self.model, *self._on_device(*(tensor.repeat_interleave(examples, 0) for tensor in one)))
+                _loss(
+                    self.model,
+                    *self._on_device(*(tensor.repeat_interleave(examples, 0) for tensor in one)),
+                    **self._loss_only,
+                )
             found.append(saved.bytes())
             if config.activation_checkpointing:  # the blocks' inputs are saved where no hook sees them
                 found[-1] += len(self.model.blocks) * examples * one[0].numel() * self.model.config.d_model * 4
@@ -286,7 +291,7 @@ class Trainer:
         """Adds the gradients of a batch, averaged over the processes if `sync`. Returns the loss times its weight."""
         with self.processes.gradient_sync(self.forward, sync):
             with self._autocast():
-                loss = _loss(self.forward, *self._on_device(*batch))
+                loss = _loss(self.forward, *self._on_device(*batch), **self._loss_only)
             if weight != 1:  # without targets, as a part of a sequence may be, the loss is NaN and its gradient 0
                 loss = (loss if weight else loss.nan_to_num()) * weight
             self.scaler.scale_loss(loss / self.config.grad_accumulation).backward()
@@ -432,8 +437,8 @@ class Trainer:
         return torch.autocast(self.device.type, dtype)
 
 
-def _loss(model, x, y, starts=None):
-    return model(x, y)[1] if starts is None else model(x, y, starts=starts)[1]
+def _loss(model, x, y, starts=None, **options):
+    return model(x, y, **options)[1] if starts is None else model(x, y, starts=starts, **options)[1]
 
 
 def _targets(batch) -> int:

@@ -4,6 +4,9 @@
     attend(q, k, v, window, **options)                -> (out, lse): attention, forward
     attend_backward(grad_out, grad_lse, q, k, v, out, lse, window, **options)    -> (dq, dk, dv, dsinks)
     rotate(q, k, cos, sin, *, positions, interleaved, inverse)                   -> (q, k), new tensors
+    norm_rotate(q, k, norm, cos, sin, *, positions, interleaved)                 -> (q, k), normalised before
+    norm_rotate_backward(grad_q, grad_k, q, k, norm, cos, sin, *, positions, interleaved)
+                                                      -> (dq, dk, dq_weight, dk_weight), None for weights that are None
     append(k, v, k_cache, v_cache, lengths, *, rope)                             writes into the rings
     attend_to_cache(q, k_cache, v_cache, lengths, window, num_splits=None, lse=None, **options)    -> out; fills lse
     READS_LENGTHS                                     whether it reads `lengths` on the host, also from a GPU

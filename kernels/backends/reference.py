@@ -53,6 +53,42 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
     return rotated(q, cos, sin, interleaved), rotated(k, cos, sin, interleaved)
 
 
+def norm_rotate(q, k, norm, cos, sin, *, positions=0, interleaved=False):
+    """`apply_rope` with norm = (q_weight, k_weight, eps): q and k normalised, then rotated, rounded once.
+
+    x_i / sqrt(mean_j x_j^2 + eps) * weight_i, over the whole head (RMSNorm, arXiv:1910.07467).
+    """
+    *weights, eps = norm
+    wide = (_normed(x, weight, eps)[0] for x, weight in zip((q, k), weights, strict=True))
+    return tuple(x.to(q.dtype) for x in rotate(*wide, cos, sin, positions=positions, interleaved=interleaved))
+
+
+def _normed(x, weight, eps):
+    """(x with norm and weight, x with norm only, 1 / its root mean square), in fp32 or fp64."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * inverse if weight is None else x * inverse * weight.to(x.dtype), x * inverse, inverse
+
+
+def norm_rotate_backward(grad_q, grad_k, q, k, norm, cos, sin, *, positions=0, interleaved=False):
+    """(dq, dk, gradients of the two weights or None), by the chain rule, each rounded once.
+
+    n = x / rms      g = the gradient, rotated back      dweight = sum of g n over batch, heads and positions
+    dx = (g weight - n mean(g weight n)) / rms
+    """
+    *weights, eps = norm
+    wide = torch.promote_types(q.dtype, torch.float32)
+    turned = rotate(grad_q.to(wide), grad_k.to(wide), cos, sin, positions=positions, interleaved=interleaved,
+                    inverse=True)  # fmt: skip
+    grads, of_weights = [], []
+    for g, x, weight in zip(turned, (q, k), weights, strict=True):
+        _, n, inverse = _normed(x, None, eps)
+        of_weights.append(None if weight is None else (g * n).sum((0, 1, 2)).to(weight.dtype))
+        g = g if weight is None else g * weight.to(wide)
+        grads.append(torch.empty_like(x).copy_((g - n * (g * n).mean(-1, keepdim=True)) * inverse))
+    return *grads, *of_weights
+
+
 def attention(q, k, v, window=None, *, scale, right=0, starts=None, softcap=None, sinks=None, rope=None):
     """(out, lse) of `sliding_gqa_attention`, by its definition; differentiable by PyTorch."""
     qw, kw, vw = _widened(q, k, v, rope)

@@ -29,7 +29,16 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from ..backends.triton import append, attend, attend_backward, attend_to_cache, rotate, tile_configs
+from ..backends.triton import (
+    append,
+    attend,
+    attend_backward,
+    attend_to_cache,
+    norm_rotate,
+    norm_rotate_backward,
+    rotate,
+    tile_configs,
+)
 from . import machine_code
 
 
@@ -127,12 +136,13 @@ def card_of(target):
 
 def launches(
     target, *, head_dim, dtype, rope=False, half_rope=False, sinks=False, softcap=None, grad_lse=False, starts=False,
-    right=0, group=4, new_tokens=1, configs=None,
+    right=0, norm=False, group=4, new_tokens=1, configs=None,
 ):  # fmt: skip
     """The launches of every pass on `target`, once each: a list of `Launch`.
 
     rope: whether q and k are rotated, with half_rope only half of each head. grad_lse: whether lse has a gradient.
     starts: whether attention has documents, right: how many later keys it sees; decoding has neither.
+    norm: also the rotation with a norm of q and k, forward and backward.
     configs {pass: tile}: in place of the table's. The other arguments are those of `sliding_gqa_attention`.
     """
     configs = configs or {}
@@ -161,6 +171,10 @@ def launches(
         attend_backward(*grads, q, k, k, out, lse, window, configs=by_pass, **sight, **extras)
         tables = extras["rope"] or (meta(length, head_dim // 2, dtype=torch.float32),) * 2
         rotate(q, k, *tables)
+        if norm:
+            weights = meta(head_dim), meta(head_dim), 1e-6
+            norm_rotate(q, k, weights, *tables)
+            norm_rotate_backward(q, k, q, k, weights, *tables)
         cache, lengths = meta(batch, heads, length, head_dim), meta(batch, dtype=torch.int32)
         append(projected(new_tokens, heads), projected(new_tokens, heads), cache, cache, lengths, rope=extras["rope"])
         attend_to_cache(projected(new_tokens, heads * group), cache, cache, lengths, window, num_splits=splits,

@@ -20,6 +20,23 @@ def test_rotations_are_right_or_say_why_they_are_not_there(name, monkeypatch):
     assert rope_speed.objection(make(ROPE), ROPE) is None
 
 
+@pytest.mark.parametrize("name", rope_speed.NORM_CONTESTANTS)
+def test_rotations_with_a_norm_are_right(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    problem = ROPE._replace(norm=True)
+    assert rope_speed.objection(rope_speed.NORM_CONTESTANTS[name][0](problem), problem) is None
+
+
+def test_a_norm_without_its_weights_gradient_is_refused():
+    problem = ROPE._replace(norm=True)
+    right = rope_speed.ours_fused(problem)
+
+    def wrong(q, k, q_weight, k_weight):
+        return right(q, k, q_weight.detach() + 0 * q_weight, k_weight)
+
+    assert rope_speed.objection(wrong, problem).startswith("dq_weight is off by")
+
+
 def test_a_rotation_by_other_angles_is_refused():
     def wrong(problem):
         right = rope_speed.eager(problem._replace(T=problem.T + 1))
@@ -35,6 +52,8 @@ def test_traffic_is_what_must_be_read_and_written():
     moved = rope_speed.bytes_moved(ROPE)
     assert moved == 2 * 9 * 6 * 8 * 4 * 2 * 2
     assert rope_speed.bytes_moved(ROPE._replace(backward=False, dtype=torch.bfloat16)) == moved // 4
+    # with a norm, the backward also reads q and k again
+    assert rope_speed.bytes_moved(ROPE._replace(norm=True)) == moved // 4 * 5
 
 
 def test_the_trainers_default_is_timed():

@@ -154,7 +154,7 @@ NEEDED = 3350 / 1.83 / 132 * LATENCY_CYCLES  # bytes for each multiprocessor
 class MadeWithoutMask:
     """A kernel as if compiled, with one loop."""
 
-    target, matrix = "sm_90", ("HMMA",)
+    target, matrix, kernel = "sm_90", ("HMMA",), "rope"
 
     def __init__(self, tile, instructions=400, blocks=2):
         self.tile, self.instructions, self.blocks_per_multiprocessor = tile, instructions, blocks
@@ -212,3 +212,13 @@ def test_the_rotation_moves_q_and_k_twice():
     assert rope_estimate(rotation(), shape, 2).memory_ms == pytest.approx(best)
     assert rope_estimate(rotation(), shape, 2).bound_by == "memory"
     assert rope_estimate(rotation(instructions=50000), shape, 2).bound_by == "issue"
+
+
+def test_with_a_norm_the_backward_also_reads_q_and_k_and_a_row_of_sums_a_program():
+    shape, made = Shape(4, 32, 8, 8192, 128, None), rotation()
+    made.kernel = "norm_rope"
+    forward = rope_estimate(made, shape, 2).memory_ms
+    made.kernel = "norm_rope_backward"
+    sums = 4 * 8192 // 16 * (8 + 2) * 128 * 8 / H100.bytes_per_second * 1e3
+    assert forward == rope_estimate(rotation(), shape, 2).memory_ms
+    assert rope_estimate(made, shape, 2).memory_ms == pytest.approx(forward * 3 / 2 + sums)

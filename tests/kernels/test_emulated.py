@@ -50,6 +50,10 @@ ROTATION = {  # dtype, D, rotated elements, interleaved
     "fp16, part of the head": (FP16, 72, 48, False),
     "fp32, interleaved": (FP32, 32, 32, True),
 }
+NORM_ROTATION = {  # dtype, D, rotated elements, interleaved
+    "bf16": (BF16, 128, 128, False),
+    "fp32, interleaved, part of the head": (FP32, 72, 48, True),
+}
 # Triton 3.7.0 and 3.7.1 leave a proxy fence out of loops on sm_100 (triton-lang/triton#10537), also in dq
 UNFENCED = {"sm_100"}
 
@@ -131,6 +135,47 @@ def rotation(emulator, dtype, D, rotated, interleaved):
     with emulator:
         ours = results("triton", dtype)
     return {"q and k": over_budget(ours, results("reference", dtype), results("reference", torch.float64))}
+
+
+def norm_rotation(emulator, dtype, D, rotated, interleaved):
+    """With a norm, and the gradients of q, k and the weights."""
+    leaves = [projected(21, 6, D, dtype, 2), projected(21, 2, D, dtype, 2), *(torch.randn(2, D).to(dtype) + 1)]
+    grads = [projected(21, heads, D, dtype, 2) for heads in (6, 2)]
+    options = {"positions": torch.randint(64, (2, 21)), "interleaved": interleaved}
+
+    def results(backend, dtype):
+        q, k, *weights = wide = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        norm = (*weights, 1e-2)
+        out = apply_rope(q, k, *tables(64, rotated, dtype), norm=norm, backend=backend, **options)
+        gradients = torch.autograd.grad(out, wide, [grad.to(dtype) for grad in grads])
+        return [*(x.detach() for x in out), *gradients]
+
+    with emulator:
+        ours = results("triton", dtype)
+    return {"results": over_budget(ours, results("reference", dtype), results("reference", torch.float64))}
+
+
+def bytes_of_norm_rotation(target):
+    """Of each tensor of q's size, forward and backward, every element is read or written once, no more."""
+    from kernels.backends.triton import norm_rotate, norm_rotate_backward
+    from kernels.compiled import emulated
+    from kernels.compiled.counts import Counter
+
+    heads = {"q": projected(16, 8, 128, BF16), "k": projected(16, 4, 128, BF16)}
+    norm = (*torch.ones(2, 128).to(BF16), 1e-6)
+    counter = Counter()
+    with emulated(target, counter=counter):
+        norm_rotate(*heads.values(), norm, *tables(16, 128))
+        norm_rotate_backward(*heads.values(), *heads.values(), norm, *tables(16, 128))
+    forward, backward = counter.kernels["norm_rope"], counter.kernels["norm_rope_backward"]
+    ratios = {}
+    for name, x in heads.items():
+        moved = forward.bytes_read[f"{name}_ptr"], forward.bytes_written[f"{name}_out_ptr"]
+        moved += backward.bytes_read[f"{name}_ptr"], backward.bytes_read[f"{name}_grad_ptr"]
+        moved += (backward.bytes_written[f"d{name}_ptr"],)
+        assert min(moved) == x.numel() * x.itemsize, moved
+        ratios[name] = max(moved) / (x.numel() * x.itemsize)
+    return ratios
 
 
 def model(emulator):
@@ -254,10 +299,12 @@ def report(target):
     cases = [(attention, f"attention: {name}", case) for name, case in ATTENTION.items()]
     cases += [(decoding, f"decoding: {name}", case) for name, case in DECODING.items()]
     cases += [(rotation, f"rotation: {name}", case) for name, case in ROTATION.items()]
+    cases += [(norm_rotation, f"rotation with a norm: {name}", case) for name, case in NORM_ROTATION.items()]
     cases.append((lambda _: work_of_documents(target), "documents: work", ()))
     cases.append((wrong_starts, "documents: wrong starts", ()))
     cases.append((flash_attention, "flash-attention's names", ()))
     if target == "sm_90":
+        cases.append((lambda _: bytes_of_norm_rotation(target), "rotation with a norm: bytes", ()))
         cases.append((model, "a GPT trains and writes", ()))
         cases.append((shared_memory_and_instructions, "counts", ()))
     for function, name, case in cases:
@@ -283,7 +330,7 @@ def test_every_pass_as_compiled_is_within_its_budget(target):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) >= 22
+    assert len(cases) >= 24
     for case in cases:
         assert case["error"] is None, case
         assert case["ratios"] and all(ratio <= 1 for ratio in case["ratios"].values()), case

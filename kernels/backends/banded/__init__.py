@@ -4,12 +4,23 @@ from . import token_step
 from .attention import attend, attend_backward
 from .decode import append, attend_to_cache
 from .keeping import attend_keeping
+from .qk_norm import norm_rotate, norm_rotate_backward
 from .rope import rotate
 
 READS_LENGTHS = False
 BACKWARD_READS_LSE = False  # but with sinks, where lse is always made
 
-__all__ = ["append", "attend", "attend_backward", "attend_keeping", "attend_to_cache", "rotate", "token_step"]
+__all__ = [
+    "append",
+    "attend",
+    "attend_backward",
+    "attend_keeping",
+    "attend_to_cache",
+    "norm_rotate",
+    "norm_rotate_backward",
+    "rotate",
+    "token_step",
+]
 
 
 def why_not(device, dtype=None, head_dim=None):

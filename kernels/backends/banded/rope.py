@@ -19,30 +19,35 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
 
     inverse rotates by the negative angles. NaN for positions that the tables lack.
     """
-    T, D = q.shape[-2:]
+    outs = torch.empty_like(q), torch.empty_like(k)
+    for c, s, *piece in pieces(cos, sin, positions, q, k, *outs):
+        s = -s if inverse else s
+        doubled = double(c, q.shape[-1], interleaved)
+        for x, out in zip(piece[:2], piece[2:], strict=True):
+            rotate_into(x, c, s, out, interleaved=interleaved, doubled=doubled)
+    return outs
+
+
+def pieces(cos, sin, positions, q, k, *others):
+    """The rows `positions` of cos and sin, and q, k and others (..., T, D), cut along T to a cache.s size."""
+    T = q.shape[-2]
     if isinstance(positions, torch.Tensor):
         cos, sin = rows_of(cos, sin, positions)  # (T, R/2) or (B, T, R/2)
         cos, sin = (cos[:, None], sin[:, None]) if positions.dim() == 2 else (cos, sin)
     else:
         cos, sin = cos[positions : positions + T], sin[positions : positions + T]
-    sin = -sin if inverse else sin
-    xs, outs = (q, k), (torch.empty_like(q), torch.empty_like(k))
     wide = torch.promote_types(q.dtype, cos.dtype)
     row = (q.numel() + k.numel()) // max(1, T) * wide.itemsize
     step = max(1, PIECE * torch.get_num_threads() // max(1, row))
-    tensors = cos, sin, *xs, *outs
-    for cos, sin, *piece in [tensors] if T <= step else zip(*(x.split(step, dim=-2) for x in tensors), strict=True):
-        doubled = _double(cos, D, interleaved)
-        for x, out in zip(piece[:2], piece[2:], strict=True):
-            rotate_into(x, cos, sin, out, interleaved=interleaved, doubled=doubled)
-    return outs
+    tensors = cos, sin, q, k, *others
+    return [tensors] if T <= step else zip(*(x.split(step, dim=-2) for x in tensors), strict=True)
 
 
 def rotate_into(x, cos, sin, out=None, *, interleaved=False, doubled=None):
     """x (..., T, D) rotated by tables that broadcast against (..., T, R / 2), into `out`. Returns out.
 
     out: None for a new tensor of x's dtype and layout; it must not share memory with x. Products are made in the wider
-    dtype of x and the tables, and rounded once. doubled: `_double` of cos, where it is known.
+    dtype of x and the tables, and rounded once. doubled: `double` of cos, where it is known.
     """
     wide = torch.promote_types(x.dtype, cos.dtype)
     out = torch.empty_like(x) if out is None else out
@@ -50,7 +55,7 @@ def rotate_into(x, cos, sin, out=None, *, interleaved=False, doubled=None):
         return out.copy_(rotate_into(x.to(wide), cos, sin, interleaved=interleaved, doubled=doubled))
     a, b = _halves(x, cos.shape[-1], interleaved)
     out_a, out_b = _halves(out, cos.shape[-1], interleaved)
-    torch.mul(x, _double(cos, x.shape[-1], interleaved) if doubled is None else doubled, out=out)
+    torch.mul(x, double(cos, x.shape[-1], interleaved) if doubled is None else doubled, out=out)
     out_a.addcmul_(b, sin, value=-1)
     out_b.addcmul_(a, sin)
     return out
@@ -62,7 +67,7 @@ def _halves(x, half, interleaved):
     return (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
 
 
-def _double(cos, head_dim, interleaved):
+def double(cos, head_dim, interleaved):
     """(..., T, D): the cosine that each element of a head is multiplied with, 1 for those that are not rotated."""
     doubled = cos.repeat_interleave(2, dim=-1) if interleaved else torch.cat((cos, cos), dim=-1)
     rest = head_dim - doubled.shape[-1]

@@ -14,6 +14,8 @@ _HOME = {
     "attend": "attention_forward",
     "attend_backward": "attention_backward",
     "rotate": "rope",
+    "norm_rotate": "qk_norm",
+    "norm_rotate_backward": "qk_norm",
     "append": "decode",
     "attend_to_cache": "decode",
 }

@@ -15,6 +15,45 @@ from .tiles import in_elements, strides_of, wide_dtype
 
 
 @triton.jit
+def heads_of_program(num_tokens, num_q_heads, num_k_heads, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """What this program rotates: (batch, chunk of heads, chunks that are of q, block of tokens, token, in_seq).
+
+    The chunks of heads of one block of tokens are neighbours: they share its angles.
+    """
+    q_chunks = tl.cdiv(num_q_heads, BLOCK_H)
+    chunks = q_chunks + tl.cdiv(num_k_heads, BLOCK_H)
+    chunk = tl.program_id(0) % chunks
+    block = tl.program_id(0) // chunks
+    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    batch = (block // num_blocks).to(tl.int64)
+    token = (block % num_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    return batch, chunk, q_chunks, block, token, token < num_tokens
+
+
+@triton.jit
+def angles_of(
+    cos_ptr, sin_ptr, positions_ptr, positions_stride, batch, token, in_seq, offset, num_positions,
+    HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """cos and sin (1, tokens, pairs). Position of token t: positions[b, t], or offset + t where positions_ptr is None.
+
+    cos is NaN at a position that the tables, of num_positions rows, do not have.
+    """
+    if positions_ptr is None:
+        position = token + offset
+    else:
+        position = tl.load(positions_ptr + batch * positions_stride + token, mask=in_seq, other=0).to(tl.int64)
+    pair = tl.arange(0, HALF_BLOCK)
+    angle = position[:, None] * HALF + pair[None, :]
+    in_table = ((position >= 0) & (position < num_positions))[:, None]
+    angle_ok = in_table & (pair < HALF)[None, :]
+    cos = tl.load(cos_ptr + angle, mask=angle_ok, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=angle_ok, other=0.0)[None, :, :]
+    cos = tl.where(in_table, cos, float("nan"))[None, :, :]
+    return cos, sin
+
+
+@triton.jit
 def _rotate_heads(
     x_ptr, out_ptr, x_strides, out_strides, batch, first_head, num_heads, token, in_seq, cos, sin,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -60,31 +99,12 @@ def rope_kernel(
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Position of token t: positions[b, t], or offset + t where positions_ptr is None. k_ptr may be None.
-
-    A token at a position that the tables, of num_positions rows, do not have becomes NaN.
-    """
+    """k_ptr may be None. A token at a position that the tables do not have becomes NaN."""
     HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
-    q_chunks = tl.cdiv(num_q_heads, BLOCK_H)
-    chunks = q_chunks + tl.cdiv(num_k_heads, BLOCK_H)
-    # the chunks of heads of one block of tokens are neighbours: they share its angles
-    chunk = tl.program_id(0) % chunks
-    block = tl.program_id(0) // chunks
-    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
-    batch = (block // num_blocks).to(tl.int64)
-    token = (block % num_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    in_seq = token < num_tokens
-    if positions_ptr is None:
-        position = token + offset
-    else:
-        position = tl.load(positions_ptr + batch * positions_stride + token, mask=in_seq, other=0).to(tl.int64)
-    pair = tl.arange(0, HALF_BLOCK)
-    angle = position[:, None] * HALF + pair[None, :]
-    in_table = ((position >= 0) & (position < num_positions))[:, None]
-    angle_ok = in_table & (pair < HALF)[None, :]
-    cos = tl.load(cos_ptr + angle, mask=angle_ok, other=0.0)
-    sin = tl.load(sin_ptr + angle, mask=angle_ok, other=0.0)[None, :, :]
-    cos = tl.where(in_table, cos, float("nan"))[None, :, :]
+    batch, chunk, q_chunks, _, token, in_seq = heads_of_program(num_tokens, num_q_heads, num_k_heads, BLOCK_T, BLOCK_H)
+    cos, sin = angles_of(
+        cos_ptr, sin_ptr, positions_ptr, positions_stride, batch, token, in_seq, offset, num_positions, HALF, HALF_BLOCK
+    )
     if INVERSE:
         sin = -sin
     if chunk < q_chunks:
@@ -108,7 +128,7 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
     inverse rotates by the negative angles.
     """
     given = q, k
-    q, k = (x if x is None or x.stride(3) == 1 else x.contiguous() for x in given)
+    q, k = rows(q), rows(k)
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
     B, Hq, T, D = q.shape
     Hk = 0 if k is None else k.shape[1]
@@ -118,12 +138,8 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
     programs = B * triton.cdiv(T, tile.BLOCK_T) * heads
     if programs == 0:
         return q_out, k_out
-    by_token = isinstance(positions, torch.Tensor)
-    if by_token:
-        positions, positions_stride, offset = positions.contiguous(), T if positions.dim() == 2 else 0, 0
-    else:
-        positions, positions_stride, offset = None, 0, positions
     unit, strides = strides_of(q, k, q_out, k_out)
+    positions, positions_stride, offset = positions_of(positions, T)
     with torch.cuda.device_of(q):
         rope_kernel[(programs,)](
             q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions,
@@ -131,9 +147,24 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
             HEAD_DIM=D, HALF=half, UNIT=unit,
             INTERLEAVED=interleaved, INVERSE=inverse, **tile._asdict(),
         )  # fmt: skip
-    # a gradient may come transposed, and results have the layout of what they are made from
-    results = zip((q_out, k_out), given, strict=True)
-    return tuple(x if x is None or like.stride(3) == 1 else torch.empty_like(like).copy_(x) for x, like in results)
+    return as_given(q_out, given[0]), as_given(k_out, given[1])
+
+
+def rows(x):
+    """x (B, H, T, D) or None with a last stride of 1: a gradient may come transposed."""
+    return x if x is None or x.stride(3) == 1 else x.contiguous()
+
+
+def as_given(out, x):
+    """A result `out` for rows(x), in the memory layout of x."""
+    return out if x is None or x.stride(3) == 1 else torch.empty_like(x).copy_(out)
+
+
+def positions_of(positions, T):
+    """(tensor or None, its stride between rows of the batch, offset) for a kernel."""
+    if isinstance(positions, torch.Tensor):
+        return positions.contiguous(), T if positions.dim() == 2 else 0, 0
+    return None, 0, positions
 
 
 def rotary_tables(rope):

@@ -192,6 +192,12 @@ def rotary_tile(rotary_dim):
     return RotaryTile(BLOCK_T=max(1, 512 // max(8, triton.next_power_of_2(rotary_dim // 2))), BLOCK_H=4, num_warps=4)
 
 
+def norm_tile(head_dim, backward=False):
+    """The tile of the rotation with a norm: that of whole heads; half of it backward, which holds two tensors."""
+    tile = rotary_tile(head_dim)
+    return tile._replace(BLOCK_T=max(1, tile.BLOCK_T // 2)) if backward else tile
+
+
 def dot_precision(dtype, arch):
     """How fp32 matrix products are made: from three TF32 ones, which give fp32's accuracy on the tensor cores.
 
