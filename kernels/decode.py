@@ -116,9 +116,9 @@ def sliding_gqa_decode(
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     if prefix:
         options = {"scale": scale, "softcap": softcap, "num_splits": num_splits, "backend": name}
-        prefix = prefix, prefix_distance
+        of_prefix = prefix, prefix_distance
         with torch.no_grad():
-            out, lse = _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, sinks, rope, options)
+            out, lse = _decode_with_prefix(q, k_cache, v_cache, lengths, window, *of_prefix, sinks, rope, options)
         return (out, lse) if return_lse else out
     with torch.no_grad():
         out, lse = OPERATORS.decode(
@@ -161,8 +161,7 @@ def _append_prefix(k, v, k_slots, v_slots, lengths, rope, backend):
     v_slots.copy_(torch.where(written, new_v, v_slots))
 
 
-def _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, sinks, rope, options):
-    prefix, distance = prefix
+def _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, distance, sinks, rope, options):
     T, C, backend = q.shape[2], k_cache.shape[2], options["backend"]
     position = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
     if distance is not None and lengths.is_cpu and not torch.compiler.is_compiling() and (position <= distance).all():

@@ -166,9 +166,12 @@ class GPTConfig:
     def prefix_distance(self) -> int | None:
         """The largest distance from a query to the prefix's beginning that rotation shows; None where nothing rotates.
 
-        That of training: far past context_length the model sees the prefix as it did there.
+        That of training, or of the first query whose window has left the prefix: past context_length the model sees the
+        prefix as it did there.
         """
-        return self.context_length - 1 if self.positions == "rope" and self.prefix else None
+        if self.positions != "rope" or not self.prefix or self.window is None:
+            return None
+        return max(self.context_length, self.window + self.prefix) - 1
 
     def differences(self, other) -> str:
         """The fields that differ, for a message: "n_layer 4 and 6, window None and 32"; "" if equal."""

@@ -219,13 +219,9 @@ class CPUStep:
     def __call__(self, tokens):
         """The logits (B, V) after one more token of each row: model(tokens[:, None], cache=cache)[0][:, -1]."""
         self.cache.advance(1, self.model.config)
-        return self.forward(tokens, self._positions())
-
-    def _positions(self):
         config, distance = self.config, self.config.prefix_distance
-        if distance is not None:
-            distance = None if config.window is None else max(distance, config.window + config.prefix - 1)
-        return self.kernels.StepPositions(self.cache.lengths, config.head_dim, self.angles, distance)
+        positions = self.kernels.StepPositions(self.cache.lengths, config.head_dim, self.angles, distance)
+        return self.forward(tokens, positions)
 
     def _forward(self, tokens, positions):
         addmm, norm = torch.addmm, torch.layer_norm

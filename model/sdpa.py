@@ -25,7 +25,7 @@ def sdpa_attention(q, k, v, window, rope=None, masks=None, dropout=0.0, mask=Non
     T, group, scale = q.shape[2], q.shape[1] // k.shape[1], q.shape[3] ** -0.5
     prefix, distance = prefix
     far = None
-    if prefix and distance is not None and T - 1 > (distance := max(distance, window + prefix - 1)):
+    if prefix and distance is not None and T - 1 > distance:
         position = as_if_near(torch.arange(T, device=q.device), distance, starts)
         cos, sin = (table[position] for table in rope)
         far = rotate(q, cos, sin) if starts is None else rotate(q, cos[:, None], sin[:, None])
