@@ -14,6 +14,7 @@ from .checks import (
     check_heads,
     check_options,
     check_prefix,
+    check_prefix_distance,
     check_rope,
     check_starts,
     check_starts_values,
@@ -21,13 +22,13 @@ from .checks import (
     check_window,
 )
 from .namespace import NAMESPACE, OPERATORS
-from .prefix import attention_prefix, merge_prefix
+from .prefix import as_if_near, attention_prefix, merge_prefix
 from .rope import rotate_alone
 
 
 def sliding_gqa_attention(
-    q, k, v, window=None, *, starts=None, prefix=0, scale=None, softcap=None, sinks=None, rope=None, return_lse=False,
-    backend="auto",
+    q, k, v, window=None, *, starts=None, prefix=0, prefix_distance=None, scale=None, softcap=None, sinks=None,
+    rope=None, return_lse=False, backend="auto",
 ):  # fmt: skip
     """Attention in which each query sees the `window` newest keys, its own included; causal unless window is a pair.
 
@@ -41,6 +42,10 @@ def sliding_gqa_attention(
               inside it. On a CPU, wrong values raise; on a GPU they give wrong rows, and read nothing outside.
     prefix    the first positions of each document, which every later query sees besides its window (kernels/prefix.py).
               For causal attention.
+    prefix_distance
+              with rope, a query farther than this from its document's beginning is rotated as if it were this far, for
+              keys of the prefix that have left its window: their distance stays in the range of training. None: true
+              distances. Less than window + prefix - 1 counts as that.
     softcap   c bounds the scaled scores to c * tanh(s / c) (Gemma 2).
     sinks     (Hq,) one more logit a head that takes probability and gives no value (gpt-oss).
     rope      (cos, sin) of `rope_tables`, at least S long: q and k are rotated inside, half-split, at positions
@@ -67,17 +72,22 @@ def sliding_gqa_attention(
         )
     check_starts(starts, q, k.shape[2])
     prefix = check_prefix(prefix, k.shape[2], right)
+    prefix_distance = check_prefix_distance(prefix_distance, prefix, window, rope)
     cos, sin = check_rope(rope, k.shape[2], q)
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     if prefix and window is not None and window < k.shape[2]:
+        far = None
         if rope is not None:
             T, S = q.shape[2], k.shape[2]
+            if prefix_distance is not None and S - 1 > prefix_distance:
+                position = as_if_near(torch.arange(S - T, S, device=q.device), prefix_distance, starts)
+                far = rotate_alone(q, cos, sin, positions=position, backend=name)
             q = rotate_alone(q, cos, sin, positions=S - T, backend=name)
             k = rotate_alone(k, cos, sin, backend=name)
         options = {"starts": starts, "scale": scale, "softcap": softcap, "backend": name}
         out, lse = sliding_gqa_attention(q, k, v, window, return_lse=True, **options)
         keys = attention_prefix(q, k, v, window, prefix, starts)
-        out, lse = merge_prefix(out, lse, q, *keys, scale=scale, softcap=softcap, sinks=sinks)
+        out, lse = merge_prefix(out, lse, q if far is None else far, *keys, scale=scale, softcap=softcap, sinks=sinks)
         return (out, lse) if return_lse else out
     with_lse = return_lse or sinks is not None or backward_reads_lse(name)
     arguments = q, k, v, starts, sinks, cos, sin, window, right, scale, softcap

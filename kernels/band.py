@@ -12,13 +12,20 @@ starts   (B, S), the first position of each position's document; None: one docum
 import torch
 
 
-def visible_mask(T, S, window=None, device=None, *, right=0, starts=None):
-    """Which of S keys each of the last T queries sees: (T, S) bool, with starts (B, 1, T, S)."""
+def visible_mask(T, S, window=None, device=None, *, right=0, starts=None, prefix=0):
+    """Which of S keys each of the last T queries sees: (T, S) bool, with starts (B, 1, T, S).
+
+    prefix   the first positions of each document, which causal queries see besides their window
+    """
     seen = torch.ones(T, S, dtype=torch.bool, device=device)
     if right is not None:
         seen = seen.tril_(S - T + right)
     if window is not None:
         seen = seen.triu_(S - T - window + 1)
+    if prefix:
+        key = torch.arange(S, device=device)
+        first = key < prefix if starts is None else (key - starts < prefix)[:, None, None, :]
+        seen = seen | (first & torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T))
     if starts is not None:
         seen = seen & (starts[:, None, S - T :, None] == starts[:, None, None, :])
     return seen

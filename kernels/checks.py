@@ -105,6 +105,21 @@ def check_prefix(prefix, length=None, right=0):
     return prefix
 
 
+def check_prefix_distance(distance, prefix, window, rope):
+    """The position from which queries count as no farther from the prefix, or None where that changes nothing.
+
+    Raises ValueError unless it is None, or a whole number of at least 0 beside `rope`.
+    """
+    if distance is None:
+        return None
+    if (distance := whole_number("prefix_distance", distance)) < 0:
+        raise ValueError(f"prefix_distance is {distance}, expected None or 0 or more positions")
+    if rope is None:
+        raise ValueError("prefix_distance needs rope: without rotation no score depends on a distance")
+    # no nearer than the keys that have just left the window
+    return max(distance, window + prefix - 1) if prefix and window is not None else None
+
+
 def check_starts(starts, q, length):
     """Raise ValueError unless starts is None or int32 (B, length), the first position of each position's document."""
     if starts is None:

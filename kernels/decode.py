@@ -19,6 +19,7 @@ from .checks import (
     check_heads,
     check_options,
     check_prefix,
+    check_prefix_distance,
     check_reach,
     check_rope,
     check_tensor,
@@ -27,7 +28,7 @@ from .checks import (
     whole_number,
 )
 from .namespace import NAMESPACE, OPERATORS
-from .prefix import merge_prefix
+from .prefix import as_if_near, merge_prefix
 from .rope import rotate_alone
 
 
@@ -75,8 +76,8 @@ def append_to_cache(k, v, k_cache, v_cache, lengths, *, prefix=0, rope=None, bac
 
 
 def sliding_gqa_decode(
-    q, k_cache, v_cache, lengths, window=None, *, prefix=0, scale=None, softcap=None, sinks=None, rope=None,
-    return_lse=False, num_splits=None, backend="auto",
+    q, k_cache, v_cache, lengths, window=None, *, prefix=0, prefix_distance=None, scale=None, softcap=None, sinks=None,
+    rope=None, return_lse=False, num_splits=None, backend="auto",
 ):  # fmt: skip
     """Attention of the newest tokens q (B, Hq, T_new, D) over the rings that `append_to_cache` filled.
 
@@ -86,6 +87,8 @@ def sliding_gqa_decode(
     (B, Hq, T_new, D) in q's dtype and memory layout; with return_lse also (B, Hq, T_new) fp32, -inf for padding.
 
     prefix       that of `append_to_cache`: every query sees these positions, up to its own, besides its window.
+    prefix_distance
+                 that of `sliding_gqa_attention`: with rope, the largest distance to the prefix that a query shows.
     num_splits   into how many parts Triton cuts the keys of a row; None for what suits the batch, the window and the
                  GPU. The other backends cut nothing. 1: the bits of a row do not depend on the other rows of its
                  batch, and banded takes the rows one by one for that.
@@ -106,14 +109,16 @@ def sliding_gqa_decode(
     if window is not None and C < window + T - 1:
         besides = " besides the prefix's" if prefix else ""
         raise ValueError(f"k_cache has {C} slots{besides}, expected at least window + T_new - 1 = {window + T - 1}")
+    prefix_distance = check_prefix_distance(prefix_distance, prefix, window, rope)
     cos, sin = check_rope(rope, 0, q)
     if num_splits is not None and (num_splits := whole_number("num_splits", num_splits)) < 1:
         raise ValueError(f"num_splits is {num_splits}, expected None or a whole number of at least 1")
     name, _ = resolve_backend(backend, q.device, q.dtype, q.shape[3])
     if prefix:
         options = {"scale": scale, "softcap": softcap, "num_splits": num_splits, "backend": name}
+        of_prefix = prefix, prefix_distance
         with torch.no_grad():
-            out, lse = _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, sinks, rope, options)
+            out, lse = _decode_with_prefix(q, k_cache, v_cache, lengths, window, *of_prefix, sinks, rope, options)
         return (out, lse) if return_lse else out
     with torch.no_grad():
         out, lse = OPERATORS.decode(
@@ -156,16 +161,28 @@ def _append_prefix(k, v, k_slots, v_slots, lengths, rope, backend):
     v_slots.copy_(torch.where(written, new_v, v_slots))
 
 
-def _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, sinks, rope, options):
-    position = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)  # (B, T)
+def _decode_with_prefix(q, k_cache, v_cache, lengths, window, prefix, distance, sinks, rope, options):
+    T, C, backend = q.shape[2], k_cache.shape[2], options["backend"]
+    position = lengths[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
+    if distance is not None and lengths.is_cpu and not torch.compiler.is_compiling() and (position <= distance).all():
+        distance = None
+    far = None
+    if distance is not None:
+        far = rotate_alone(q, *rope, positions=as_if_near(position, distance), backend=backend)
     if rope is not None:
-        q = rotate_alone(q, *rope, positions=position.clamp(min=0), backend=options["backend"])
+        q = rotate_alone(q, *rope, positions=position.clamp(min=0), backend=backend)
+    if T == 1 and far is None and C - prefix == window:
+        # every written slot is seen, and a slot is its position until all are written: attention without a window
+        lengths = lengths.clamp(max=C)
+        out, lse = sliding_gqa_decode(q, k_cache, v_cache, lengths, sinks=sinks, return_lse=True, **options)
+        return out, lse.masked_fill((position < 0)[:, None], float("-inf"))
     rings, _ = _behind_prefix(prefix, k_cache, v_cache, None, None)
     out, lse = sliding_gqa_decode(q, *rings, lengths - prefix, window, return_lse=True, **options)
     slot = torch.arange(prefix, device=q.device)
     v = torch.where((slot < lengths[:, None])[:, None, :, None], v_cache[:, :, :prefix], 0)  # NaN where never written
     seen = slot <= position[..., None]
     scale, softcap = options["scale"], options["softcap"]
+    q = q if far is None else far
     out, lse = merge_prefix(out, lse, q, k_cache[:, :, :prefix], v, seen, scale=scale, softcap=softcap, sinks=sinks)
     padding = (position < 0)[:, None]
     return out.masked_fill(padding[..., None], 0.0), lse.masked_fill(padding, float("-inf"))

@@ -38,6 +38,14 @@ def merge_prefix(out, lse, q, k, v, seen, *, scale, softcap=None, sinks=None):
     return (out * weights[..., :1] + added).to(out.dtype), lse
 
 
+def as_if_near(position, distance, starts=None):
+    """Positions (T,) or (B, T) of queries, those beyond `distance` of their document's beginning moved there."""
+    if starts is None:
+        return position.clamp(0, distance)
+    starts = starts[:, -len(position) :]
+    return starts + (position - starts).clamp(max=distance)
+
+
 def attention_prefix(q, k, v, window, prefix, starts):
     """(k, v, seen) of `merge_prefix`: the keys of each query's prefix, and whether they have left its window.
 

@@ -42,6 +42,9 @@ class GPTConfig:
     """Keys a query sees on a sliding layer, its own included (Hugging Face's `sliding_window`). None = all earlier."""
     window_pattern: str = "S"
     """One letter a layer, repeated: S has the sliding `window`, L sees all earlier keys. "SSSL": every fourth is L."""
+    prefix: int = 0
+    """First positions of each document that every later query of a sliding layer sees besides its window: attention
+    sinks (StreamingLLM, arXiv:2309.17453). Layers that see all earlier keys have no use for it."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths: the longest is about 2 pi * rope_theta tokens."""
     rope_scaling: tuple | None = None
@@ -79,6 +82,10 @@ class GPTConfig:
             )
         if self.window is not None:
             _check_count("window", self.window, hint="the query's own key included, or None for all earlier keys")
+        if not isinstance(self.prefix, int) or isinstance(self.prefix, bool) or self.prefix < 0:
+            raise ValueError(f"prefix={self.prefix!r} is not a whole number of at least 0")
+        if self.prefix > self.context_length:
+            raise ValueError(f"prefix={self.prefix} is more than the context_length of {self.context_length} positions")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(
                 f"window_pattern={self.window_pattern!r} is not made of the letters S (slides by window) and L (sees "
@@ -112,14 +119,14 @@ class GPTConfig:
     def for_architecture(cls, name, **fields):
         """The config of a named step of ARCHITECTURES. Fields that the step does not have are ignored.
 
-        One set of fields makes all four steps: "original" and "rope" ignore window, only "rope-window-gqa" takes
-        n_kv_head. Raises ValueError for an unknown name, and for a step without the window or n_kv_head it needs.
+        One set of fields makes all four steps: "original" and "rope" ignore window and prefix, only "rope-window-gqa"
+        takes n_kv_head. Raises ValueError for an unknown name, and for a step without the window or n_kv_head it needs.
         """
         if name not in ARCHITECTURES:
             raise ValueError(f"architecture {name!r} is unknown: take one of {', '.join(ARCHITECTURES)}")
         fields["positions"] = "learned" if name == "original" else "rope"
         if "window" not in name:
-            fields["window"] = None
+            fields["window"], fields["prefix"] = None, 0
         elif fields.get("window") is None:
             raise ValueError(f"architecture {name!r} needs a window, the number of keys a query sees")
         if "gqa" not in name:
@@ -150,6 +157,21 @@ class GPTConfig:
         """Keys a query of this layer sees; None = all earlier keys."""
         slides = self.window_pattern[layer % len(self.window_pattern)] == "S"
         return self.window if slides else None
+
+    def layer_prefix(self, layer) -> int:
+        """First positions that each query of this layer sees besides its window; 0 without a window."""
+        return 0 if self.layer_window(layer) is None else self.prefix
+
+    @property
+    def prefix_distance(self) -> int | None:
+        """The largest distance from a query to the prefix's beginning that rotation shows; None where nothing rotates.
+
+        That of training, or of the first query whose window has left the prefix: past context_length the model sees the
+        prefix as it did there.
+        """
+        if self.positions != "rope" or not self.prefix or self.window is None:
+            return None
+        return max(self.context_length, self.window + self.prefix) - 1
 
     def differences(self, other) -> str:
         """The fields that differ, for a message: "n_layer 4 and 6, window None and 32"; "" if equal."""

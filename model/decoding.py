@@ -243,7 +243,7 @@ class CPUStep:
             (
                 _norm(block.ln_1),
                 _linear(block.attn.qkv),
-                self.kernels.CachedAttention(k, v, self.config.n_head, rotated, cache.lengths),
+                self.kernels.CachedAttention(k, v, self.config.n_head, rotated, cache.lengths, block.attn.prefix),
                 _linear(block.attn.proj),
                 _norm(block.ln_2),
                 _linear(block.mlp.fc),
@@ -256,7 +256,9 @@ class CPUStep:
     def __call__(self, tokens):
         """The logits (B, V) after one more token of each row: model(tokens[:, None], cache=cache)[0][:, -1]."""
         self.cache.advance(1, self.model.config)
-        return self.forward(tokens, self.kernels.StepPositions(self.cache.lengths, self.config.head_dim, self.angles))
+        config, distance = self.config, self.config.prefix_distance
+        positions = self.kernels.StepPositions(self.cache.lengths, config.head_dim, self.angles, distance)
+        return self.forward(tokens, positions)
 
     def _forward(self, tokens, positions):
         addmm, norm = self.addmm, torch.layer_norm

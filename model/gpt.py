@@ -47,7 +47,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.window = config.layer_window(layer)
+        self.window, self.prefix = config.layer_window(layer), config.layer_prefix(layer)
+        self.prefix_distance = config.prefix_distance
         self.dropout = config.dropout
         self.fused_kernels, self.backend = fused_kernels, backend
         self.rope, self.masks = rope, masks  # shared by all layers
@@ -67,10 +68,12 @@ class Attention(nn.Module):
         if cache is not None:
             out = self.attend_to_cache(q, k, v, rope, cache)
         elif self.fused_kernels and not (self.training and self.dropout):
-            out = self.attend(q, k, v, self.window, starts=starts, rope=rope, backend=self.backend)
+            options = {"prefix": min(self.prefix, T), "prefix_distance": self.prefix_distance} if self.prefix else {}
+            out = self.attend(q, k, v, self.window, starts=starts, rope=rope, backend=self.backend, **options)
         else:
             dropout = self.dropout if self.training else 0.0
-            out = sdpa_attention(q, k, v, self.window, rope, self.masks, dropout, mask)
+            prefix = self.prefix, self.prefix_distance
+            out = sdpa_attention(q, k, v, self.window, rope, self.masks, dropout, mask, prefix, starts)
         out = out.transpose(1, 2).reshape(B, T, C)  # a view again: the output has q's memory layout
         return F.dropout(self.proj(out), self.dropout, self.training)
 
@@ -78,8 +81,10 @@ class Attention(nn.Module):
         """Write the new keys and values into this layer's ring, then attend to it: (B, Hq, T, D)."""
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
         backend = self.backend if self.fused_kernels else PLAIN_PYTORCH
-        append_to_cache(k, v, k_cache, v_cache, cache.lengths, rope=rope, backend=backend)
-        return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, rope=rope, backend=backend)
+        options = {"prefix": self.prefix, "rope": rope, "backend": backend}
+        append_to_cache(k, v, k_cache, v_cache, cache.lengths, **options)
+        options["prefix_distance"] = self.prefix_distance
+        return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, **options)
 
 
 class MLP(nn.Module):
@@ -235,8 +240,11 @@ class GPT(nn.Module):
         """{window: mask (B, 1, T, T)} of the layers, once a forward; none for the kernels, which read `starts`."""
         if self.fused_kernels and not (self.training and self.config.dropout):
             return {}
-        windows = {block.attn.window for block in self.blocks}
-        return {window: visible_mask(T, T, window, starts.device, starts=starts) for window in windows}
+        windows = {block.attn.window: block.attn.prefix for block in self.blocks}
+        return {
+            window: visible_mask(T, T, window, starts.device, starts=starts, prefix=prefix)
+            for window, prefix in windows.items()
+        }
 
     def _head(self, x):
         """The logits (..., V) of the last block's output."""
@@ -270,13 +278,14 @@ class GPT(nn.Module):
 
         The parts are equal and in the order of the ranks. `forward` gives a part's logits and mean loss, its starts are
         those of the whole sequence, and all processes must call it, and backward. None: whole sequences again, as they
-        always are with a cache. Raises ValueError for a model without the fused kernels or with dropout, and in a
-        process outside the group.
+        always are with a cache. Raises ValueError for a model without the fused kernels, with dropout or with a prefix,
+        and in a process outside the group.
         """
         attend, part, parts = sliding_gqa_attention, 0, 1
         if group is not None:
             if not self.fused_kernels or self.config.dropout:
                 raise ValueError("sequences can be split in the fused kernels only, and they have no dropout")
+            _refuse_prefix(self.config)
             from kernels.context_parallel import context_parallel_attention, place_in  # torch.distributed is optional
 
             _, part, parts = place_in(group)
@@ -285,16 +294,23 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.attend, block.attn.parts = attend, self.parts
 
-    def set_window(self, window, pattern=None):
-        """Change the window of a trained model (None = all earlier keys), and the pattern of layers that have it.
+    def set_window(self, window, pattern=None, prefix=None):
+        """Change the window of a trained model (None = all earlier keys), the pattern of layers that have it, and the
+        prefix: the first positions, which are seen besides it. For the last two, None keeps what the model has.
 
-        Any window works without training; one near the trained window works best. A `KVCache` made before no longer
-        fits. Raises ValueError for what `GPTConfig` does not take.
+        Any window works without training; one near the trained window works best. A model that was trained to see all
+        earlier keys needs a prefix of some tokens besides a window (docs/sampling.md). A `KVCache` made before no
+        longer fits. Raises ValueError for what `GPTConfig` does not take, and for a prefix where sequences are split.
         """
         pattern = self.config.window_pattern if pattern is None else pattern
-        self.config = dataclasses.replace(self.config, window=window, window_pattern=pattern)
+        prefix = self.config.prefix if prefix is None else prefix
+        config = dataclasses.replace(self.config, window=window, window_pattern=pattern, prefix=prefix)
+        if self.group is not None:
+            _refuse_prefix(config)
+        self.config = config
         for layer, block in enumerate(self.blocks):
-            block.attn.window = self.config.layer_window(layer)
+            block.attn.window, block.attn.prefix = config.layer_window(layer), config.layer_prefix(layer)
+            block.attn.prefix_distance = config.prefix_distance
 
     def save_pretrained(self, directory, tokenizer=None):
         """Write a model directory: `model.save_pretrained`."""
@@ -317,6 +333,13 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+def _refuse_prefix(config):
+    if any(map(config.layer_prefix, range(config.n_layer))):
+        raise ValueError(
+            f"prefix={config.prefix}, but split sequences have none: its keys are in the first process only"
+        )
+
+
 def flops_per_token(config) -> float:
     """Floating-point operations of training on one token, forward and backward; the basis of MFU (arXiv:2204.02311).
 
@@ -328,5 +351,8 @@ def flops_per_token(config) -> float:
     pairs = 0
     for layer in range(config.n_layer):
         weights += C * (config.n_head + 2 * config.n_kv_head) * D + C * C + 2 * C * config.mlp_width
-        pairs += config.n_head * visible_pairs(T, T, config.layer_window(layer))
+        window, prefix = config.layer_window(layer), config.layer_prefix(layer)
+        pairs += config.n_head * visible_pairs(T, T, window)
+        if prefix and window < T:  # query window + i has i + 1 keys before its window
+            pairs += config.n_head * visible_pairs(T - window, T - window, prefix)
     return 6 * weights + 3 * 4 * D * pairs / T

@@ -5,6 +5,11 @@ overwrites the one that has left the window. A layer that sees all earlier keys 
 
     window=4, after 6 tokens        slot       0  1  2  3
                                     position   4  5  2  3
+
+A `prefix` of the config has slots of its own in front of the ring, which later positions share:
+
+    window=4, prefix=2, 9 tokens    slot       0  1  2  3  4  5
+                                    position   0  1  6  7  8  5
 """
 
 import copy
@@ -63,7 +68,9 @@ class KVCache:
 
     def _slots(self, layer):
         window = self.config.layer_window(layer)
-        return self.max_length if window is None else window + self.max_new_tokens_per_call - 1
+        if window is None:
+            return self.max_length
+        return self.config.layer_prefix(layer) + window + self.max_new_tokens_per_call - 1
 
     @property
     def num_bytes(self) -> int:
@@ -109,18 +116,22 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(-new_tokens, 0, device=self.lengths.device)
 
     def fit_single_tokens(self):
-        """Shrink the rings to `window` slots; from now on a call brings one token.
+        """Shrink the rings to `window` slots besides the prefix's; from now on a call brings one token.
 
         Reading a prompt in chunks needs longer rings, which would make every later step slower.
         """
         for layer in range(self.config.n_layer):
             window = self.config.layer_window(layer)
             if window is not None and self.max_new_tokens_per_call > 1:
-                # slot s of the new ring holds the newest position p with p % window == s
-                newest = self.lengths[:, None] - 1
+                # slot s of the new ring holds the newest position p with p % window == s, counted from the prefix's end
+                prefix = self.config.layer_prefix(layer)
+                newest = self.lengths[:, None] - prefix - 1
                 position = newest - (newest - torch.arange(window, device=newest.device)) % window  # (B, window)
-                slot = (position % self.k[layer].shape[2]).long()[:, None, :, None]
-                slot = slot.expand(-1, self.config.n_kv_head, -1, self.config.head_dim)
+                slot = prefix + position % (self.k[layer].shape[2] - prefix)
+                if prefix:
+                    kept = torch.arange(prefix, device=newest.device, dtype=slot.dtype)
+                    slot = torch.cat([kept.expand(len(slot), -1), slot], dim=1)
+                slot = slot.long()[:, None, :, None].expand(-1, self.config.n_kv_head, -1, self.config.head_dim)
                 self.k[layer], self.v[layer] = self.k[layer].gather(2, slot), self.v[layer].gather(2, slot)
         self.max_new_tokens_per_call = 1
 

@@ -78,6 +78,8 @@ def make_parser():
         metavar="R",
         help="above 1 makes tokens of the prompt and the text less likely (default 1)",
     )
+    add("--window", type=int, metavar="N", help="keys that a query sees, in place of the model's own window")
+    add("--prefix", type=int, metavar="K", help="first tokens that are seen besides the window (default: the model's)")
     add("--greedy", action="store_true", help="take the most likely token every time")
     add("--seed", type=int, metavar="S", help="same text every time; sample i is drawn with seed S + i")
     add(
@@ -185,6 +187,9 @@ class Writer:
         self.model, self.tokenizer = from_pretrained(
             checkpoint, fused_kernels=options.fused_kernels, backend=options.backend, device=device
         )
+        if options.window is not None or options.prefix is not None:
+            window = self.model.config.window if options.window is None else options.window
+            self.model.set_window(window, prefix=options.prefix)
         if self.tokenizer is None:
             raise ValueError(f"{checkpoint} has no tokenizer.json, which reading a prompt and writing a text need")
         self.start = self._start()

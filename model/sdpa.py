@@ -9,27 +9,41 @@ import torch.nn.functional as F
 from einops import repeat
 
 from kernels.band import visible_mask
+from kernels.prefix import as_if_near
 
 
-def sdpa_attention(q, k, v, window, rope=None, masks=None, dropout=0.0, mask=None):
+def sdpa_attention(q, k, v, window, rope=None, masks=None, dropout=0.0, mask=None, prefix=(0, None), starts=None):
     """Causal sliding-window attention of q (B, Hq, T, D) over k, v (B, Hkv, T, D): (B, Hq, T, D) in q's layout.
 
     rope    (cos, sin), each at least T long: rotates q and k first.
     masks   the model's `BandMasks`, needed for a window shorter than T.
     mask    (B, 1, T, T) bool, what each query sees: in place of causal attention through the window.
+    prefix  (k, distance): the first k positions are seen by every later query besides its window; the distance is
+            `prefix_distance` of the kernels.
+    starts  that of the kernels; its mask is the caller's.
     """
-    T, group = q.shape[2], q.shape[1] // k.shape[1]
+    T, group, scale = q.shape[2], q.shape[1] // k.shape[1], q.shape[3] ** -0.5
+    prefix, distance = prefix
+    far = None
+    if prefix and distance is not None and T - 1 > distance:
+        position = as_if_near(torch.arange(T, device=q.device), distance, starts)
+        cos, sin = (table[position] for table in rope)
+        far = rotate(q, cos, sin) if starts is None else rotate(q, cos[:, None], sin[:, None])
     if rope is not None:
         cos, sin = (table[:T] for table in rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if mask is None and window is not None and window < T:
-        mask = masks(T, window, q.device)
+        mask = masks(T, window, prefix, q.device)
+    if far is not None:  # twice as wide, q meets each key in one of the halves: in the second those of a prefix
+        first = torch.arange(T, device=q.device) - (0 if starts is None else starts[:, None]) < prefix
+        q = torch.cat((q, far), dim=-1)
+        k = torch.cat((k.masked_fill(first[..., None], 0), k.masked_fill(~first[..., None], 0)), dim=-1)
     if group > 1 and mask is not None and q.is_cuda:
         # no fast kernel of SDPA takes grouped heads and a mask: copying k and v costs less than storing all scores
         k, v = (repeat(x, "b h t d -> b (h group) t d", group=group) for x in (k, v))
         group = 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=group > 1
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale, enable_gqa=group > 1
     )
 
 
@@ -47,7 +61,8 @@ class BandMasks:
     def __init__(self):
         self.key, self.mask = None, None
 
-    def __call__(self, length, window, device):
-        if self.key != (length, window, device):
-            self.key, self.mask = (length, window, device), visible_mask(length, length, window, device)
+    def __call__(self, length, window, prefix, device):
+        if self.key != (length, window, prefix, device):
+            self.key = length, window, prefix, device
+            self.mask = visible_mask(length, length, window, device, prefix=prefix)
         return self.mask

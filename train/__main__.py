@@ -201,7 +201,7 @@ def load_to_train(run: RunConfig, stated: set[str]) -> tuple:
         config,
         context_length=max(length, config.context_length),
         dropout=run.dropout,
-        **{name: getattr(run, name) for name in ("window", "window_pattern") if name in stated},
+        **{name: getattr(run, name) for name in ("window", "window_pattern", "prefix") if name in stated},
     )
     model = GPT(config, run.fused_kernels, run.backend)
     model.load_state_dict(loaded.state_dict())
@@ -233,6 +233,7 @@ def _first_lines(run, trainer, backend, data, estimate):
     heads += f" on {_count(model.n_kv_head, 'KV head')}" if model.n_kv_head < model.n_head else ""
     window = f", window {model.window}" if model.window is not None else ""
     window += f" in layers {model.window_pattern}" if window and "L" in model.window_pattern else ""
+    window += f" and the first {model.prefix}" if window and model.prefix else ""
     if run.random_config:
         yield "drawn", f"with seed {config.seed}: {random_config_flags(run)}"
     yield "model", f"{model.architecture}: {trainer.model.num_parameters():,} parameters"

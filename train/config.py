@@ -37,7 +37,8 @@ RENAMED = dict(pair.split() for pair in _NEW_WORDS.split(","))
 GROUPS = {
     "the flags to begin with": "data out_dir resume max_steps context_size window n_layer d_model batch_size "
     "learning_rate",
-    "model": "fused_kernels backend architecture n_head n_kv_head window_pattern dropout random_config init_from",
+    "model": "fused_kernels backend architecture n_head n_kv_head window_pattern prefix dropout random_config "
+    "init_from",
     "text": "val_data documents embedding_type vocab_size tokenizer token_cache",
     "optimizer": "max_epochs grad_accumulation optimizer lr_decay schedule final_fraction warmup_steps warmup_tokens "
     "final_tokens weight_decay betas grad_clip ema_decay overfit_one_batch",
@@ -192,6 +193,7 @@ class RunConfig:
     context_size: int = option(512, "context length: tokens of a training example")
     window: int | None = option(64, "keys that a query sees in one layer, its own included (none: all)")
     window_pattern: str = option("S", "layers in turn: S has the window, L sees all; SSSL is three short, one long")
+    prefix: int = option(0, "first positions of a document that every later query sees besides its window")
     n_layer: int = option(4, "layers")
     n_head: int = option(4, "query heads of a layer")
     n_kv_head: int = option(2, "KV heads of a layer, each shared by n_head / n_kv_head query heads")
@@ -213,7 +215,7 @@ class RunConfig:
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         """The model that these settings describe. Raises ValueError for sizes that do not fit together."""
-        same = ("window", "window_pattern", "n_layer", "n_head", "n_kv_head", "d_model", "dropout")
+        same = ("window", "window_pattern", "prefix", "n_layer", "n_head", "n_kv_head", "d_model", "dropout")
         sizes = {name: getattr(self, name) for name in same} | {"context_length": self.context_size}
         sizes |= {"window": 1} if self.window is None else {}  # an architecture with a window needs one
         config = GPTConfig.for_architecture(self.architecture, vocab_size=vocab_size, **sizes)

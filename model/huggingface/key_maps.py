@@ -149,6 +149,11 @@ def config_to_theirs(config) -> dict:
             f"window_pattern is {config.window_pattern!r}, but StarCoder2 has one window for all layers: call "
             "set_window(window, 'S'), and train on with it"
         )
+    if any(map(config.layer_prefix, range(config.n_layer))):
+        raise ValueError(
+            f"prefix is {config.prefix}, but StarCoder2 has a window alone: call set_window(window, prefix=0), and "
+            "train on with it"
+        )
     if config.positions == "rope" and config.rotated < config.head_dim:
         raise ValueError(f"rotary_dim is {config.rotated}, but StarCoder2 rotates whole heads of {config.head_dim}")
     model_type, architecture = architecture_of(config)

@@ -102,6 +102,28 @@ def test_decoding_keeps_the_prefix(sizes, everything, backend):
         first += size
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beyond_a_distance_queries_meet_the_prefix_as_if_they_were_there(backend):
+    """A column of scores at a time: the prefix's with q rotated at min(position, distance), all others as they are."""
+    window, prefix, distance, T = 4, 2, 9, 20
+    q, k, v = (torch.randn(1, H, T, 8, dtype=torch.float64) for H in (2, 1, 1))
+    cos, sin = (x.double() for x in rope_tables(T, 8))
+    near = torch.arange(T).clamp(max=distance)
+    far = reference.rotated(q, cos[near], sin[near]) @ reference.rotated(k, cos, sin).mT
+    scores = reference.rotated(q, cos, sin) @ reference.rotated(k, cos, sin).mT
+    scores = torch.where(torch.arange(T) < prefix, far, scores) * 8**-0.5
+    scores = scores.masked_fill(~visible_mask(T, T, window, prefix=prefix), float("-inf"))
+    expected = scores.softmax(-1) @ v
+    options = {"prefix": prefix, "prefix_distance": distance, "rope": (cos, sin), "backend": backend}
+    torch.testing.assert_close(sliding_gqa_attention(q, k, v, window, **options), expected)
+    rings = [torch.full((1, 1, prefix + window + 2, 8), float("nan"), dtype=torch.float64) for _ in range(2)]
+    for first, size in ((0, 3), (3, 3), (6, 3), (9, 1), (10, 3), (13, 1), (14, 3), (17, 3)):
+        part, lengths = slice(first, first + size), torch.tensor([first + size], dtype=torch.int32)
+        append_to_cache(k[:, :, part], v[:, :, part], *rings, lengths, prefix=prefix, rope=(cos, sin), backend=backend)
+        out = sliding_gqa_decode(q[:, :, part], *rings, lengths, window, **options)
+        torch.testing.assert_close(out, expected[:, :, part])
+
+
 def test_a_full_graph_takes_a_prefix():
     q, k, v = (torch.randn(2, H, 20, 16) for H in (4, 2, 2))
     attend = torch.compile(sliding_gqa_attention, fullgraph=True, backend="eager")
@@ -120,6 +142,16 @@ BAD_CALLS = [
         lambda **x: sliding_gqa_decode(Q[:, :, :1], K, K.clone(), ONE, 3, **x),
         {"prefix": 4},
         "2 slots besides the prefix",
+    ),
+    (
+        lambda **x: sliding_gqa_attention(Q, K, K, 3, prefix=1, **x),
+        {"prefix_distance": 4},
+        "prefix_distance needs rope",
+    ),
+    (
+        lambda **x: sliding_gqa_attention(Q, K, K, 3, prefix=1, **x),
+        {"prefix_distance": -1},
+        "prefix_distance is -1, expected None or 0 or more positions",
     ),
     (lambda **x: append_to_cache(K[:, :, :1], K[:, :, :1], K, K.clone(), ONE, **x), {"prefix": True}, "prefix is True"),
 ]

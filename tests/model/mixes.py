@@ -9,6 +9,7 @@ FIELDS = dict(vocab_size=41, context_length=48, window=9, n_layer=3, n_head=4, n
 MIXES = {
     **{name: GPTConfig.for_architecture(name, **FIELDS) for name in ARCHITECTURES},
     "pattern": GPTConfig(**{**FIELDS, "window_pattern": "SSL"}),
+    "prefix": GPTConfig(**{**FIELDS, "prefix": 3}),
     "partial rotation": GPTConfig(**{**FIELDS, "rotary_dim": 4}),
     "multi-query": GPTConfig(**{**FIELDS, "n_kv_head": 1}),
     "learned window": GPTConfig(**{**FIELDS, "positions": "learned"}),

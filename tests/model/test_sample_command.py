@@ -64,6 +64,19 @@ def test_the_command_prints_what_the_library_samples(capsys, checkpoint):
     assert "70 tokens in" in err
 
 
+def test_window_and_prefix_replace_the_models(capsys, checkpoint):
+    """What the model does with them set, and not what it does without."""
+    arguments = ("--checkpoint", checkpoint, "--max-new-tokens", "60", "--greedy", "--prompt", "ABC", "--device", "cpu")
+    _, without, _ = run(capsys, *arguments)
+    status, out, _ = run(capsys, *arguments, "--window", "4", "--prefix", "2")
+    loaded, _ = from_pretrained(checkpoint)
+    loaded.set_window(4, prefix=2)
+    expected = sample(loaded, torch.tensor([TOKENIZER.encode("ABC")]), 60)
+    assert (status, out) == (0, TOKENIZER.decode(expected[0]) + "\n") and out != without
+    status, _, err = run(capsys, *arguments, "--prefix", "-2")
+    assert status == 2 and "prefix=-2 is not a whole number of at least 0" in err
+
+
 def test_a_run_directory_writes_with_its_best_checkpoint(capsys, checkpoint, tmp_path):
     (tmp_path / "best").symlink_to(checkpoint)
     arguments = ("--max-new-tokens", "20", "--seed", "4", "--device", "cpu")

@@ -56,12 +56,14 @@ def test_training_lowers_its_loss(imported, text, tmp_path):
 
 
 def test_window_dropout_and_context_are_the_runs(imported, text, tmp_path, capsys):
-    flags = ("--window", "5", "--window-pattern", "SL", "--dropout", "0.1", "--context-size", "40")
+    flags = ("--window", "5", "--window-pattern", "SL", "--prefix", "3", "--dropout", "0.1", "--context-size", "40")
     model, _ = train(imported, text, tmp_path, *flags)
     shown = capsys.readouterr()
+    assert ", window 5 in layers SL and the first 3\n" in shown.out
     assert "attention  plain PyTorch in training, which --dropout needs" in shown.out and "warning" not in shown.err
     config = model.config
-    assert (config.window, config.window_pattern, config.dropout, config.context_length) == (5, "SL", 0.1, 40)
+    assert (config.window, config.window_pattern, config.prefix) == (5, "SL", 3)
+    assert (config.dropout, config.context_length) == (0.1, 40)
 
 
 def test_weights_in_bf16_are_trained_in_fp32(imported, text, tmp_path):

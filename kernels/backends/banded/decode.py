@@ -95,14 +95,19 @@ def _aligned(x):
     return x.clone() if x.data_ptr() % 64 else x
 
 
-def attend_rows(rows, keys, values, queries, scale, unseen=None, softcap=None, sinks=None, padding=False, lse=None):
+def attend_rows(
+    rows, keys, values, queries, scale, unseen=None, softcap=None, sinks=None, padding=False, lse=None, first=None
+):
     """(B * Hkv, G * T, D), in the dtype of the values: rows of this shape attend to keys and values (B * Hkv, N, D).
 
     queries   (B, Hq, T), which the rows are
     unseen    (B, T, N) bool: where a query does not look, None for nowhere; with `padding` that may be everywhere
     lse       (B, Hq, T), in which the log of the sum of exponentials is stored
+    first     (rows, P): other rows that meet the first P keys
     """
     scores = torch.bmm(rows, keys.mT)
+    if first is not None:
+        scores[..., : first[1]] = torch.bmm(first[0], keys[:, : first[1]].mT)
     if rows.dtype.itemsize < 4:
         scores = scores.float()
     scores.mul_(scale)

@@ -19,22 +19,28 @@ class StepPositions:
 
     angles   gives (cos, sin) of a position, (R / 2,), or of a tensor (B,) of them, (B, R / 2): rows of the tables of
              `rope_tables`. None: nothing is rotated.
+    distance the largest position that a query shows to the keys of a prefix (`prefix_distance`); None: its own.
+             far is (cos, sin) of that, or None where all rows are nearer.
     """
 
-    def __init__(self, lengths, head_dim, angles=None):
+    def __init__(self, lengths, head_dim, angles=None, distance=None):
         rows = lengths.tolist()
         self.lengths, self.shortest, self.longest = lengths, min(rows), max(rows)
         self.even = self.shortest == self.longest  # then a slot is a number and the angles are of one position
         self.position = self.longest - 1 if self.even else lengths.long() - 1
-        self.cos = self.sin = None
+        self.cos = self.sin = self.far = None
         if angles is not None:
-            # x becomes x * cos + other(x) * sin, other(x) being the partner in the pair; nothing past R is rotated
-            cos, sin = angles(self.position)
-            self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-            if rest := head_dim - self.cos.shape[-1]:
-                self.cos, self.sin = pad(self.cos, (0, rest), value=1.0), pad(self.sin, (0, rest))
-            if not self.even:
-                self.cos, self.sin = self.cos[:, None], self.sin[:, None]  # (B, 1, D)
+            self.cos, self.sin = self._multipliers(*angles(self.position), head_dim)
+            if distance is not None and self.longest - 1 > distance:
+                near = distance if self.even else self.position.clamp(max=distance)
+                self.far = self._multipliers(*angles(near), head_dim)
+
+    def _multipliers(self, cos, sin, head_dim):
+        """x becomes x * cos + other(x) * sin, other(x) being the partner in the pair; nothing past R is rotated."""
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        if rest := head_dim - cos.shape[-1]:
+            cos, sin = pad(cos, (0, rest), value=1.0), pad(sin, (0, rest))
+        return (cos, sin) if self.even else (cos[:, None], sin[:, None])  # (D,) or (B, 1, D)
 
     def unwritten(self, slots):
         """(B, slots) bool: the slots that a row has not reached yet."""
@@ -44,13 +50,14 @@ class StepPositions:
 class CachedAttention:
     """Attention of one layer to its ring, one token a row; the ring's memory is k_cache, v_cache (B, Hkv, C, D).
 
-    C is the window, so that all written slots are seen, or without a window any number that no row reaches.
+    C is prefix + window, so that all written slots are seen, or without a window any number that no row reaches. The
+    first `prefix` slots keep their positions, the others are the ring.
     lengths (B,) are the tokens so far. softcap and sinks are not offered.
     """
 
-    def __init__(self, k_cache, v_cache, num_heads, rotary_dim, lengths):
+    def __init__(self, k_cache, v_cache, num_heads, rotary_dim, lengths, prefix=0):
         B, Hkv, self.slots, D = k_cache.shape
-        self.k_cache, self.v_cache = k_cache, v_cache
+        self.k_cache, self.v_cache, self.prefix = k_cache, v_cache, prefix
         self.keys, self.values = k_cache.view(B * Hkv, -1, D), v_cache.view(B * Hkv, -1, D)
         self.batch, self.rows = B, torch.arange(B)
         self.num_heads, self.grouped = num_heads, (B * Hkv, num_heads // Hkv, D)
@@ -69,10 +76,13 @@ class CachedAttention:
         Hq, D = self.num_heads, self.grouped[2]
         heads = qkv.view(self.batch, -1, D)
         rotated = heads[:, : self.rotated]
+        first = None
+        if self.prefix and positions.far is not None:
+            first = self.rotate(heads[:, :Hq], *positions.far).reshape(self.grouped), self.prefix
         if positions.cos is not None:
-            rotated = torch.addcmul(rotated * positions.cos, rotated[..., self.partner], positions.sin)
+            rotated = self.rotate(rotated, positions.cos, positions.sin)
         k, v = rotated[:, Hq:], heads[:, self.rotated :]  # (B, Hkv, D)
-        slot = positions.position % self.slots
+        slot = self.slot_of(positions.position, positions.even)
         if positions.even:
             self.k_cache.select(2, slot).copy_(k)
             self.v_cache.select(2, slot).copy_(v)
@@ -86,4 +96,15 @@ class CachedAttention:
         if not positions.even and positions.shortest < self.slots:
             unwritten = positions.unwritten(keys.shape[1])[:, None]
         rows = rotated[:, :Hq].reshape(self.grouped)
-        return attend_rows(rows, keys, values, self.queries, self.scale, unwritten).view(self.batch, Hq * D)
+        out = attend_rows(rows, keys, values, self.queries, self.scale, unwritten, first=first)
+        return out.view(self.batch, Hq * D)
+
+    def rotate(self, x, cos, sin):
+        return torch.addcmul(x * cos, x[..., self.partner], sin)
+
+    def slot_of(self, position, even):
+        """The slot of a position: its own number until all are written, then the next one of the ring."""
+        ring = (position - self.prefix) % (self.slots - self.prefix) + self.prefix
+        if even:
+            return position if position < self.slots else ring
+        return torch.where(position < self.slots, position, ring) if self.prefix else ring
