@@ -105,6 +105,7 @@ class Compiled(NamedTuple):
     matrix: tuple  # the matrix instructions used, such as ("HGMMA",)
     accesses: tuple  # of machine_code.Access: global loads and stores with their widths
     loops: tuple  # of machine_code.Loop: the innermost ones, in the order of the code
+    ptx: str  # empty on AMD
     binary: bytes  # a cubin, on AMD a code object
 
     @property
@@ -213,6 +214,7 @@ def compile_launch(launch, target):
         matrix=found.matrix,
         accesses=found.accesses,
         loops=found.loops,
+        ptx=code.asm.get("ptx", ""),
         binary=code.asm.get("cubin") or code.asm.get("hsaco"),
     )
 

@@ -14,6 +14,7 @@ TINY = {
     "rope_speed": "--shapes 16,4,2,8 --only ours eager Hugging_Face Liger",
     "train_speed": "--context-size 16 --window 4 --n-layer 1 --d-model 32 --batch-size 2",
     "decode_speed": "--positions 20 40 --windows 8 --batch-sizes 2 --n-layer 1 --d-model 32 --long-run 4 9",
+    "batch_speed": "--prompts 6 --batch-sizes 2 --window 8 --n-layer 1 --d-model 32 --only one_by_one padded ours",
     "optimizer_speed": "--d-model 16",
     "context_parallel_speed": "--processes 1 2 --positions 64 --window 8",
 }
