@@ -238,7 +238,7 @@ def _backend(model):
 
 
 class CPUStep:
-    """New tokens on a CPU, one a row or several of one row: the arithmetic of `GPT.forward` without its modules and checks.
+    """New tokens on a CPU, one a row or several of one row: `GPT.forward` without its modules, checks and operators.
 
     A token of a small model is a fraction of a millisecond of arithmetic; modules and operators cost several times
     that. The step uses the weights that the model has now and sees changes in place, such as an optimizer's.

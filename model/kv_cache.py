@@ -136,7 +136,9 @@ class KVCache:
         """
         counts = [count] if isinstance(count, int) else [int(n) for n in count]
         if not isinstance(count, int) and len(counts) != len(self.lengths):
-            raise ValueError(f"rollback takes one number, or one for each of {len(self.lengths)} rows: got {len(counts)}")
+            raise ValueError(
+                f"rollback takes one number, or one for each of {len(self.lengths)} rows: got {len(counts)}"
+            )
         least, most = min(counts, default=0), max(counts, default=0)
         if least < 0 or most > self.columns:
             raise ValueError(f"rollback of {least if least < 0 else most} tokens: the cache holds {self.columns}")

@@ -102,7 +102,9 @@ def generate(
         generators = RowGenerators(seeds, device) if params.is_random else None
         seen = None if repetition_penalty == 1 else seen_tokens(tokens, padding, model.config.vocab_size)
         if draft is not None:
-            made = guessed_ahead(model, draft, tokens, params, generators, seen, decodable, max_new_tokens, prefill_chunk)
+            made = guessed_ahead(
+                model, draft, tokens, params, generators, seen, decodable, max_new_tokens, prefill_chunk
+            )
             return _one_by_one(made, finished, log_probabilities)
         decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
         return _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities)

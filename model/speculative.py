@@ -61,7 +61,7 @@ class Draft:
         self.unread, self.ahead = self.unread + tokens[right:], 0
 
     def guess(self, count, choose):
-        """`count` tokens, a list. choose(logits, i): the token of place i, for logits (1, V)."""
+        """`count` tokens, a list. choose(logits, guessed): the token after the guessed ones, for logits (1, V)."""
         guessed, logits = [], None
         if not self.started:
             logits, self.started = self.decoder.prefill(), True
@@ -70,7 +70,7 @@ class Draft:
                 unread = torch.tensor(self.unread, device=self.device)
                 logits = self.decoder.decode_guessed(unread[:1], unread[1:])[-1:]
                 self.ahead += i > 0
-            guessed.append(choose(logits, i))
+            guessed.append(choose(logits, guessed))
             self.unread = guessed[-1:]
         self.unread = []
         return guessed
@@ -138,21 +138,24 @@ def guessed_ahead(model, draft, prompt, params, generators, seen, decodable, max
     else:
         most = MOST_GUESSES + LONGEST_PAUSE
         draft = Draft(Decoder(draft, prompt, none, max_new_tokens, prefill_chunk, guesses=most), device)
-    pace, new, written, guessed = Pace(), None, 0, []
+    pace, new, written = Pace(), None, 0
 
-    def choose(logits, first=0):
-        """The tokens of places first, first + 1, ..., for their logits (N, V)."""
+    def choose(logits, guessed, first=0):
+        """The tokens after the first, first + 1, ... of the guessed ones, for their logits (N, V)."""
         places = slice(first, first + len(logits))
         numbers = None if generators is None else Numbers(generators.ahead(places.stop)[0, places, None])
         return params.choose(logits[:, :decodable], numbers, _seen_there(seen, guessed, places, decodable))
 
+    def choose_one(logits, guessed):
+        return int(choose(logits, guessed, len(guessed)))
+
     while written < max_new_tokens:
         with decoder.threads():
             most = 0 if new is None else min(pace.next(), max_new_tokens - written - 1)
-            guessed = draft.guess(most, lambda logits, i: int(choose(logits, i))) if most > 0 else []
+            guessed = draft.guess(most, choose_one) if most > 0 else []
             if guessed:
                 logits = decoder.decode_guessed(new, torch.tensor(guessed, device=device))
-                chosen = choose(logits)
+                chosen = choose(logits, guessed)
                 tokens = chosen.tolist()
                 right = next((i for i, token in enumerate(guessed) if token != tokens[i]), len(guessed))
                 if len(guessed) > right:
