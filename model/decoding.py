@@ -31,13 +31,15 @@ class Decoder:
     tokens          (B, T) prompts, left-padded; padding (B,) is the number of padding columns of each row.
     prefill_chunk   prompt columns that one forward reads.
     compile         compile the step with torch.compile, unless it is a CUDA graph.
+    guesses         how many guessed tokens `decode_guessed` takes at most.
 
     Past the end of learned positions a new token shifts all others, so that a cache is useless: the last
     context_length tokens are then read again for every token, without a cache.
     """
 
-    def __init__(self, model, tokens, padding, max_new_tokens, prefill_chunk, compile=False):
+    def __init__(self, model, tokens, padding, max_new_tokens, prefill_chunk, compile=False, guesses=0):
         self.model, self.padding, self.prefill_chunk, self.compile = model, padding, prefill_chunk, compile
+        self.guesses = guesses
         self.rows, self.columns = tokens.shape
         self.cache = self.step = None
         self.is_reading = True  # until the prompt has been read
@@ -83,7 +85,7 @@ class Decoder:
             self._read(chunk)
             yield None
         logits = self._read(last)
-        self.cache.fit_single_tokens()
+        self.cache.fit(1 + self.guesses)
         self.step = None
         self.tokens = self.tokens if self.context_length else None
         self.is_reading = False
@@ -110,13 +112,33 @@ class Decoder:
             self.tokens = torch.cat([self.tokens, new[:, None]], dim=1)
             if self.columns > self.context_length:
                 return self.prefill()
-        if self.cache.bounded and self.cache.columns == self.cache.max_length:
-            self.cache.extend(min(self.max_columns, 2 * self.cache.max_length))
+        return self._take(new)
+
+    def decode_guessed(self, new, guessed):
+        """The logits (1 + guesses, V) after one more token of a single row and after each of the guessed ones (N,).
+
+        `take_back` removes the guesses that are wrong.
+        """
+        self.columns += 1 + len(guessed)
+        return self._take(torch.cat([new, guessed]))
+
+    def take_back(self, count):
+        self.columns -= count
+        self.cache.rollback(count)
+
+    def _take(self, new):
+        """The logits after new tokens: one a row, or several of a single row."""
+        needed = self.cache.columns + (len(new) if self.guesses else 1)
+        if self.cache.bounded and needed > self.cache.max_length:
+            self.cache.extend(min(self.max_columns, max(needed, 2 * self.cache.max_length)))
             self.step = None
         if self.step is None:
             self.step = make_step(self.model, self.cache, self.compile)
         with evaluating(self.model):
-            return self.step(new)
+            if len(new) == 1 or not self.guesses or isinstance(self.step, CPUStep):
+                return self.step(new)
+            with torch.no_grad():
+                return self.model(new[None], cache=self.cache)[0][0]
 
     def threads(self):
         """A context in which PyTorch has the threads that the next token or prompt is worth."""
@@ -126,7 +148,10 @@ class Decoder:
 
 
 def make_step(model, cache, compile=False):
-    """The fastest function that computes the logits (B, V) after one more token of each row, tokens (B,)."""
+    """The fastest function that computes the logits (B, V) after one more token of each row, tokens (B,).
+
+    A `CPUStep` of one row, whose cache takes several tokens a call, takes so many.
+    """
     if why_not_cuda_graph(model, cache) is None:
         return CUDAGraphStep(model, cache)
     if why_not_cpu_step(model, cache) is None:
@@ -190,8 +215,8 @@ def why_not_cpu_step(model, cache):
         return "in 16 bits it would round differently"
     if reason := why_not_standard(model):
         return reason
-    if cache.max_new_tokens_per_call > 1:
-        return "the cache takes several tokens a call"
+    if cache.max_new_tokens_per_call > 1 and (len(cache.lengths) > 1 or model.config.prefix):
+        return "the cache takes several tokens a call, of several rows or beside a prefix"
     if cache.lengths.numel() == 0 or cache.lengths.amin() < 0:
         return "a row has no token yet"
     return None
@@ -218,7 +243,7 @@ def _backend(model):
 
 
 class CPUStep:
-    """One token a row on a CPU: the arithmetic of `GPT.forward` without its modules, checks and operators.
+    """New tokens on a CPU, one a row or several of one row: `GPT.forward` without its modules, checks and operators.
 
     A token of a small model is a fraction of a millisecond of arithmetic; modules and operators cost several times
     that. The step uses the weights that the model has now and sees changes in place, such as an optimizer's.
@@ -229,6 +254,7 @@ class CPUStep:
     def __init__(self, model, cache, compile=False):
         self.model, self.config, self.cache = model, model.config, cache
         self.kernels = _backend(model).token_step
+        self.one_row, self.masks = cache.max_new_tokens_per_call > 1, {}
         self.forward = torch.compile(self._forward) if compile else self._forward
         rope = model.blocks[0].attn.rope
         self.angles = None if rope is None else partial(rope.at, device=cache.lengths.device)
@@ -243,7 +269,7 @@ class CPUStep:
             (
                 _norm(block.ln_1),
                 _linear(block.attn.qkv),
-                self.kernels.CachedAttention(k, v, self.config.n_head, rotated, cache.lengths, block.attn.prefix),
+                self._attention(k, v, rotated, block.attn),
                 _linear(block.attn.proj),
                 _norm(block.ln_2),
                 _linear(block.mlp.fc),
@@ -254,11 +280,19 @@ class CPUStep:
 
     @torch.inference_mode()
     def __call__(self, tokens):
-        """The logits (B, V) after one more token of each row: model(tokens[:, None], cache=cache)[0][:, -1]."""
-        self.cache.advance(1, self.model.config)
-        config, distance = self.config, self.config.prefix_distance
-        positions = self.kernels.StepPositions(self.cache.lengths, config.head_dim, self.angles, distance)
-        return self.forward(tokens, positions)
+        """The logits (B, V) after one more token of each row: model(tokens[:, None], cache=cache)[0][:, -1].
+
+        With a cache for several tokens a call, tokens (T,) are of one row, and logits (T, V).
+        """
+        self.cache.advance(len(tokens) if self.one_row else 1, self.model.config)
+        lengths, D, distance = self.cache.lengths, self.config.head_dim, self.config.prefix_distance
+        if self.one_row and len(tokens) > 1:
+            return self.forward(tokens, self.kernels.RowPositions(lengths, len(tokens), D, self.angles, self.masks))
+        return self.forward(tokens, self.kernels.StepPositions(lengths, D, self.angles, distance, self.masks))
+
+    def _attention(self, k, v, rotated, layer):
+        kind = self.kernels.RowAttention if self.one_row else self.kernels.CachedAttention
+        return kind(k, v, self.config.n_head, rotated, self.cache.lengths, layer.window, layer.prefix)
 
     def _forward(self, tokens, positions):
         addmm, norm = self.addmm, torch.layer_norm

@@ -63,6 +63,7 @@ class KVCache:
             self.v.append(torch.empty(shape, device=device, dtype=dtype))
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
         self.columns = 0
+        self._taken_back = 0  # tokens from the newest back to the longest that the rows have been
         if padding is not None:
             self.lengths -= torch.as_tensor(padding, device=device, dtype=torch.int32)
 
@@ -84,6 +85,7 @@ class KVCache:
         """
         self.check_room(new_tokens, config)
         self.columns += new_tokens
+        self._taken_back = max(0, self._taken_back - new_tokens)
         self.lengths += new_tokens
 
     def check_room(self, new_tokens, config):
@@ -115,25 +117,52 @@ class KVCache:
         """The positions (B, new_tokens) of the newest tokens; negative for padding."""
         return self.lengths[:, None] + torch.arange(-new_tokens, 0, device=self.lengths.device)
 
-    def fit_single_tokens(self):
-        """Shrink the rings to `window` slots besides the prefix's; from now on a call brings one token.
+    def fit(self, new_tokens=1):
+        """Make the rings as long as calls of up to `new_tokens` tokens need.
 
         Reading a prompt in chunks needs longer rings, which would make every later step slower.
         """
         for layer in range(self.config.n_layer):
             window = self.config.layer_window(layer)
-            if window is not None and self.max_new_tokens_per_call > 1:
-                # slot s of the new ring holds the newest position p with p % window == s, counted from the prefix's end
-                prefix = self.config.layer_prefix(layer)
+            if window is not None and self.max_new_tokens_per_call != new_tokens:
+                # slot s of the new ring holds the newest position p with p % slots == s, counted from the prefix's end
+                prefix, slots = self.config.layer_prefix(layer), window + new_tokens - 1
                 newest = self.lengths[:, None] - prefix - 1
-                position = newest - (newest - torch.arange(window, device=newest.device)) % window  # (B, window)
+                position = newest - (newest - torch.arange(slots, device=newest.device)) % slots  # (B, slots)
                 slot = prefix + position % (self.k[layer].shape[2] - prefix)
                 if prefix:
                     kept = torch.arange(prefix, device=newest.device, dtype=slot.dtype)
                     slot = torch.cat([kept.expand(len(slot), -1), slot], dim=1)
                 slot = slot.long()[:, None, :, None].expand(-1, self.config.n_kv_head, -1, self.config.head_dim)
                 self.k[layer], self.v[layer] = self.k[layer].gather(2, slot), self.v[layer].gather(2, slot)
-        self.max_new_tokens_per_call = 1
+        self.max_new_tokens_per_call = new_tokens
+        self._taken_back = 0
+
+    def rollback(self, count):
+        """Take back the newest `count` tokens, as if they had never been written: a number, or a list of one a row.
+
+        Exact for up to max_new_tokens_per_call tokens below the longest that a row has been: a ring has as many slots
+        more than a query sees, and what they held before is gone. Raises ValueError, and changes nothing, for more.
+        On a GPU it waits for nothing, and a captured step goes on from there.
+        """
+        counts = [count] if isinstance(count, int) else [int(n) for n in count]
+        if not isinstance(count, int) and len(counts) != len(self.lengths):
+            raise ValueError(
+                f"rollback takes one number, or one for each of {len(self.lengths)} rows: got {len(counts)}"
+            )
+        least, most = min(counts, default=0), max(counts, default=0)
+        if least < 0 or most > self.columns:
+            raise ValueError(f"rollback of {least if least < 0 else most} tokens: the cache holds {self.columns}")
+        slides = any(self.config.layer_window(layer) is not None for layer in range(self.config.n_layer))
+        if slides and self._taken_back + most > self.max_new_tokens_per_call:
+            before = f" after {self._taken_back}" if self._taken_back else ""
+            raise ValueError(
+                f"rollback of {most} tokens{before}: a ring keeps what the newest max_new_tokens_per_call="
+                f"{self.max_new_tokens_per_call} replaced, and nothing older"
+            )
+        self._taken_back += most
+        self.columns -= least
+        self.lengths -= count if isinstance(count, int) else torch.tensor(counts).to(self.lengths)
 
     def first_rows(self, count):
         """The cache of the first `count` rows: it shares memory and lengths with this one, and has its own columns."""

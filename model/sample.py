@@ -105,6 +105,11 @@ def make_parser():
         help="run the package kernels (the default); without it plain PyTorch",
     )
     add(
+        "--draft",
+        metavar="DIR|ngram",
+        help="guess ahead, by a smaller model or what followed the same tokens before: faster, the text stays the same",
+    )
+    add(
         "--compile",
         action="store_true",
         help="torch.compile the step: the first tokens take a minute; on CUDA the step is a CUDA graph in any case",
@@ -190,6 +195,12 @@ class Writer:
         if options.window is not None or options.prefix is not None:
             window = self.model.config.window if options.window is None else options.window
             self.model.set_window(window, prefix=options.prefix)
+        self.draft = options.draft
+        if self.draft not in (None, "ngram"):
+            directory = resolve_checkpoint(self.draft)
+            self.draft, _ = from_pretrained(
+                directory, fused_kernels=options.fused_kernels, backend=options.backend, device=device
+            )
         if self.tokenizer is None:
             raise ValueError(f"{checkpoint} has no tokenizer.json, which reading a prompt and writing a text need")
         self.start = self._start()

@@ -16,6 +16,7 @@ from .batching import generate_batch as generate_batch  # beside `generate`, for
 from .decoding import Decoder
 from .prompts import check_prompt, encode_prompts, left_padded, row_seeds, seen_tokens
 from .sampling_params import RowGenerators, SamplingParams
+from .speculative import check_draft, guessed_ahead
 from .stop_strings import StopStrings
 
 FINISHED = -1  # the token that a finished row yields
@@ -39,6 +40,7 @@ def generate(
     log_probabilities=False,
     prefill_chunk=128,
     batch_invariant=False,
+    draft=None,
     compile=False,
 ):
     """An iterator over the next tokens of each row: at most max_new_tokens tensors (B,) on the model's device.
@@ -64,6 +66,10 @@ def generate(
                    True gives a prompt the same bits alone and in any batch, on one machine: each row is computed by
                    itself, so that a token of B rows takes the time of B tokens. False: the rows of a batch share each
                    step, and products of more rows may round otherwise. Not with compile.
+    draft          guesses tokens ahead, which the model reads in one call; the text stays that of plain writing, as far
+                   as a call of several tokens rounds alike. A smaller `GPT` with the same vocabulary, or "ngram": the
+                   text goes on as it did the last time that its newest tokens stood in it, which pays for texts that
+                   repeat themselves. For one prompt, and rotary positions (model/speculative.py).
     compile        compile the steps with torch.compile; no effect on CUDA, where they are a CUDA graph.
 
     The iterator shares nothing with other iterators or with torch's random state. A model in training mode is
@@ -87,12 +93,19 @@ def generate(
         raise ValueError(f"prefill_chunk={prefill_chunk} is below 1")
     if batch_invariant and compile:
         raise ValueError("batch_invariant=True with compile=True would compile a step for every row: leave one out")
+    if draft is not None:
+        check_draft(draft, model, len(tokens), batch_invariant or compile)
     decodable = None if tokenizer is None else tokenizer.vocab_size
 
     def stream(tokens, padding, seeds):
         finished = FinishedRows(stop_tokens, stop_strings, tokenizer, tokens, padding)
         generators = RowGenerators(seeds, device) if params.is_random else None
         seen = None if repetition_penalty == 1 else seen_tokens(tokens, padding, model.config.vocab_size)
+        if draft is not None:
+            made = guessed_ahead(
+                model, draft, tokens, params, generators, seen, decodable, max_new_tokens, prefill_chunk
+            )
+            return _one_by_one(made, finished, log_probabilities)
         decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
         return _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities)
 
@@ -133,6 +146,19 @@ def _stream(decoder, params, generators, seen, finished, decodable, max_new_toke
         yield shown
         if finished.update(new):
             return
+
+
+def _one_by_one(made, finished, log_probabilities):
+    """The tokens of `guessed_ahead`, as `_stream` yields them."""
+    for tokens, logits in made:
+        for i in range(len(tokens)):
+            new = tokens[i : i + 1]
+            if log_probabilities:
+                yield new.clone(), F.log_softmax(logits[i].float(), dim=-1)[new]
+            else:
+                yield new.clone()
+            if finished.update(new):
+                return
 
 
 def _side_by_side(streams, device, log_probabilities):

@@ -92,15 +92,26 @@ class RowGenerators:
         self.generators = [torch.Generator(device) for _ in seeds]
         for generator, seed in zip(self.generators, seeds, strict=True):
             generator.seed() if seed is None else generator.manual_seed(seed)
-        self.device, self.next = device, BLOCK
+        self.device, self.next = device, 0
+        self.numbers = torch.empty(len(self.generators), 0, device=device)
 
     def uniform(self):
         """(B, 1) random numbers in (0, 1]. Never 0, so that a token of probability 0 is never drawn."""
-        if self.next == BLOCK:
-            rows = [torch.rand(BLOCK, generator=generator, device=self.device) for generator in self.generators]
-            self.numbers, self.next = 1 - torch.stack(rows), 0
+        numbers = self.ahead(1)
         self.next += 1
-        return self.numbers[:, self.next - 1 : self.next]
+        return numbers
+
+    def ahead(self, count):
+        """The next `count` numbers (B, count), up to BLOCK of them; `uniform` gives them all the same."""
+        if self.next + count > self.numbers.shape[1]:
+            rows = [torch.rand(BLOCK, generator=generator, device=self.device) for generator in self.generators]
+            self.numbers = torch.cat([self.numbers[:, self.next :], 1 - torch.stack(rows)], dim=1)
+            self.next = 0
+        return self.numbers[:, self.next : self.next + count]
+
+    def skip(self, count):
+        """Go on after the next `count` numbers, which `ahead` has given."""
+        self.next += count
 
 
 def top_k_logits(logits, k):

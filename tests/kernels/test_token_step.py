@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import append_to_cache, rope_tables, sliding_gqa_decode
-from kernels.backends.banded.token_step import CachedAttention, StepPositions
+from kernels.backends.banded.token_step import CachedAttention, RowAttention, RowPositions, StepPositions
 
 Hq, Hkv, D = 6, 2, 16
 
@@ -34,3 +34,30 @@ def test_it_equals_append_and_decode(lengths, rotary_dim, window):
     written = k_expected.isfinite()
     torch.testing.assert_close(k_cache[written], k_expected[written], atol=1e-12, rtol=1e-12)
     assert torch.equal(v_cache[written], v_expected[written])
+
+
+@pytest.mark.parametrize("window", [1, 5, None])
+@pytest.mark.parametrize("rotary_dim", [0, 8])
+@pytest.mark.parametrize("length", [0, 3, 40])
+def test_several_tokens_of_a_row_equal_append_and_decode(length, rotary_dim, window):
+    total, dtype, most = length + 40, torch.float64, 4
+    lengths = torch.tensor([length], dtype=torch.int32)
+    rope = tuple(t.to(dtype) for t in rope_tables(total, rotary_dim)) if rotary_dim else None
+    angles = None if rope is None else lambda position: tuple(table[position] for table in rope)
+    shape = (2, 1, Hkv, total if window is None else window + most - 1, D)
+    k_cache, v_cache = torch.randn(shape, dtype=dtype)
+    k_cache[:, :, length:], v_cache[:, :, length:] = float("nan"), float("nan")
+    k_expected, v_expected, masks = k_cache.clone(), v_cache.clone(), {}
+    ring = RowAttention(k_cache, v_cache, Hq, rotary_dim, lengths, window)
+    for T in (4, 1, 2, 3, 1, 1, 4, 4, 2, 1):
+        lengths += T
+        qkv = torch.randn(T, (Hq + 2 * Hkv) * D, dtype=dtype)
+        if T == 1:
+            positions = StepPositions(lengths, D, angles, masks=masks)
+        else:
+            positions = RowPositions(lengths, T, D, angles, masks)
+        out = ring(qkv, positions)
+        q, k, v = qkv.view(1, T, Hq + 2 * Hkv, D).transpose(1, 2).split([Hq, Hkv, Hkv], dim=1)
+        append_to_cache(k, v, k_expected, v_expected, lengths, rope=rope, backend="banded")
+        expected = sliding_gqa_decode(q, k_expected, v_expected, lengths, window, rope=rope, backend="banded")
+        torch.testing.assert_close(out.view(1, T, Hq, D).transpose(1, 2), expected, atol=1e-12, rtol=1e-12)

@@ -102,7 +102,7 @@ def test_a_row_that_was_copied_over_another_one_shows_nothing_of_it(name, backen
     own = KVCache(model.config, 1, max_new_tokens_per_call=length, max_length=length + 3)
     tokens = torch.randint(41, (1, length + 1))
     model(tokens[:, :-1], cache=own)
-    own.fit_single_tokens()
+    own.fit()
     cache = KVCache(model.config, 3)
     rows = cache.first_rows(2)
     step = make_step(model, rows)  # before the rows come and go, as in use: it clears what is unwritten now

@@ -27,7 +27,7 @@ def cache_after(model, prompt, padding, max_length=48):
     for x in (*cache.k, *cache.v):
         x.fill_(float("nan"))
     model(prompt, cache=cache)
-    cache.fit_single_tokens()
+    cache.fit()
     return cache
 
 
@@ -51,7 +51,7 @@ def test_a_step_at_position_4000_takes_the_memory_of_one_at_position_100():
         cache = KVCache(model.config, 1, max_new_tokens_per_call=100)
         for part in torch.randint(41, (1, length)).split(100, dim=1):
             model(part, cache=cache)
-        cache.fit_single_tokens()
+        cache.fit()
         step, new = CPUStep(model, cache), torch.tensor([1])
         addresses = [x.data_ptr() for x in (*cache.k, *cache.v)]
         step(new)
@@ -186,7 +186,7 @@ def test_a_replayed_graph_gives_the_logits_of_the_model(name, padding):
         for x in (*cache.k, *cache.v):
             x.fill_(float("nan"))  # what stays unwritten must not look like a number
         model(tokens[:, :12], cache=cache)
-        cache.fit_single_tokens()
+        cache.fit()
     assert why_not_cuda_graph(model, caches[0]) is None
     step, graphs = CUDAGraphStep(model, caches[0]), []
     for column in range(12, last):

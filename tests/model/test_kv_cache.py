@@ -87,7 +87,7 @@ def test_a_shrunk_ring_continues_the_longer_one(prompt):
     padding = [0, 2, 1]
     cache = KVCache(model.config, 3, max_new_tokens_per_call=13, max_length=60, padding=padding)
     read(model, tokens[:, :prompt], cache, 13)
-    cache.fit_single_tokens()
+    cache.fit()
     assert [k.shape[2] for k in cache.k] == [9, 9, 60]
     logits = read(model, tokens[:, prompt:], cache, 1)
     for row, pad in enumerate(padding):
@@ -117,7 +117,7 @@ def test_slots_that_were_never_written_are_never_read():
     for x in (*cache.k, *cache.v):
         x.fill_(float("nan"))
     logits = read(model, tokens[:, :7], cache, 7)
-    cache.fit_single_tokens()
+    cache.fit()
     assert logits.isfinite().all()
     assert read(model, tokens[:, 7:], cache, 1).isfinite().all()
 

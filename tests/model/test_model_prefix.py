@@ -88,7 +88,7 @@ def test_the_cpu_step_is_the_model_past_the_context(name):
         for x in (*cache.k, *cache.v):
             x.fill_(float("nan"))
         model(tokens[:, :12], cache=cache)
-        cache.fit_single_tokens()
+        cache.fit()
     assert caches[0].k[0].shape[2] == config.window + config.prefix
     step = CPUStep(model, caches[0])
     for column in range(12, 60):

@@ -1,4 +1,4 @@
-"""One token a row on a CPU: `append_to_cache` and `sliding_gqa_decode` together, in as few PyTorch calls as possible.
+"""New tokens on a CPU: `append_to_cache` and `sliding_gqa_decode` together, in as few PyTorch calls as possible.
 
 A step of a small model is mostly the cost of calling operators. So what its layers share, the angles and the mask, is
 made once a step (`StepPositions`). q, k and v come as the projection made them, in one tensor, and q and k are rotated
@@ -14,6 +14,13 @@ from torch.nn.functional import pad
 from .decode import attend_rows
 
 
+def _of_whole_heads(cos, sin, head_dim):
+    """(cos, sin) (..., D) of tables (..., R / 2): x becomes x * cos + partner(x) * sin; nothing past R is rotated."""
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    rest = head_dim - cos.shape[-1]
+    return (pad(cos, (0, rest), value=1.0), pad(sin, (0, rest))) if rest else (cos, sin)
+
+
 class StepPositions:
     """The position of one new token a row. lengths (B,) int32 on the CPU count it, and are at least 1.
 
@@ -21,9 +28,13 @@ class StepPositions:
              `rope_tables`. None: nothing is rotated.
     distance the largest position that a query shows to the keys of a prefix (`prefix_distance`); None: its own.
              far is (cos, sin) of that, or None where all rows are nearer.
+    masks    a dict that keeps what `bias` makes for later steps.
     """
 
-    def __init__(self, lengths, head_dim, angles=None, distance=None):
+    tokens = 1
+
+    def __init__(self, lengths, head_dim, angles=None, distance=None, masks=None):
+        self.masks = {} if masks is None else masks
         rows = lengths.tolist()
         self.lengths, self.shortest, self.longest = lengths, min(rows), max(rows)
         self.even = self.shortest == self.longest  # then a slot is a number and the angles are of one position
@@ -36,37 +47,53 @@ class StepPositions:
                 self.far = self._multipliers(*angles(near), head_dim)
 
     def _multipliers(self, cos, sin, head_dim):
-        """x becomes x * cos + other(x) * sin, other(x) being the partner in the pair; nothing past R is rotated."""
-        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-        if rest := head_dim - cos.shape[-1]:
-            cos, sin = pad(cos, (0, rest), value=1.0), pad(sin, (0, rest))
+        cos, sin = _of_whole_heads(cos, sin, head_dim)
         return (cos, sin) if self.even else (cos[:, None], sin[:, None])  # (D,) or (B, 1, D)
 
     def unwritten(self, slots):
         """(B, slots) bool: the slots that a row has not reached yet."""
         return torch.arange(slots) >= self.lengths[:, None]
 
+    def bias(self, slots, window, group, dtype):
+        """(1, group * tokens, written slots): 0, and -inf where a token does not look in a ring of `slots`.
+
+        Of rows of one length. None where a token looks at every slot.
+        """
+        if self.tokens == 1 and window in (None, slots):
+            return None
+        key = self.tokens, slots, window
+        if key not in self.masks:
+            # column j is the slot of age (slots - 1 - j) % slots, 0 for the newest: any ring is a part of two turns
+            age = torch.arange(slots - 1, -1, -1).repeat(2)
+            own = torch.arange(self.tokens - 1, -1, -1)[:, None]
+            unseen = age < own
+            if window is not None:
+                unseen |= age >= own + window
+            bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
+            self.masks[key] = bias.repeat(group, 1)[None]
+        first = -self.longest % slots
+        return self.masks[key][..., first : first + min(self.longest, slots)]
+
 
 class CachedAttention:
     """Attention of one layer to its ring, one token a row; the ring's memory is k_cache, v_cache (B, Hkv, C, D).
 
     C is prefix + window, so that all written slots are seen, or without a window any number that no row reaches. The
-    first `prefix` slots keep their positions, the others are the ring.
+    first `prefix` slots keep their positions, the others are the ring. Without a prefix and for rows of one length, C
+    may be larger than the window.
     lengths (B,) are the tokens so far. softcap and sinks are not offered.
     """
 
-    def __init__(self, k_cache, v_cache, num_heads, rotary_dim, lengths, prefix=0):
+    def __init__(self, k_cache, v_cache, num_heads, rotary_dim, lengths, window=None, prefix=0):
         B, Hkv, self.slots, D = k_cache.shape
-        self.k_cache, self.v_cache, self.prefix = k_cache, v_cache, prefix
+        self.k_cache, self.v_cache, self.window, self.prefix = k_cache, v_cache, window, prefix
         self.keys, self.values = k_cache.view(B * Hkv, -1, D), v_cache.view(B * Hkv, -1, D)
         self.batch, self.rows = B, torch.arange(B)
         self.num_heads, self.grouped = num_heads, (B * Hkv, num_heads // Hkv, D)
         self.queries = B, num_heads, 1
         self.rotated = num_heads + Hkv
         self.scale = D**-0.5
-        half = rotary_dim // 2
-        self.partner = torch.arange(D)
-        self.partner[: 2 * half] = self.partner[: 2 * half].roll(half)
+        self.partner, self.nothing = _partner(rotary_dim, D), k_cache.new_zeros(1)
         if lengths.amin() < self.slots:
             # rows of different lengths: an unwritten slot may hold NaN, which no weight of 0 removes
             v_cache.masked_fill_(StepPositions(lengths, D).unwritten(self.slots)[:, None, :, None], 0)
@@ -92,11 +119,13 @@ class CachedAttention:
         keys, values = self.keys, self.values
         if positions.longest < self.slots:
             keys, values = keys[:, : positions.longest], values[:, : positions.longest]
-        unwritten = None
+        rows, unwritten = rotated[:, :Hq].reshape(self.grouped), None
         if not positions.even and positions.shortest < self.slots:
             unwritten = positions.unwritten(keys.shape[1])[:, None]
-        rows = rotated[:, :Hq].reshape(self.grouped)
-        out = attend_rows(rows, keys, values, self.queries, self.scale, unwritten, first=first)
+        if unwritten is None and first is None:
+            out = self._attend(rows, keys, values, positions)
+        else:
+            out = attend_rows(rows, keys, values, self.queries, self.scale, unwritten, first=first)
         return out.view(self.batch, Hq * D)
 
     def rotate(self, x, cos, sin):
@@ -108,3 +137,57 @@ class CachedAttention:
         if even:
             return position if position < self.slots else ring
         return torch.where(position < self.slots, position, ring) if self.prefix else ring
+
+    def _attend(self, rows, keys, values, positions):
+        """(B * Hkv, G * T, D): rows of this shape attend to keys and values (B * Hkv, N, D), rows of one length."""
+        bias = None
+        if not self.prefix:
+            bias = positions.bias(self.slots, self.window, self.grouped[1], rows.dtype)
+        if bias is None:
+            scores = torch.baddbmm(self.nothing, rows, keys.mT, beta=0, alpha=self.scale)
+        else:
+            scores = torch.baddbmm(bias, rows, keys.mT, alpha=self.scale)
+        return torch.bmm(torch.softmax(scores, dim=-1), values)
+
+
+class RowPositions(StepPositions):
+    """The positions of the `tokens` newest tokens, at least two, of a single row."""
+
+    def __init__(self, lengths, tokens, head_dim, angles, masks):
+        self.longest, self.tokens, self.masks = int(lengths), tokens, masks
+        self.cos = self.sin = None
+        if angles is not None:
+            position = torch.arange(self.longest - tokens, self.longest)
+            self.cos, self.sin = _of_whole_heads(*angles(position), head_dim)  # (T, D)
+
+
+class RowAttention(CachedAttention):
+    """`CachedAttention` of a single row, of several tokens a call, as `RowPositions` says."""
+
+    def __call__(self, qkv, positions):
+        """Write the new keys and values and attend to the ring: (T, Hq * D) of qkv (T, (Hq + 2 Hkv) * D)."""
+        T = positions.tokens
+        if T == 1:
+            return super().__call__(qkv, positions)
+        Hkv, _, D = self.grouped
+        heads = qkv.view(T, -1, D).transpose(0, 1)
+        rotated = heads[: self.rotated]
+        if positions.cos is not None:
+            rotated = self.rotate(rotated, positions.cos, positions.sin)
+        first = (positions.longest - T) % self.slots
+        before_end = min(T, self.slots - first)  # the others begin the ring again
+        for ring, new in ((self.keys, rotated[self.num_heads :]), (self.values, heads[self.rotated :])):
+            ring[:, first : first + before_end] = new[:, :before_end]
+            if before_end < T:
+                ring[:, : T - before_end] = new[:, before_end:]
+        written = min(positions.longest, self.slots)
+        rows = rotated[: self.num_heads].reshape(Hkv, -1, D)
+        out = self._attend(rows, self.keys[:, :written], self.values[:, :written], positions)
+        return out.view(-1, T, D).transpose(0, 1).reshape(T, -1)
+
+
+def _partner(rotary_dim, head_dim):
+    """For each element of a head the index of the other one in its pair."""
+    half, partner = rotary_dim // 2, torch.arange(head_dim)
+    partner[: 2 * half] = partner[: 2 * half].roll(half)
+    return partner
