@@ -4,10 +4,10 @@
 
 With a large vocabulary the logits and their gradient are most of the memory of a training step. Here a piece of them is
 made, turned into its gradient p - 1[target] in place, multiplied into the gradients of x and weight, and dropped; the
-backward pass scales those. That is as much work as with all logits: three products of the same size.
+backward pass scales those. That is as much work as with all logits: three products.
 
-Why not torch.nn.functional.linear_cross_entropy: docs/training.md has its times. It is new in PyTorch 2.13, takes no
-softcap, breaks torch.compile's graph, and does not follow autocast.
+Not torch.nn.functional.linear_cross_entropy, which benchmarks/loss_speed.py compares: it is new in PyTorch 2.13, takes
+no softcap, breaks torch.compile's graph, and does not follow autocast.
 """
 
 import torch

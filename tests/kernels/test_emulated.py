@@ -166,7 +166,7 @@ def bytes_of_norm_rotation(target):
     counter = Counter()
     with emulated(target, counter=counter):
         norm_rotate(*heads.values(), norm, *tables(16, 128))
-        norm_rotate_backward(*heads.values(), *heads.values(), norm, *tables(16, 128))
+        norm_rotate_backward(*(x.clone() for x in heads.values()), *heads.values(), norm, *tables(16, 128))
     forward, backward = counter.kernels["norm_rope"], counter.kernels["norm_rope_backward"]
     ratios = {}
     for name, x in heads.items():

@@ -136,13 +136,14 @@ def test_a_batch_of_one_piece_has_its_logits_made_as_ever(monkeypatch):
 
 
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
 from model import GPT, GPTConfig
 torch.set_num_threads(1)
 gpt = GPT(GPTConfig(vocab_size=50257, context_length=512, n_layer=1, n_head=1, d_model=16), seed=0)
 x = torch.randint(50257, (2, 513))
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    # not getrusage: its peak includes that of the process which started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
 gpt(x[:, :8], x[:, 1:9])[1].backward()
 before = peak()
 gpt(x[:, :-1], x[:, 1:], with_logits=sys.argv[1] == "True")[1].backward()
@@ -150,9 +151,10 @@ print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_that_of_some_pieces():
     """In MB; all logits of 1,024 tokens are 196 MB, a piece of them 64."""
     found = [
         int(subprocess.check_output([sys.executable, "-c", PEAK, str(with_logits)])) for with_logits in (True, False)
     ]
-    assert found[0] > 2 * 196 and found[1] < 196
+    assert found[0] > 2 * 196 and found[1] < found[0] / 2
