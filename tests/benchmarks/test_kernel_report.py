@@ -79,7 +79,7 @@ def test_every_set_of_features_is_compiled_and_the_worst_is_shown(compiling, mon
 
     def compile_launch(launch, target):
         spilled = 28 if {"half_rope", "softcap"} <= asked[-1].keys() else 0
-        return compiled.Compiled("append", target, launch.tile, 20, 0, spilled, 0, 8, "warps", 9, (), (), (), b"")
+        return compiled.Compiled("append", target, launch.tile, 20, 0, spilled, 0, 8, "warps", 9, (), (), (), "", b"")
 
     monkeypatch.setattr(compiled, "launches", launches)
     monkeypatch.setattr(compiled, "compile_launch", compile_launch)
@@ -128,7 +128,7 @@ def test_a_kernel_that_does_not_compile_is_a_row_with_its_error(compiling, monke
     def compile_launch(launch, target):
         if launch.name == "bad":
             raise RuntimeError("PassManager::run failed\nwith much more")
-        return compiled.Compiled(launch.name, target, launch.tile, 20, 0, 0, 0, 8, "warps", 100, (), (), (), b"")
+        return compiled.Compiled(launch.name, target, launch.tile, 20, 0, 0, 0, 8, "warps", 100, (), (), (), "", b"")
 
     monkeypatch.setattr(compiled, "launches", lambda *_, **__: [Launch("bad"), Launch("append")])
     monkeypatch.setattr(compiled, "compile_launch", compile_launch)
