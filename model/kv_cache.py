@@ -135,8 +135,9 @@ class KVCache:
                     slot = torch.cat([kept.expand(len(slot), -1), slot], dim=1)
                 slot = slot.long()[:, None, :, None].expand(-1, self.config.n_kv_head, -1, self.config.head_dim)
                 self.k[layer], self.v[layer] = self.k[layer].gather(2, slot), self.v[layer].gather(2, slot)
+        # a longer ring does not bring back what the shorter one has overwritten
+        self._taken_back = max(0, self._taken_back + new_tokens - self.max_new_tokens_per_call)
         self.max_new_tokens_per_call = new_tokens
-        self._taken_back = 0
 
     def rollback(self, count):
         """Take back the newest `count` tokens, as if they had never been written: a number, or a list of one a row.

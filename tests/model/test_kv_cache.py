@@ -97,6 +97,19 @@ def test_a_shrunk_ring_continues_the_longer_one(prompt):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("before, after", [(1, 8), (4, 2)], ids=["longer", "shorter"])
+def test_a_ring_of_another_length_takes_back_what_it_still_holds_and_no_more(before, after):
+    model, tokens, held = lively(GPT(GPTConfig(**FIELDS))).eval(), torch.randint(41, (1, 40)), min(before, after)
+    cache = KVCache(model.config, 1, max_new_tokens_per_call=before)
+    read(model, tokens, cache, before)
+    cache.fit(after)
+    with pytest.raises(ValueError, match="a ring keeps"):
+        cache.rollback(held + 1)
+    cache.rollback(held)
+    close(read(model, tokens[:, 40 - held :], cache, 1), model(tokens)[0][:, -held:])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["rope", "pattern"])
 def test_an_extended_cache_keeps_its_content(name):
     model = lively(GPT(MIXES[name])).eval()
