@@ -144,7 +144,7 @@ class KVCache:
 
         Exact for up to max_new_tokens_per_call tokens below the longest that a row has been: a ring has as many slots
         more than a query sees, and what they held before is gone. Raises ValueError, and changes nothing, for more.
-        On a GPU it waits for nothing, and a captured step goes on from there.
+        On a GPU a number waits for nothing; a captured step goes on from there.
         """
         counts = [count] if isinstance(count, int) else [int(n) for n in count]
         if not isinstance(count, int) and len(counts) != len(self.lengths):
@@ -154,6 +154,8 @@ class KVCache:
         least, most = min(counts, default=0), max(counts, default=0)
         if least < 0 or most > self.columns:
             raise ValueError(f"rollback of {least if least < 0 else most} tokens: the cache holds {self.columns}")
+        if self.lengths.is_cpu and most and (self.lengths < torch.tensor(counts)).any():
+            raise ValueError(f"rollback of {counts if least < most else most} tokens: a row holds fewer")
         slides = any(self.config.layer_window(layer) is not None for layer in range(self.config.n_layer))
         if slides and self._taken_back + most > self.max_new_tokens_per_call:
             before = f" after {self._taken_back}" if self._taken_back else ""

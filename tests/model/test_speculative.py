@@ -122,6 +122,7 @@ def test_what_cannot_be_taken_back_is_refused_and_nothing_changes():
     for count, message in (
         (7, "rollback of 7 tokens: the cache holds 5"),
         (-1, "rollback of -1 tokens"),
+        ([5, 0], r"rollback of \[5, 0\] tokens: a row holds fewer"),
         ([1, 1, 1], "rollback takes one number, or one for each of 2 rows: got 3"),
         (2, "rollback of 2 tokens after 2: a ring keeps what the newest max_new_tokens_per_call=3 replaced"),
     ):
