@@ -64,6 +64,12 @@ def test_the_command_prints_what_the_library_samples(capsys, checkpoint):
     assert "70 tokens in" in err
 
 
+def test_a_draft_changes_nothing_but_the_time(capsys, checkpoint):
+    settings = ["--checkpoint", checkpoint, "--prompt", "ABCABCABC", "--max-new-tokens", "60", "--greedy"]
+    texts = {run(capsys, *settings, *draft)[:2] for draft in ([], ["--draft", "ngram"], ["--draft", checkpoint])}
+    assert len(texts) == 1 and texts.pop()[0] == 0
+
+
 def test_window_and_prefix_replace_the_models(capsys, checkpoint):
     """What the model does with them set, and not what it does without."""
     arguments = ("--checkpoint", checkpoint, "--max-new-tokens", "60", "--greedy", "--prompt", "ABC", "--device", "cpu")
@@ -185,6 +191,8 @@ def test_several_samples_follow_each_other_with_consecutive_seeds(capsys, checkp
         (["--max", "5"], "unrecognized arguments: --max 5"),
         (["--checkpoint", "nowhere"], "nowhere is not a directory"),
         (["--checkpoint", ""], "the checkpoint's path is empty"),
+        (["--draft", "nowhere"], "nowhere is not a directory"),
+        (["--draft", "ngram", "--compile"], "draft with batch_invariant or compile"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, checkpoint, arguments, message):

@@ -145,6 +145,7 @@ def test_an_output_that_exists_is_never_overwritten(capsys, checkpoint, files, f
         ("--prompts one.jsonl --out x.jsonl --batch 0", "batch=0 is below 1"),
         ("--prompts one.jsonl --out x.jsonl --top-k 0", "top_k=0 is below 1"),
         ("--prompts one.jsonl --out x.jsonl --num-samples 2", "--num-samples does nothing with --prompts"),
+        ("--prompts one.jsonl --out x.jsonl --draft ngram", "--draft does nothing with --prompts"),
         ("--prompts one.jsonl --out x.jsonl --log-probabilities", "--log-probabilities does nothing with --prompts"),
         ("--prompts one.jsonl --out x.jsonl --prompt A", "not allowed with argument"),
         ("--resume", "--resume needs --prompts FILE"),
