@@ -36,6 +36,15 @@ class GPTConfig:
     """Width of the residual stream."""
     mlp_width: int | None = None
     """Width inside the MLP. None = 4 * d_model."""
+    mlp: str = "gelu"
+    """Between the MLP's matrices: "gelu" (tanh formula), "relu2", relu(x)^2 (arXiv:2109.08668), or "swiglu",
+    silu(gate) * x (arXiv:2002.05202): the first matrix then has 2 * mlp_width rows, the gate's before x's."""
+    norm: str = "layer"
+    """Before each sub-layer and the head: "layer" is LayerNorm, "rms" RMSNorm (arXiv:1910.07467), which has no bias."""
+    qk_norm: bool = False
+    """Whether each head of q and k has an RMSNorm before the rotation (Qwen 3), one weight for the heads of a layer."""
+    bias: bool = True
+    """Whether linear layers and LayerNorms have a bias."""
     positions: str = "rope"
     """"rope": q and k are rotated by their position. "learned": one vector a position is added to the embedding."""
     window: int | None = None
@@ -56,7 +65,7 @@ class GPTConfig:
     tie_weights: bool = True
     """Whether the output projection is the token embedding."""
     norm_epsilon: float = 1e-5
-    """Added to the variance in every LayerNorm."""
+    """Added to the variance, or the mean square, in every norm."""
 
     def __new__(cls, *values, **named):
         """Raises TypeError that says what to write, for values without a name and for other libraries' words."""
@@ -93,12 +102,21 @@ class GPTConfig:
             )
         if self.positions not in ("rope", "learned"):
             raise ValueError(f"positions={self.positions!r} is neither 'rope' nor 'learned'")
+        self._check_blocks()
         if self.positions == "rope":
             self._check_rotary()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not a probability below 1")
         if not self.norm_epsilon > 0:
             raise ValueError(f"norm_epsilon={self.norm_epsilon} is not positive")
+
+    def _check_blocks(self):
+        for name, known in (("norm", ("layer", "rms")), ("mlp", ("gelu", "swiglu", "relu2"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: take one of {', '.join(known)}")
+        for name in ("qk_norm", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
 
     def _check_rotary(self):
         if self.rotary_dim is not None:
@@ -142,6 +160,12 @@ class GPTConfig:
         parts += ["window"] if any(self.layer_window(i) is not None for i in range(self.n_layer)) else []
         parts += ["gqa"] if self.n_kv_head < self.n_head else []
         return "-".join(parts)
+
+    @property
+    def modern_fields(self) -> str:
+        """The fields in which a block is not GPT-2's, for a message: "norm 'rms', bias False"; "" if there is none."""
+        usual = {"mlp": "gelu", "norm": "layer", "qk_norm": False, "bias": True}
+        return ", ".join(f"{name} {getattr(self, name)!r}" for name in usual if getattr(self, name) != usual[name])
 
     @property
     def head_dim(self) -> int:

@@ -17,7 +17,8 @@ from kernels.cpu import through_onednn
 from . import gpt
 from .kv_cache import KVCache
 
-STANDARD_MODULES = {gpt.GPT, gpt.Block, gpt.Attention, gpt.MLP, nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList}
+STANDARD_MODULES = {gpt.GPT, gpt.Block, gpt.Attention, gpt.MLP, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding}
+STANDARD_MODULES |= {nn.ModuleList}
 # Multiply-adds up to which one thread takes a token, and a prompt. Several threads wait for each other in each of some
 # hundred short calls; beside a busy process they wait up to a hundred times as long. docs/sampling.md has the figures.
 ONE_THREAD_TOKEN, ONE_THREAD_PROMPT = 2**23, 2**27
@@ -213,6 +214,8 @@ def why_not_cpu_step(model, cache):
     wide = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
     if not wide or torch.is_autocast_enabled("cpu"):
         return "in 16 bits it would round differently"
+    if fields := model.config.modern_fields:
+        return f"it has LayerNorm, GELU and biases only, not {fields}"
     if reason := why_not_standard(model):
         return reason
     if cache.max_new_tokens_per_call > 1 and (len(cache.lengths) > 1 or model.config.prefix):

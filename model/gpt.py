@@ -54,8 +54,11 @@ class Attention(nn.Module):
         self.rope, self.masks = rope, masks  # shared by all layers
         self.attend, self.parts = sliding_gqa_attention, 1  # GPT.split_sequences sets both
         # query, key and value projections of all heads, in one matrix
-        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
-        self.proj = nn.Linear(config.d_model, config.d_model)
+        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
+        self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_dim, eps=config.norm_epsilon) if config.qk_norm else None for _ in "qk"
+        )
 
     def forward(self, x, cache=None, starts=None, mask=None):
         B, T, C = x.shape
@@ -64,6 +67,8 @@ class Attention(nn.Module):
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, Hq, T, D), a view
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm returns fp32
         rope = None if self.rope is None else self.rope(T * self.parts if cache is None else cache.columns, x.device)
         if cache is not None:
             out = self.attend_to_cache(q, k, v, rope, cache)
@@ -87,24 +92,47 @@ class Attention(nn.Module):
         return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, **options)
 
 
+def relu2(x):
+    """relu(x)^2."""
+    return F.relu(x).square()
+
+
+def swiglu(x):
+    """silu(gate) * up of x = (gate, up), one after the other in the last dimension: half as wide as x."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}  # by GPTConfig.mlp
+
+
+def make_norm(config):
+    """The norm over the residual stream that the config names."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
+    return nn.LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.bias)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.fc = nn.Linear(config.d_model, config.mlp_width)
-        self.proj = nn.Linear(config.mlp_width, config.d_model)
+        self.act = ACTIVATIONS[config.mlp]
+        rows = 2 * config.mlp_width if config.mlp == "swiglu" else config.mlp_width
+        self.fc = nn.Linear(config.d_model, rows, bias=config.bias)
+        self.proj = nn.Linear(config.mlp_width, config.d_model, bias=config.bias)
 
     def forward(self, x):
-        x = gelu(self.fc(x))
+        x = self.act(self.fc(x))
         return F.dropout(self.proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config, layer, rope, masks, fused_kernels, backend):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
+        self.ln_1 = make_norm(config)
         self.attn = Attention(config, layer, rope, masks, fused_kernels, backend)
-        self.ln_2 = nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, cache=None, starts=None, mask=None):
@@ -140,7 +168,7 @@ class GPT(nn.Module):
             self.blocks = nn.ModuleList(
                 Block(config, layer, rope, masks, fused_kernels, backend) for layer in range(config.n_layer)
             )
-            self.ln_f = nn.LayerNorm(config.d_model, eps=config.norm_epsilon)
+            self.ln_f = make_norm(config)
             if not config.tie_weights:
                 self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights(seed)
@@ -157,7 +185,7 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(".proj") else 0.02
                 nn.init.normal_(module.weight, std=std, generator=generator)
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -348,6 +376,8 @@ def flops_per_token(config) -> float:
     """
     C, D, T = config.d_model, config.head_dim, config.context_length
     weights = config.vocab_size * C
+    if config.mlp == "swiglu":  # its gate is a third matrix
+        weights += config.n_layer * C * config.mlp_width
     pairs = 0
     for layer in range(config.n_layer):
         weights += C * (config.n_head + 2 * config.n_kv_head) * D + C * C + 2 * C * config.mlp_width

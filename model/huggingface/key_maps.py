@@ -138,6 +138,8 @@ def config_from_theirs(values) -> GPTConfig:
 
 def config_to_theirs(config) -> dict:
     """The content of their config.json. Raises ValueError for a model that transformers has no class for."""
+    if config.modern_fields:
+        raise ValueError(f"neither GPT-2 nor StarCoder2 has {config.modern_fields}: such a model cannot be converted")
     windows = {config.layer_window(layer) for layer in range(config.n_layer)}
     if config.positions == "learned" and (windows != {None} or config.n_kv_head < config.n_head):
         raise ValueError(
