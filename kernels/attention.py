@@ -8,7 +8,7 @@ import torch
 from torch import library
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import autocast_dtype, backend_module, backward_reads_lse, resolve_backend
+from .backend import autocast_dtype, backend_module, backward_reads_lse, resolve_backend, without_autocast
 from .band import attention_flops
 from .checks import (
     check_heads,
@@ -137,7 +137,7 @@ def _forward(q, k, v, starts, sinks, cos, sin, window, right, scale, softcap, ba
     if starts is not None and starts.is_cpu:
         check_starts_values(starts)
     options = {"right": right, "starts": starts, "scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         return backend_module(backend).attend(q, k, v, window, **options, with_lse=with_lse)
 
 
@@ -151,7 +151,7 @@ def _forward_fake(q, k, v, starts, sinks, cos, sin, window, right, scale, softca
 def _backward(grad_out, grad_lse, q, k, v, out, lse, starts, sinks, cos, sin, window, right, scale, softcap, backend):
     rope = None if cos is None else (cos, sin)
     options = {"right": right, "starts": starts, "scale": scale, "softcap": softcap, "sinks": sinks, "rope": rope}
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         dq, dk, dv, dsinks = backend_module(backend).attend_backward(
             grad_out, grad_lse, q, k, v, out, lse, window, **options
         )

@@ -1,5 +1,6 @@
 """Which implementation runs: "triton" on a GPU, "banded" (PyTorch, linear cost) elsewhere, "reference" by name."""
 
+import contextlib
 import functools
 import importlib
 
@@ -77,3 +78,9 @@ def autocast_dtype(device_type: str):
     if device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type):
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     return None
+
+
+def without_autocast(device_type: str):
+    """A context without autocast; where none is under way, one that costs the host nothing."""
+    under_way = autocast_dtype(device_type) is not None
+    return torch.autocast(device_type, enabled=False) if under_way else contextlib.nullcontext()

@@ -82,6 +82,24 @@ made = compiled.compile_launch(launch, "sm_80")
 print(json.dumps({"kernel": "too large", "spilled_bytes": made.spilled_bytes, "stack_bytes": made.stack_bytes}))
 """
 
+LAUNCH = """
+import json, sys, torch, triton
+from kernels import compiled
+
+slow = type(triton.cdiv).__call__.__code__
+calls = []
+def profile(frame, event, argument):
+    if event == "call" and frame.f_code is slow:
+        calls.append(frame.f_back.f_code.co_name)
+
+for times in range(2):
+    sys.setprofile(profile if times else None)
+    compiled.launches("sm_90", head_dim=128, dtype=torch.bfloat16, rope=True)
+sys.setprofile(None)
+triton_code = type(triton.cdiv).__module__
+print(json.dumps([triton_code, calls]))
+"""
+
 
 def run_compiled(code):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -185,6 +203,11 @@ def test_documents_cost_the_interior_nothing(shipped):
         assert abs(loops[0]["instructions"] / loops[1]["instructions"] - 1) <= 0.02, named(made)
         for pipe in ("matrix", "mufu", "global"):
             assert loops[0]["pipes"].get(pipe) == loops[1]["pipes"].get(pipe), (named(made), pipe)
+
+
+def test_launchers_ask_none_of_the_kernels_arithmetic():
+    """triton.cdiv and its like unwrap constants first, which costs the host time in every launch."""
+    assert run_compiled(LAUNCH) == [["triton.runtime.jit", []]]
 
 
 @pytest.mark.parametrize(("target", "most"), [("sm_80", 515), ("sm_90", 350)])

@@ -12,6 +12,8 @@ summed afterwards and nothing is added atomically. Both turn their fp32 accumula
 store: RoPE's backward has no pass of its own.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ from .attention_forward import document_ends, first_key, sides, starts_from
 from .rope import rotary_tables, rotate
 from .tiles import (
     LOG2_E,
+    blocks_of,
     dot,
     head_block,
     head_columns,
@@ -333,8 +336,7 @@ def attend_backward(
         cos, sin, S = cos[first:], sin[first:], S - first
         k, _ = rotate(k, None, cos, sin)
         starts = starts_from(starts, first)
-        # Halves that pad to a wider tile, 48 of 128 elements to 64: a rotation before and one after cost less
-        separate = head_block(D, rotary_dim) > head_block(D)
+        separate = pads_wider(D, rotary_dim)
         if separate:
             q, _ = rotate(q, None, cos, sin, positions=S - T)
             q_rotated, tables, cos, sin, rotary_dim = q, (cos, sin), None, None, 0
@@ -346,7 +348,7 @@ def attend_backward(
     by_row = configs[0] or tile_configs.tile_config("dq", D, q.dtype, arch)
     by_key = configs[1] or tile_configs.tile_config("dkdv", D, q.dtype, arch)
     pack, key_pack = packed_heads(group, by_row.BLOCK_M), packed_heads(group, by_key.EDGE_M)
-    key_programs = B * Hkv * triton.cdiv(S, by_key.BLOCK_N)
+    key_programs = B * Hkv * blocks_of(S, by_key.BLOCK_N)
     if parts is None:
         parts = head_parts(key_programs, group // key_pack, tile_configs.processors(q.device))
     if parts > 1:
@@ -360,7 +362,7 @@ def attend_backward(
     row_unit, row_strides = strides_of(grad_out, q, k, v, out, to_dq, q_rotated)
     key_unit, key_strides = strides_of(grad_out, q_rotated, k, v, dk_part, dv_part)
     with torch.cuda.device_of(q):
-        attention_dq_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, by_row.BLOCK_M // pack),)](
+        attention_dq_kernel[(B * Hkv * (group // pack) * blocks_of(T, by_row.BLOCK_M // pack),)](
             grad_out, q, k, v, out, lse, grad_lse, cos, sin, *of_rows, to_dq, pivot, delta, q_rotated, row_strides,
             *scalars, **shape, PACK=pack, UNIT=row_unit, **by_row._asdict(),
         )  # fmt: skip
@@ -379,6 +381,12 @@ def attend_backward(
         weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # what the sink takes of each row
         dsinks = (weight * delta).sum((0, 2)).neg().to(sinks.dtype)
     return dq, dk, dv, dsinks
+
+
+@functools.cache  # constexpr_functions are slow on the host
+def pads_wider(head_dim, rotary_dim):
+    """Whether the halves pad to a wider tile, 48 of 128 elements to 64: a rotation before and one after cost less."""
+    return head_block(head_dim, rotary_dim) > head_block(head_dim)
 
 
 def head_parts(programs, packs, processors):

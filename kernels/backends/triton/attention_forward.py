@@ -18,6 +18,7 @@ from .tiles import (
     LN_2,
     LOG2_E,
     attend_tiles,
+    blocks_of,
     head_block,
     head_columns,
     in_elements,
@@ -161,7 +162,7 @@ def attend(
     scale_log2, cap_scale = softmax_scales(scale, softcap)
     unit, strides = strides_of(q, k, v, out)
     with torch.cuda.device_of(q):
-        attention_forward_kernel[(B * Hkv * (group // pack) * triton.cdiv(T, config.BLOCK_M // pack),)](
+        attention_forward_kernel[(B * Hkv * (group // pack) * blocks_of(T, config.BLOCK_M // pack),)](
             q, k, v, out, lse, sinks, cos, sin, starts, ends, strides,
             T, S, Hkv, *sides(window, right, S), scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, PACK=pack, UNIT=unit,

@@ -38,6 +38,7 @@ from .tiles import (
     LN_2,
     LOG2_E,
     attend_tiles,
+    blocks_of,
     head_block,
     head_columns,
     in_elements,
@@ -232,7 +233,7 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
     num_positions = 0 if cos is None else cos.shape[0]
     unit, strides = strides_of(k, v, k_cache, v_cache)
     with torch.cuda.device_of(k):
-        append_kernel[(triton.cdiv(rows, APPEND_ROWS),)](
+        append_kernel[(blocks_of(rows, APPEND_ROWS),)](
             k, v, k_cache, v_cache, lengths.contiguous(), cos, sin,
             strides, rows, T, H, k_cache.shape[2], num_positions,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, UNIT=unit, BLOCK_M=APPEND_ROWS, num_warps=1,
@@ -255,11 +256,11 @@ def attend_to_cache(
     group, rows = Hq // Hkv, Hq // Hkv * T
     arch = tile_configs.architecture(q.device)
     config = config or tile_configs.tile_config("decode", D, q.dtype, arch)
-    block_m = min(config.BLOCK_M, max(16, triton.next_power_of_2(rows)))
-    programs = B * Hkv * triton.cdiv(rows, block_m)
+    block_m = min(config.BLOCK_M, max(16, 1 << (rows - 1).bit_length()))  # a power of two
+    programs = B * Hkv * blocks_of(rows, block_m)
     if num_splits is None:
         keys = C if window is None else min(C, window + T - 1)
-        num_splits = split_count(programs, triton.cdiv(keys, config.BLOCK_N), tile_configs.processors(q.device))
+        num_splits = split_count(programs, blocks_of(keys, config.BLOCK_N), tile_configs.processors(q.device))
     acc = maxima = sums = None
     if num_splits > 1:
         wide = torch.promote_types(q.dtype, torch.float32)

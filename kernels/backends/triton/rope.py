@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
-from .tiles import in_elements, strides_of, wide_dtype
+from .tiles import blocks_of, in_elements, strides_of, wide_dtype
 
 
 @triton.jit
@@ -134,8 +134,8 @@ def rotate(q, k, cos, sin, *, positions=0, interleaved=False, inverse=False):
     Hk = 0 if k is None else k.shape[1]
     half = cos.shape[1]
     tile = tile_configs.rotary_tile(2 * half)
-    heads = triton.cdiv(Hq, tile.BLOCK_H) + triton.cdiv(Hk, tile.BLOCK_H)
-    programs = B * triton.cdiv(T, tile.BLOCK_T) * heads
+    heads = blocks_of(Hq, tile.BLOCK_H) + blocks_of(Hk, tile.BLOCK_H)
+    programs = B * blocks_of(T, tile.BLOCK_T) * heads
     if programs == 0:
         return q_out, k_out
     unit, strides = strides_of(q, k, q_out, k_out)

@@ -5,9 +5,9 @@ BLOCK_N in the interior. dk/dv: it owns BLOCK_N keys and walks rows, EDGE_M and 
 the band tight; a wide interior spreads the fixed cost of a step. Decoding: BLOCK_M is the most rows, one token of a
 group of up to 16 heads takes 16; BLOCK_N keys are copied at a time.
 
-`python benchmarks/tune_tiles.py --write` made the table with a model of each card, but for sm_90 in 16 bits at 64
-and 128, which were timed. docs/kernels.md says how it
-searched, which entries spill, and by how much. A head size takes the entry of the next larger one.
+`python benchmarks/tune_tiles.py --write` made the table with a model of each card, but for sm_90 in 16 bits at 64 and
+128, which were timed. docs/kernels.md says how it searched, which entries spill, and by how much. A head size takes the
+entry of the next larger one.
 """
 
 import functools
@@ -168,6 +168,7 @@ def processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@functools.cache
 def tile_config(name, head_dim, dtype, arch):
     """The tile of a pass, "forward", "dq", "dkdv" or "decode", for heads of head_dim elements on arch.
 
@@ -187,6 +188,7 @@ def tile_config(name, head_dim, dtype, arch):
     return TILES[name](*next(tile for size, tile in sizes.items() if head_dim <= size))
 
 
+@functools.cache
 def rotary_tile(rotary_dim):
     """The tile of the rotation: 16 pairs for each of 128 threads, of 4 heads; 8 pairs are 16 bytes of bf16."""
     return RotaryTile(BLOCK_T=max(1, 512 // max(8, triton.next_power_of_2(rotary_dim // 2))), BLOCK_H=4, num_warps=4)

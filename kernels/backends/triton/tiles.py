@@ -425,10 +425,18 @@ def strides_of(*tensors):
     Tiles are loaded 128 bits a thread where the compiler knows that rows begin at multiples of 16 bytes, and of strides
     it learns whether 16 divides them, nothing finer. Heads of 72 or 120 elements need to know that 8 does.
     """
-    strides = [(0, 0, 0) if x is None else x.stride()[:3] for x in tensors]
-    flat = [stride for of_tensor in strides for stride in of_tensor]
-    unit = 8 if any(stride % 16 for stride in flat) and not any(stride % 8 for stride in flat) else 1
-    return unit, tuple(tuple(stride // unit for stride in of_tensor) for of_tensor in strides)
+    strides = tuple([(0, 0, 0) if x is None else x.stride()[:3] for x in tensors])
+    bits = 0  # of all strides: a power of two divides each of them if it divides this
+    for first, second, third in strides:
+        bits |= first | second | third
+    if bits % 16 == 0 or bits % 8 != 0:
+        return 1, strides
+    return 8, tuple([(first // 8, second // 8, third // 8) for first, second, third in strides])
+
+
+def blocks_of(length, block):
+    """How many blocks of `block` cover `length`; triton.cdiv, made for kernels too, is slow on the host."""
+    return -(-length // block)
 
 
 def packed_heads(group, rows):
