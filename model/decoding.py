@@ -265,8 +265,7 @@ class CPUStep:
         self.positions = model.wpe.weight.detach() if self.config.positions == "learned" else None
         self.head = self.embedding.t() if self.config.tie_weights else model.lm_head.weight.detach().t()
         self.norm = _norm(model.ln_f)
-        many = len(cache.lengths) >= MANY_ROWS and not compile  # a compiled graph cannot switch libraries
-        self.addmm = through_onednn(torch.addmm) if many else torch.addmm
+        self.addmm_many = torch.addmm if compile else through_onednn(torch.addmm)  # a graph cannot switch libraries
         rotated = 0 if rope is None else self.config.rotated
         self.layers = [
             (
@@ -298,7 +297,8 @@ class CPUStep:
         return kind(k, v, self.config.n_head, rotated, self.cache.lengths, layer.window, layer.prefix)
 
     def _forward(self, tokens, positions):
-        addmm, norm = self.addmm, torch.layer_norm
+        addmm = self.addmm_many if len(tokens) >= MANY_ROWS else torch.addmm
+        norm = torch.layer_norm
         x = embedding(tokens, self.embedding)  # (B, C)
         if self.positions is not None:
             x = x + self.positions[positions.position]

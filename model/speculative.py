@@ -10,9 +10,9 @@ import torch
 
 from .decoding import Decoder
 
-MOST_GUESSES = 16
+MOST_GUESSES = 15  # with the token before them 16 rows of each product
 LONGEST_PAUSE = 64  # tokens without a guess, after guesses that were all wrong
-ORDERS = {16: MOST_GUESSES, 8: 8, 4: 3}  # so many tokens that stood in the text before: so many guesses at most
+ORDERS = {16: MOST_GUESSES, 8: 7, 4: 3}  # so many tokens that stood in the text before: so many guesses at most
 
 
 class Ngram:
@@ -80,7 +80,7 @@ class Pace:
     """How many tokens to guess: more while guesses are right, and after wrong ones none for a while."""
 
     def __init__(self):
-        self.count, self.pause, self.waiting = 4, 0, 0
+        self.count, self.pause, self.waiting = 3, 0, 0
 
     def next(self):
         """The number for the next call of the model, 0 for none."""
@@ -90,7 +90,7 @@ class Pace:
     def learn(self, guessed, right):
         """Of so many guesses, the first `right` were right."""
         if right == guessed:
-            self.count, self.pause = min(2 * self.count, MOST_GUESSES), 0
+            self.count, self.pause = min(2 * self.count + 1, MOST_GUESSES), 0
         elif right:
             self.count, self.pause = max(2, right + 1), self.pause // 2
         else:
