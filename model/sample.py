@@ -223,7 +223,8 @@ class Writer:
         prompt = self.tokenizer.encode(prompt or self.start)
         seed = None if options.seed is None else options.seed + number
         same = {name: getattr(options, name) for name in SAME_ARGUMENTS}
-        stream = generate(self.model, [prompt], seed=seed, stop_strings=self.stop_strings, **same)
+        same |= {"seed": seed, "stop_strings": self.stop_strings, "draft": self.draft}
+        stream = generate(self.model, [prompt], **same)
         stream = self._counted(stream)
         if options.log_probabilities:
             return self._lines(stream, prompt)

@@ -119,6 +119,8 @@ def check_draft(draft, model, rows, other):
     models = [model] if draft == "ngram" else [model, draft]
     if any(one.config.positions == "learned" for one in models):
         raise ValueError("draft needs rotary positions: past the end of learned ones every token reads a whole context")
+    if any(one.config.prefix for one in models):
+        raise ValueError("draft with a prefix: several tokens beside a prefix have no fast step, leave one out")
     if len({one.config.vocab_size for one in models}) > 1:
         sizes = draft.config.vocab_size, model.config.vocab_size
         raise ValueError("draft has another vocabulary: {} tokens, the model {}".format(*sizes))

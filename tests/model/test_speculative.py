@@ -142,6 +142,7 @@ def test_what_cannot_be_taken_back_is_refused_and_nothing_changes():
         ({"draft": "trigram"}, "draft='trigram' is neither 'ngram' nor a model"),
         ({"draft": model_of(vocab_size=12)}, "draft has another vocabulary: 12 tokens, the model 11"),
         ({"draft": model_of(positions="learned")}, "draft needs rotary positions"),
+        ({"draft": model_of(window=9, prefix=2)}, "draft with a prefix"),
         ({"draft": "ngram", "compile": True}, "draft with batch_invariant or compile"),
         ({"draft": "ngram", "tokens": [[1], [2]]}, "draft guesses for one prompt, got 2"),
     ],
