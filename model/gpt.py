@@ -327,7 +327,7 @@ class GPT(nn.Module):
         prefix: the first positions, which are seen besides it. For the last two, None keeps what the model has.
 
         Any window works without training; one near the trained window works best. A model that was trained to see all
-        earlier keys needs a prefix of some tokens besides a window (docs/sampling.md). A `KVCache` made before no
+        earlier keys may need a prefix of some tokens besides a window (docs/sampling.md). A `KVCache` made before no
         longer fits. Raises ValueError for what `GPTConfig` does not take, and for a prefix where sequences are split.
         """
         pattern = self.config.window_pattern if pattern is None else pattern

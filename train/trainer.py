@@ -212,7 +212,7 @@ class Trainer:
             shared = rows_of_processes if len(batch[0]) % rows_of_processes == 0 else 1
             mine = self.processes.tokens([tensor[row % shared :: shared] for tensor in batch])
             with self._autocast():
-                loss = _loss(self.model, *self._on_device(*mine), **self._loss_only)
+                loss = self._loss(self.model, mine)
             if targets := _targets(mine):  # the mean over the processes follows
                 total += loss.item() * targets * shared * self.processes.context
             counted += _targets(batch)
@@ -232,11 +232,7 @@ class Trainer:
             saved = SavedActivations(self.model)
             with saved, self._autocast():
                 # not self.forward: compiled code saves its activations where no hook sees them
-                _loss(
-                    self.model,
-                    *self._on_device(*(tensor.repeat_interleave(examples, 0) for tensor in one)),
-                    **self._loss_only,
-                )
+                self._loss(self.model, [tensor.repeat_interleave(examples, 0) for tensor in one])
             found.append(saved.bytes())
             if config.activation_checkpointing:  # the blocks' inputs are saved where no hook sees them
                 found[-1] += len(self.model.blocks) * examples * one[0].numel() * self.model.config.d_model * 4
@@ -291,7 +287,7 @@ class Trainer:
         """Adds the gradients of a batch, averaged over the processes if `sync`. Returns the loss times its weight."""
         with self.processes.gradient_sync(self.forward, sync):
             with self._autocast():
-                loss = _loss(self.forward, *self._on_device(*batch), **self._loss_only)
+                loss = self._loss(self.forward, batch)
             if weight != 1:  # without targets, as a part of a sequence may be, the loss is NaN and its gradient 0
                 loss = (loss if weight else loss.nan_to_num()) * weight
             self.scaler.scale_loss(loss / self.config.grad_accumulation).backward()
@@ -425,20 +421,18 @@ class Trainer:
         self.processes.run_on_main(self.history.go_back_to, self.step if self.resumed_from is not None else -1)
         self.record = self.processes.run_on_main(note_resumption, self.out_dir, self.record, self.step)
 
-    def _on_device(self, *tensors):
+    def _loss(self, model, batch):
+        """The mean loss of a batch (x, y) or (x, y, starts)."""
         if self.device.type == "cuda":
-            return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
-        return [tensor.to(self.device) for tensor in tensors]
+            batch = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch]
+        x, y, *starts = (tensor.to(self.device) for tensor in batch)
+        return model(x, y, **({"starts": starts[0]} if starts else {}), **self._loss_only)[1]
 
     def _autocast(self):
         if self.precision == "fp32":
             return contextlib.nullcontext()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
-
-
-def _loss(model, x, y, starts=None, **options):
-    return model(x, y, **options)[1] if starts is None else model(x, y, starts=starts, **options)[1]
 
 
 def _targets(batch) -> int:
