@@ -29,28 +29,47 @@ class GPTConfig:
     n_layer: int
     """Transformer blocks."""
     n_head: int
-    """Query heads of a layer; each has d_model / n_head elements."""
+    """Query heads of a layer."""
     n_kv_head: int | None = None
     """Key and value heads of a layer, a divisor of n_head. None = n_head; 1 is multi-query attention."""
     d_model: int
     """Width of the residual stream."""
+    head_dim: int | None = None
+    """Elements of a head. None = d_model / n_head."""
     mlp_width: int | None = None
     """Width inside the MLP. None = 4 * d_model."""
     mlp: str = "gelu"
-    """Between the MLP's matrices: "gelu" (tanh formula), "relu2", relu(x)^2 (arXiv:2109.08668), or "swiglu",
-    silu(gate) * x (arXiv:2002.05202): the first matrix then has 2 * mlp_width rows, the gate's before x's."""
+    """Between the MLP's matrices: "gelu" (tanh formula), "relu2", relu(x)^2 (arXiv:2109.08668), "swiglu", silu(gate) *
+    x, or "geglu", gelu(gate) * x (arXiv:2002.05202). With a gate the first matrix has 2 * mlp_width rows, the gate's
+    before x's."""
     norm: str = "layer"
-    """Before each sub-layer and the head: "layer" is LayerNorm, "rms" RMSNorm (arXiv:1910.07467), which has no bias."""
-    qk_norm: bool = False
-    """Whether each head of q and k has an RMSNorm before the rotation (Qwen 3), one weight for the heads of a layer."""
+    """"layer" is LayerNorm, "rms" RMSNorm (arXiv:1910.07467), which has no bias, "rms1" RMSNorm times 1 + weight, as
+    Gemma has it."""
+    norm_position: str = "before"
+    """Where a sub-layer's norm stands: "before" it, "after" it (OLMo 2), or on "both" sides (Gemma 2). The head has one
+    before it."""
+    qk_norm: bool | str = False
+    """True: each head of q and k has an RMSNorm before the rotation (Qwen 3), one weight for the heads of a layer.
+    "all": one RMSNorm over all heads together (OLMo 2)."""
     bias: bool = True
     """Whether linear layers and LayerNorms have a bias."""
+    qkv_bias: bool | None = None
+    """Whether the projection to q, k and v has one (Qwen 2). None = bias."""
+    embedding_scale: float = 1.0
+    """Factor of the token embeddings; Gemma's is sqrt(d_model)."""
+    attention_scale: float | None = None
+    """Factor of the products of q and k. None = head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    """Bounds attention's scores to softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118). None = no bound."""
+    logit_softcap: float | None = None
+    """Bounds the model's logits in the same way."""
     positions: str = "rope"
     """"rope": q and k are rotated by their position. "learned": one vector a position is added to the embedding."""
     window: int | None = None
     """Keys a query sees on a sliding layer, its own included (Hugging Face's `sliding_window`). None = all earlier."""
     window_pattern: str = "S"
-    """One letter a layer, repeated: S has the sliding `window`, L sees all earlier keys. "SSSL": every fourth is L."""
+    """One letter a layer, repeated: S has the sliding `window`, L sees all earlier keys, N too and rotates nothing
+    (SmolLM 3; arXiv:2501.18795). "SSSL": every fourth is L."""
     prefix: int = 0
     """First positions of each document that every later query of a sliding layer sees besides its window: attention
     sinks (StreamingLLM, arXiv:2309.17453). Layers that see all earlier keys have no use for it."""
@@ -58,6 +77,8 @@ class GPTConfig:
     """Base of the rotary wavelengths: the longest is about 2 pi * rope_theta tokens."""
     rope_scaling: tuple | None = None
     """Scales rotary positions to longer contexts: the `scaling` of kernels.rope_tables, e.g. ("linear", 2.0)."""
+    local_rope_theta: float | None = None
+    """Base of S layers, whose positions are not scaled then (Gemma 3, OLMo 3). None = as all layers."""
     rotary_dim: int | None = None
     """Rotated elements of a head, an even number. None = the whole head."""
     dropout: float = 0.0
@@ -78,12 +99,21 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
             _check_count(name, getattr(self, name))
-        if self.d_model % self.n_head:
-            raise ValueError(f"n_head={self.n_head} does not divide d_model={self.d_model}: heads are of equal size")
-        for name, default in (("n_kv_head", self.n_head), ("mlp_width", 4 * self.d_model)):
+        if self.head_dim is None and self.d_model % self.n_head:
+            raise ValueError(
+                f"n_head={self.n_head} does not divide d_model={self.d_model}: heads are of equal size, or of head_dim"
+            )
+        defaults = {
+            "n_kv_head": self.n_head,
+            "head_dim": self.d_model // self.n_head,
+            "mlp_width": 4 * self.d_model,
+            "qkv_bias": self.bias,
+        }
+        for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-            _check_count(name, getattr(self, name))
+            if name != "qkv_bias":
+                _check_count(name, getattr(self, name))
         if self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head} (grouped KV heads need "
@@ -95,10 +125,10 @@ class GPTConfig:
             raise ValueError(f"prefix={self.prefix!r} is not a whole number of at least 0")
         if self.prefix > self.context_length:
             raise ValueError(f"prefix={self.prefix} is more than the context_length of {self.context_length} positions")
-        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+        if not self.window_pattern or set(self.window_pattern) - set("SLN"):
             raise ValueError(
-                f"window_pattern={self.window_pattern!r} is not made of the letters S (slides by window) and L (sees "
-                "all earlier keys): write e.g. 'SSSL'"
+                f"window_pattern={self.window_pattern!r} is not made of the letters S (slides by window), L (sees all "
+                "earlier keys) and N (as L, without rotation): write e.g. 'SSSL'"
             )
         if self.positions not in ("rope", "learned"):
             raise ValueError(f"positions={self.positions!r} is neither 'rope' nor 'learned'")
@@ -111,12 +141,22 @@ class GPTConfig:
             raise ValueError(f"norm_epsilon={self.norm_epsilon} is not positive")
 
     def _check_blocks(self):
-        for name, known in (("norm", ("layer", "rms")), ("mlp", ("gelu", "swiglu", "relu2"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: take one of {', '.join(known)}")
-        for name in ("qk_norm", "bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} is neither True nor False")
+        known = {
+            "norm": ("layer", "rms", "rms1"),
+            "norm_position": ("before", "after", "both"),
+            "mlp": ("gelu", "relu2", "swiglu", "geglu"),
+            "qk_norm": (False, True, "all"),
+            "bias": (True, False),
+            "qkv_bias": (True, False),
+        }
+        for name, values in known.items():
+            value = getattr(self, name)
+            if not any(type(value) is type(other) and value == other for other in values):  # 1 is not True
+                raise ValueError(f"{name}={value!r} is unknown: take one of {', '.join(map(str, values))}")
+        for name in ("embedding_scale", "attention_scale", "attention_softcap", "logit_softcap", "local_rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"{name}={value!r} is not a number above 0")
 
     def _check_rotary(self):
         if self.rotary_dim is not None:
@@ -124,7 +164,7 @@ class GPTConfig:
         if self.rotated % 2 or self.rotated > self.head_dim:
             raise ValueError(
                 f"{self.rotated} elements of a head of {self.head_dim} cannot be rotated in pairs: set rotary_dim to "
-                "an even number up to d_model / n_head"
+                "an even number up to head_dim"
             )
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta={self.rope_theta} is not positive")
@@ -164,23 +204,34 @@ class GPTConfig:
     @property
     def modern_fields(self) -> str:
         """The fields in which a block is not GPT-2's, for a message: "norm 'rms', bias False"; "" if there is none."""
-        usual = {"mlp": "gelu", "norm": "layer", "qk_norm": False, "bias": True}
+        usual = {"head_dim": self.d_model // self.n_head, "qkv_bias": self.bias}
+        names = (
+            "head_dim mlp norm norm_position qk_norm bias qkv_bias embedding_scale attention_scale attention_softcap "
+            "logit_softcap local_rope_theta"
+        )
+        usual |= {field.name: field.default for field in fields(self) if field.name in names.split()} | usual
         return ", ".join(f"{name} {getattr(self, name)!r}" for name in usual if getattr(self, name) != usual[name])
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of a head."""
-        return self.d_model // self.n_head
 
     @property
     def rotated(self) -> int:
         """Rotated elements of a head."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
+    def layer_kind(self, layer) -> str:
+        """The layer's letter in `window_pattern`."""
+        return self.window_pattern[layer % len(self.window_pattern)]
+
     def layer_window(self, layer) -> int | None:
         """Keys a query of this layer sees; None = all earlier keys."""
-        slides = self.window_pattern[layer % len(self.window_pattern)] == "S"
-        return self.window if slides else None
+        return self.window if self.layer_kind(layer) == "S" else None
+
+    def layer_rope(self, layer) -> tuple | None:
+        """(theta, scaling) of the layer's rotation, as `kernels.rope_tables` takes them; None where nothing rotates."""
+        if self.positions != "rope" or self.layer_kind(layer) == "N":
+            return None
+        if self.layer_kind(layer) == "S" and self.local_rope_theta is not None:
+            return self.local_rope_theta, None
+        return self.rope_theta, self.rope_scaling
 
     def layer_prefix(self, layer) -> int:
         """First positions that each query of this layer sees besides its window; 0 without a window."""

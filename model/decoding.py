@@ -14,11 +14,11 @@ from torch.nn.functional import embedding, gelu
 from kernels.backend import backend_module, resolve_backend
 from kernels.cpu import through_onednn
 
-from . import gpt
+from . import blocks, gpt
 from .kv_cache import KVCache
 
-STANDARD_MODULES = {gpt.GPT, gpt.Block, gpt.Attention, gpt.MLP, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding}
-STANDARD_MODULES |= {nn.ModuleList}
+STANDARD_MODULES = {gpt.GPT, blocks.Block, blocks.Attention, blocks.MLP, blocks.RMS1Norm}
+STANDARD_MODULES |= {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.ModuleList, nn.Identity}
 # Multiply-adds up to which one thread takes a token, and a prompt. Several threads wait for each other in each of some
 # hundred short calls; beside a busy process they wait up to a hundred times as long. docs/sampling.md has the figures.
 ONE_THREAD_TOKEN, ONE_THREAD_PROMPT = 2**23, 2**27
@@ -216,6 +216,8 @@ def why_not_cpu_step(model, cache):
         return "in 16 bits it would round differently"
     if fields := model.config.modern_fields:
         return f"it has LayerNorm, GELU and biases only, not {fields}"
+    if len({id(block.attn.rope) for block in model.blocks}) > 1:
+        return "its layers rotate by different angles"
     if reason := why_not_standard(model):
         return reason
     if cache.max_new_tokens_per_call > 1 and (len(cache.lengths) > 1 or model.config.prefix):

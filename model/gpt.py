@@ -3,9 +3,9 @@
     model = GPT(GPTConfig(vocab_size=65, context_length=256, window=64, n_layer=4, n_head=4, n_kv_head=2, d_model=128))
     logits, loss = model(tokens, targets)          # (B, T, V) and a number
 
-Every block is x = x + attention(norm(x)), x = x + mlp(norm(x)). Learned positions and no window make GPT-2 (Radford et
-al. 2019), rotary positions StarCoder2 (arXiv:2402.19173). Shapes: B rows of T tokens, C = d_model, V = vocab_size; Hq
-heads of size D for queries, Hkv for keys and values.
+The blocks are those of blocks.py. Learned positions and no window make GPT-2 (Radford et al. 2019), rotary positions
+StarCoder2 (arXiv:2402.19173), other blocks Llama, Gemma, Qwen or OLMo. Shapes: B rows of T tokens, C = d_model,
+V = vocab_size.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import append_to_cache, resolve_backend, sliding_gqa_attention, sliding_gqa_decode
-from kernels.backend import PLAIN_PYTORCH, check_backend
+from kernels import resolve_backend, sliding_gqa_attention
+from kernels.backend import check_backend
 from kernels.band import visible_mask, visible_pairs
 from kernels.checks import check_starts, check_starts_values
 
-from .gelu import gelu
+from .blocks import GATED, Block, RMS1Norm, make_norm
 from .linear_loss import linear_loss, rows_of_piece
-from .rotary import RopeTables
-from .sdpa import BandMasks, sdpa_attention
+from .rotary import ropes_of_layers
+from .sdpa import BandMasks
 
 
 def attention_backend(device, fused_kernels=True, backend="auto") -> tuple[str, str] | None:
@@ -38,106 +38,6 @@ def attention_backend(device, fused_kernels=True, backend="auto") -> tuple[str, 
     if not fused_kernels and backend != "auto":
         raise ValueError(f"backend {backend!r} is one of the fused kernels: leave out either it or --no-fused-kernels")
     return resolve_backend(backend, device) if fused_kernels else None
-
-
-class Attention(nn.Module):
-    """Causal attention of one layer, over the tokens of the call and, with a cache, over earlier tokens."""
-
-    def __init__(self, config, layer, rope, masks, fused_kernels, backend):
-        super().__init__()
-        self.layer = layer
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.window, self.prefix = config.layer_window(layer), config.layer_prefix(layer)
-        self.prefix_distance = config.prefix_distance
-        self.dropout = config.dropout
-        self.fused_kernels, self.backend = fused_kernels, backend
-        self.rope, self.masks = rope, masks  # shared by all layers
-        self.attend, self.parts = sliding_gqa_attention, 1  # GPT.split_sequences sets both
-        # query, key and value projections of all heads, in one matrix
-        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=config.bias)
-        self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(config.head_dim, eps=config.norm_epsilon) if config.qk_norm else None for _ in "qk"
-        )
-
-    def forward(self, x, cache=None, starts=None, mask=None):
-        B, T, C = x.shape
-        kv_size = self.n_kv_head * self.head_dim
-        q, k, v = self.qkv(x).split([C, kv_size, kv_size], dim=-1)
-        q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, Hq, T, D), a view
-        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm returns fp32
-        rope = None if self.rope is None else self.rope(T * self.parts if cache is None else cache.columns, x.device)
-        if cache is not None:
-            out = self.attend_to_cache(q, k, v, rope, cache)
-        elif self.fused_kernels and not (self.training and self.dropout):
-            options = {"prefix": min(self.prefix, T), "prefix_distance": self.prefix_distance} if self.prefix else {}
-            out = self.attend(q, k, v, self.window, starts=starts, rope=rope, backend=self.backend, **options)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            prefix = self.prefix, self.prefix_distance
-            out = sdpa_attention(q, k, v, self.window, rope, self.masks, dropout, mask, prefix, starts)
-        out = out.transpose(1, 2).reshape(B, T, C)  # a view again: the output has q's memory layout
-        return F.dropout(self.proj(out), self.dropout, self.training)
-
-    def attend_to_cache(self, q, k, v, rope, cache):
-        """Write the new keys and values into this layer's ring, then attend to it: (B, Hq, T, D)."""
-        k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
-        backend = self.backend if self.fused_kernels else PLAIN_PYTORCH
-        options = {"prefix": self.prefix, "rope": rope, "backend": backend}
-        append_to_cache(k, v, k_cache, v_cache, cache.lengths, **options)
-        options["prefix_distance"] = self.prefix_distance
-        return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, **options)
-
-
-def relu2(x):
-    """relu(x)^2."""
-    return F.relu(x).square()
-
-
-def swiglu(x):
-    """silu(gate) * up of x = (gate, up), one after the other in the last dimension: half as wide as x."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-ACTIVATIONS = {"gelu": gelu, "relu2": relu2, "swiglu": swiglu}  # by GPTConfig.mlp
-
-
-def make_norm(config):
-    """The norm over the residual stream that the config names."""
-    if config.norm == "rms":
-        return nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
-    return nn.LayerNorm(config.d_model, eps=config.norm_epsilon, bias=config.bias)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.dropout = config.dropout
-        self.act = ACTIVATIONS[config.mlp]
-        rows = 2 * config.mlp_width if config.mlp == "swiglu" else config.mlp_width
-        self.fc = nn.Linear(config.d_model, rows, bias=config.bias)
-        self.proj = nn.Linear(config.mlp_width, config.d_model, bias=config.bias)
-
-    def forward(self, x):
-        x = self.act(self.fc(x))
-        return F.dropout(self.proj(x), self.dropout, self.training)
-
-
-class Block(nn.Module):
-    def __init__(self, config, layer, rope, masks, fused_kernels, backend):
-        super().__init__()
-        self.ln_1 = make_norm(config)
-        self.attn = Attention(config, layer, rope, masks, fused_kernels, backend)
-        self.ln_2 = make_norm(config)
-        self.mlp = MLP(config)
-
-    def forward(self, x, cache=None, starts=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, starts, mask)
-        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -158,15 +58,14 @@ class GPT(nn.Module):
         self.config = config
         self.fused_kernels = fused_kernels
         self.tokenizer = None
-        rope = RopeTables(config) if config.positions == "rope" else None
-        masks = BandMasks()
+        masks, ropes = BandMasks(), ropes_of_layers(config)
         # modules draw random weights when they are made; a seeded model must not change the caller's random state
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             self.wte = nn.Embedding(config.vocab_size, config.d_model)  # token embedding
             if config.positions == "learned":
                 self.wpe = nn.Embedding(config.context_length, config.d_model)  # position embedding
             self.blocks = nn.ModuleList(
-                Block(config, layer, rope, masks, fused_kernels, backend) for layer in range(config.n_layer)
+                Block(config, layer, rope, masks, fused_kernels, backend) for layer, rope in enumerate(ropes)
             )
             self.ln_f = make_norm(config)
             if not config.tie_weights:
@@ -186,7 +85,7 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(".proj") else 0.02
                 nn.init.normal_(module.weight, std=std, generator=generator)
             elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                nn.init.ones_(module.weight)
+                nn.init.constant_(module.weight, 0.0 if isinstance(module, RMS1Norm) else 1.0)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
@@ -218,7 +117,7 @@ class GPT(nn.Module):
         targets = targets.flatten()
         targets = targets.masked_fill(targets == -100, -1)
         if logits is None and len(targets) > rows_of_piece(self.config.vocab_size):
-            return linear_loss(self.ln_f(x).flatten(0, 1), self._head_weight, targets)
+            return linear_loss(self.ln_f(x).flatten(0, 1), self._head_weight, targets, self.config.logit_softcap)
         logits = self._head(x) if logits is None else logits
         return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-1)
 
@@ -249,6 +148,8 @@ class GPT(nn.Module):
             )
         self._warn_of_dropout()
         x = self.wte(tokens)  # (B, T, C)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.config.positions == "learned":
             x = x + self._position_vectors(T, cache, starts)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -276,7 +177,8 @@ class GPT(nn.Module):
 
     def _head(self, x):
         """The logits (..., V) of the last block's output."""
-        return F.linear(self.ln_f(x), self._head_weight)
+        logits, cap = F.linear(self.ln_f(x), self._head_weight), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def _head_weight(self):
@@ -336,9 +238,9 @@ class GPT(nn.Module):
         if self.group is not None:
             _refuse_prefix(config)
         self.config = config
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, rope) in enumerate(zip(self.blocks, ropes_of_layers(config), strict=True)):
             block.attn.window, block.attn.prefix = config.layer_window(layer), config.layer_prefix(layer)
-            block.attn.prefix_distance = config.prefix_distance
+            block.attn.prefix_distance, block.attn.rope = config.prefix_distance, rope
 
     def save_pretrained(self, directory, tokenizer=None):
         """Write a model directory: `model.save_pretrained`."""
@@ -376,11 +278,11 @@ def flops_per_token(config) -> float:
     """
     C, D, T = config.d_model, config.head_dim, config.context_length
     weights = config.vocab_size * C
-    if config.mlp == "swiglu":  # its gate is a third matrix
+    if config.mlp in GATED:  # the gate is a third matrix
         weights += config.n_layer * C * config.mlp_width
     pairs = 0
     for layer in range(config.n_layer):
-        weights += C * (config.n_head + 2 * config.n_kv_head) * D + C * C + 2 * C * config.mlp_width
+        weights += 2 * C * ((config.n_head + config.n_kv_head) * D + config.mlp_width)
         window, prefix = config.layer_window(layer), config.layer_prefix(layer)
         pairs += config.n_head * visible_pairs(T, T, window)
         if prefix and window < T:  # query window + i has i + 1 keys before its window

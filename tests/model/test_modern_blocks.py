@@ -1,4 +1,4 @@
-"""RMSNorm, the MLPs, the norm of q and k, no biases: each is the formula written out, and every path computes it."""
+"""The blocks of today's models: each field is its formula written out, and every path computes it."""
 
 import dataclasses
 
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from mixes import FIELDS, both_paths, lively
 
 from model import GPT, GPTConfig, KVCache, generate
+from model.blocks import relu2, swiglu
 from model.decoding import why_not_cpu_step
-from model.gpt import flops_per_token, relu2, swiglu
+from model.gpt import flops_per_token
 from model.huggingface import to_huggingface
 from train.optim import make_optimizer
 
@@ -21,7 +22,17 @@ BLOCKS = {
     "no bias": {"bias": False},
     "all": {"norm": "rms", "mlp": "swiglu", "mlp_width": 40, "qk_norm": True, "bias": False},
     "learned positions": {"norm": "rms", "qk_norm": True, "positions": "learned"},
-}
+    "Gemma": {
+        "norm": "rms1", "norm_position": "both", "mlp": "geglu", "qk_norm": True, "bias": False, "head_dim": 12,
+        "attention_scale": 0.4, "attention_softcap": 1.5, "logit_softcap": 2.0, "embedding_scale": 3.0,
+        "local_rope_theta": 300.0, "window_pattern": "SL",
+    },
+    "OLMo": {
+        "norm": "rms", "norm_position": "after", "mlp": "swiglu", "qk_norm": "all", "bias": False, "qkv_bias": True,
+        "rope_scaling": ("linear", 4.0), "local_rope_theta": 1e4, "window_pattern": "SSL",
+    },
+    "NoPE": {"window_pattern": "SN", "qk_norm": True},
+}  # fmt: skip
 every_block = pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)
 
 
@@ -32,7 +43,8 @@ def make(fields, **options):
 
 def exact_norm(x, weight, bias, config):
     """The norm over the last dimension, written out."""
-    centred = x if config.norm == "rms" else x - x.mean(-1, keepdim=True)
+    centred = x - x.mean(-1, keepdim=True) if config.norm == "layer" else x
+    weight = 1 + weight if config.norm == "rms1" else weight
     x = centred / (centred.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt() * weight
     return x if bias is None else x + bias
 
@@ -43,31 +55,47 @@ def exact_block(block, x, config):
 
     def linear(name, x):
         x = x @ weights[f"{name}.weight"].t()
-        return x + weights[f"{name}.bias"] if config.bias else x
+        return x + weights[f"{name}.bias"] if (config.qkv_bias if name == "attn.qkv" else config.bias) else x
 
     def norm(name, x, config=config):
         return exact_norm(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"), config)
 
-    heads = linear("attn.qkv", norm("ln_1", x)).split(D, dim=-1)
-    out = []
-    for head in range(config.n_head):
-        kv = config.n_head + head // (config.n_head // config.n_kv_head)
-        q, k, v = heads[head], heads[kv], heads[kv + config.n_kv_head]
-        if config.qk_norm:
-            rms = dataclasses.replace(config, norm="rms")
+    def branch(number, x, sub_layer):
+        out = sub_layer(x if config.norm_position == "after" else norm(f"ln_{number}", x))
+        return x + (out if config.norm_position == "before" else norm(f"post_{number}", out))
+
+    def attention(x):
+        q, k, v = linear("attn.qkv", x).split([n * D for n in (config.n_head, config.n_kv_head, config.n_kv_head)], -1)
+        rms = dataclasses.replace(config, norm="rms" if config.norm == "layer" else config.norm)
+        if config.qk_norm == "all":
             q, k = norm("attn.q_norm", q, rms), norm("attn.k_norm", k, rms)
-        scores = (q @ k.t() / D**0.5).masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
-        out.append(scores.softmax(-1) @ v)
-    x = x + linear("attn.proj", torch.cat(out, dim=-1))
-    hidden = linear("mlp.fc", norm("ln_2", x))
-    if config.mlp == "swiglu":
-        gate, hidden = hidden[:, : config.mlp_width], hidden[:, config.mlp_width :]
-        hidden = gate * torch.sigmoid(gate) * hidden
-    elif config.mlp == "relu2":
-        hidden = hidden.clamp(min=0) ** 2
-    else:
-        hidden = F.gelu(hidden, approximate="tanh")
-    return x + linear("mlp.proj", hidden)
+        q, k, v = (heads.split(D, dim=-1) for heads in (q, k, v))
+        if config.qk_norm is True:
+            q, k = [norm("attn.q_norm", h, rms) for h in q], [norm("attn.k_norm", h, rms) for h in k]
+        out = []
+        for head, query in enumerate(q):
+            kv = head // (config.n_head // config.n_kv_head)
+            scores = query @ k[kv].t() * (config.attention_scale or D**-0.5)
+            if cap := config.attention_softcap:
+                scores = cap * torch.tanh(scores / cap)
+            hidden = torch.ones(len(x), len(x)).triu(1).bool()
+            out.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[kv])
+        return linear("attn.proj", torch.cat(out, dim=-1))
+
+    def mlp(x):
+        hidden = linear("mlp.fc", x)
+        if config.mlp in ("swiglu", "geglu"):
+            gate, hidden = hidden[:, : config.mlp_width], hidden[:, config.mlp_width :]
+            hidden = hidden * (
+                F.gelu(gate, approximate="tanh") if config.mlp == "geglu" else gate * torch.sigmoid(gate)
+            )
+        elif config.mlp == "relu2":
+            hidden = hidden.clamp(min=0) ** 2
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        return linear("mlp.proj", hidden)
+
+    return branch(2, branch(1, x, attention), mlp)
 
 
 @every_block
@@ -76,6 +104,58 @@ def test_a_block_is_its_formula(fields, fused_kernels):
     model = make({**fields, "positions": "learned", "window": None}, fused_kernels=fused_kernels).double()
     x = torch.randn(11, model.config.d_model, dtype=torch.float64)
     torch.testing.assert_close(model.blocks[0](x[None])[0], exact_block(model.blocks[0], x, model.config))
+
+
+@both_paths
+def test_embedding_and_logits_are_their_formulas(fused_kernels):
+    plain = make({"n_layer": 1}, fused_kernels=fused_kernels)
+    gemma = make({"n_layer": 1, "embedding_scale": 3.0, "logit_softcap": 2.0}, fused_kernels=fused_kernels)
+    tokens = torch.randint(41, (2, 11))
+    with torch.no_grad():
+        capped = gemma(tokens)[0]
+        plain.blocks.load_state_dict(gemma.blocks.state_dict())
+        x = plain.blocks[0](3 * gemma.wte.weight[tokens])
+        logits = F.layer_norm(x, (32,), gemma.ln_f.weight, gemma.ln_f.bias) @ gemma.wte.weight.t()
+    torch.testing.assert_close(capped, 2 * torch.tanh(logits / 2))
+
+
+@both_paths
+def test_each_kind_of_layer_rotates_by_its_own_angles(fused_kernels):
+    def logits(**fields):
+        model = make({"rope_theta": 1e5, "rope_scaling": ("linear", 4.0), **fields}, fused_kernels=fused_kernels)
+        return model(torch.arange(40)[None])[0]
+
+    long = logits(window_pattern="L")
+    assert torch.equal(logits(window_pattern="L", local_rope_theta=100.0), long)
+    local = logits(window_pattern="S", local_rope_theta=100.0)
+    assert torch.equal(local, logits(window_pattern="S", rope_theta=100.0, rope_scaling=None))
+    assert not torch.allclose(local, logits(window_pattern="S"), atol=1e-2)
+    assert not torch.allclose(logits(window_pattern="N"), long, atol=1e-2)
+
+
+def test_the_first_layer_without_rotation_does_not_know_the_order_of_earlier_tokens():
+    model = make({"window_pattern": "N", "n_layer": 1})
+    tokens = torch.arange(20)
+    other = torch.cat([tokens[torch.randperm(19)], tokens[19:]])
+    last, of_other = (model(row[None])[0][0, -1] for row in (tokens, other))
+    torch.testing.assert_close(last, of_other)
+
+
+def test_set_window_gives_each_layer_the_angles_of_its_kind():
+    model = make({"window_pattern": "SL", "local_rope_theta": 100.0})
+    model.set_window(9, "LS")
+    other = make({"window_pattern": "LS", "local_rope_theta": 100.0})
+    tokens = torch.arange(40)[None]
+    assert torch.equal(model(tokens)[0], other(tokens)[0])
+
+
+def test_the_loss_in_pieces_knows_the_softcap(monkeypatch):
+    model = make({"logit_softcap": 0.5})
+    tokens = torch.randint(41, (2, 31))
+    whole = model(tokens[:, :-1], tokens[:, 1:])[1]
+    monkeypatch.setattr("model.gpt.rows_of_piece", lambda _: 7)
+    pieces = model(tokens[:, :-1], tokens[:, 1:], with_logits=False)[1]
+    torch.testing.assert_close(pieces, whole)
 
 
 @every_block
@@ -144,6 +224,10 @@ def test_new_gains_are_one():
     gains = [weight for name, weight in model.named_parameters() if "ln_" in name or "_norm" in name]
     assert len(gains) == 4 * 3 + 1
     assert all((gain == 1).all() for gain in gains)
+    model = GPT(GPTConfig(**FIELDS | BLOCKS["Gemma"]), seed=1)
+    gains = [weight for name, weight in model.named_parameters() if weight.ndim == 1]
+    assert len(gains) == 6 * 3 + 1
+    assert not any(gain.any() for gain in gains)  # 1 + 0
 
 
 def test_muon_takes_the_matrices_and_no_gain_decays():
@@ -174,7 +258,7 @@ def test_the_cpu_step_says_what_it_does_not_have(fields):
     cache = KVCache(model.config, 1, max_new_tokens_per_call=1, max_length=48)
     model(torch.randint(41, (1, 1)), cache=cache)
     assert "LayerNorm, GELU and biases only, not" in why_not_cpu_step(model, cache)
-    for name in fields.keys() & {"norm", "mlp", "qk_norm", "bias"}:
+    for name in fields.keys() - {"mlp_width", "positions", "window_pattern", "rope_scaling"}:
         assert name in why_not_cpu_step(model, cache)
 
 
@@ -186,10 +270,18 @@ def test_no_class_of_hugging_face_is_named_for_what_it_cannot_be():
 @pytest.mark.parametrize(
     "field, message",
     [
-        ({"norm": "batch"}, "norm='batch' is unknown: take one of layer, rms"),
-        ({"mlp": "relu"}, "mlp='relu' is unknown: take one of gelu, swiglu, relu2"),
-        ({"qk_norm": 1}, "qk_norm=1 is neither True nor False"),
-        ({"bias": None}, "bias=None is neither True nor False"),
+        ({"norm": "batch"}, "norm='batch' is unknown: take one of layer, rms, rms1"),
+        ({"norm_position": "behind"}, "norm_position='behind' is unknown: take one of before, after, both"),
+        ({"mlp": "relu"}, "mlp='relu' is unknown: take one of gelu, relu2, swiglu, geglu"),
+        ({"qk_norm": 1}, "qk_norm=1 is unknown: take one of False, True, all"),
+        ({"bias": None}, "bias=None is unknown: take one of True, False"),
+        ({"qkv_bias": "no"}, "qkv_bias='no' is unknown: take one of True, False"),
+        ({"head_dim": 0}, "head_dim=0 is not a whole number of at least 1"),
+        ({"head_dim": 7}, "7 elements of a head of 7 cannot be rotated in pairs"),
+        ({"logit_softcap": 0}, "logit_softcap=0 is not a number above 0"),
+        ({"attention_scale": "1"}, "attention_scale='1' is not a number above 0"),
+        ({"local_rope_theta": -1.0}, "local_rope_theta=-1.0 is not a number above 0"),
+        ({"window_pattern": "SG"}, "is not made of the letters S .* and N"),
     ],
 )
 def test_wrong_fields_say_what_to_write(field, message):
