@@ -9,6 +9,7 @@ model.huggingface` converts directories.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -116,10 +117,17 @@ def export_pretrained(gpt, directory, tokenizer=None, pad_token=True):
     gpt, directory = getattr(gpt, "_orig_mod", gpt), Path(directory)
     tokenizer = gpt.tokenizer if tokenizer is None else tokenizer
     values = _their_config(gpt.config, gpt.wte.weight.dtype, tokenizer)
-    weights = weights_to_theirs(family_of(gpt.config)[1], gpt.config, gpt.state_dict())
+    family = family_of(gpt.config)[1]
+    weights = weights_to_theirs(family, gpt.config, gpt.state_dict())
     weights = {name: x.detach().contiguous() for name, x in weights.items()}
     texts = {}
     if tokenizer is not None:
+        if family.tokenizer:
+            warnings.warn(
+                f"AutoTokenizer reads every {values['model_type']} directory as a {family.tokenizer}: if the tokenizer "
+                "is another, read it with PreTrainedTokenizerFast.from_pretrained",
+                stacklevel=2,
+            )
         # without this file AutoTokenizer takes the architecture's usual tokenizer class, which drops spaces
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings["padding_side"] = "left"  # to generate, a row must end with its text

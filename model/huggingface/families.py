@@ -36,6 +36,8 @@ class Family:
     of transformers 4 with the base of those that slide."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by sqrt(d_model)."""
+    tokenizer: str = ""
+    """The class that AutoTokenizer takes for all models of the family, whatever tokenizer_config.json says."""
     equal_heads: bool = False
     """n_head must divide d_model, also where head_dim is given."""
     transposed: tuple = ()
@@ -155,6 +157,7 @@ QWEN2 = Family(
     fixed=LLAMA.fixed,
     modules=_MODULES,
     letters="SL",
+    tokenizer="Qwen2Tokenizer",
 )
 QWEN3 = replace(
     QWEN2,
@@ -164,6 +167,7 @@ QWEN3 = replace(
     defaults={**QWEN2.defaults, "head_dim": 128},
     fixed={**LLAMA.fixed, "attention_bias": (False,)},
     modules={**_MODULES, **_QK_NORMS},
+    tokenizer="",
 )
 OLMO2 = Family(
     model_class="Olmo2ForCausalLM",

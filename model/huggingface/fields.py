@@ -32,9 +32,8 @@ def config_from_theirs(values) -> GPTConfig:
     if family.scaled_embedding:
         ours["embedding_scale"] = ours["d_model"] ** 0.5
     letters = _letters_from_theirs(family, theirs)
-    ours |= {"window": theirs["sliding_window"], "window_pattern": _shortest(letters)} if "S" in letters else {}
-    if "S" not in letters and "window" in family.fields:
-        ours |= {"window": None, "window_pattern": _shortest(letters) if "N" in letters else "S"}
+    ours["window"] = theirs["sliding_window"] if "S" in letters else None
+    ours["window_pattern"] = _shortest(letters) if set(letters) & set("SN") else "S"
     if "positions" not in family.blocks:
         ours |= _rotary_from_theirs(family, theirs, letters)
     config = GPTConfig(**ours)

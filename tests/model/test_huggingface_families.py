@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from hugging import CHARACTERS, TEXT
 from mixes import FIELDS, both_paths, lively
 
 from model import GPT, GPTConfig, from_pretrained, generate, save_pretrained
@@ -167,6 +168,22 @@ def test_a_trained_pattern_is_written_by_transformers_from_a_directory(kind, tmp
     prompt = torch.randint(1, 41, (1, 4))
     written = torch.stack(list(generate(gpt, prompt, 50, greedy=True)), dim=1)
     assert torch.equal(model.generate(prompt, max_new_tokens=50, do_sample=False)[:, 4:], written)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_autotokenizer_reads_the_characters_of_every_family_but_qwen2(name, tmp_path):
+    gpt = GPT(GPTConfig(**{**EXPORTS[name][1], "vocab_size": CHARACTERS.vocab_size}))
+    reader = transformers.AutoTokenizer
+    if EXPORTS[name][0] == "qwen2":
+        with pytest.warns(UserWarning, match="AutoTokenizer reads every qwen2 directory as a Qwen2Tokenizer: if the"):
+            export_pretrained(gpt, tmp_path, CHARACTERS)
+        assert type(reader.from_pretrained(tmp_path)).__name__ == "Qwen2Tokenizer"
+        reader = transformers.PreTrainedTokenizerFast
+    else:
+        export_pretrained(gpt, tmp_path, CHARACTERS)
+    tokenizer = reader.from_pretrained(tmp_path)
+    assert tokenizer(TEXT)["input_ids"] == CHARACTERS.encode(TEXT)
+    assert tokenizer.decode(CHARACTERS.encode(TEXT)) == TEXT
 
 
 # what the tests above would not notice if these models did not depend on it
