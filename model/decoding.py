@@ -22,7 +22,7 @@ STANDARD_MODULES |= {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Modul
 # Multiply-adds up to which one thread takes a token, and a prompt. Several threads wait for each other in each of some
 # hundred short calls; beside a busy process they wait up to a hundred times as long. docs/sampling.md has the figures.
 ONE_THREAD_TOKEN, ONE_THREAD_PROMPT = 2**23, 2**27
-MANY_ROWS = 32  # of a product in fp32 on a CPU: from there on oneDNN is faster than MKL, where it is exact
+MANY_ROWS = 16  # of a product in fp32 on a CPU: from there on oneDNN is faster than MKL, where it is exact
 WARM_UPS = 3  # forwards before a capture: Triton compiles its kernels, cuBLAS allocates its workspace
 
 
@@ -81,6 +81,8 @@ class Decoder:
             dtype=torch.get_autocast_dtype(device.type) if autocast else self.model.wte.weight.dtype,
             padding=(self.padding - dropped).clamp(min=0),
         )
+        by_step = self.rows == 1 and why_not_cpu_step(self.model, self.cache) is None
+        self.step = CPUStep(self.model, self.cache) if by_step else None
         *chunks, last = self.tokens.split(self.prefill_chunk, dim=1)
         for chunk in chunks:
             self._read(chunk)
@@ -94,6 +96,8 @@ class Decoder:
 
     def _read(self, chunk):
         """The logits after a chunk of the prompt, which goes into the cache."""
+        if self.step is not None:
+            return self.step(chunk[0], last=True)
 
         def read():
             return self._last_logits(chunk, self.cache)
@@ -267,7 +271,7 @@ class CPUStep:
         self.positions = model.wpe.weight.detach() if self.config.positions == "learned" else None
         self.head = self.embedding.t() if self.config.tie_weights else model.lm_head.weight.detach().t()
         self.norm = _norm(model.ln_f)
-        self.addmm_many = torch.addmm if compile else through_onednn(torch.addmm)  # a graph cannot switch libraries
+        self.forward_many = self.forward if compile else through_onednn(self._forward)  # no graph switches libraries
         rotated = 0 if rope is None else self.config.rotated
         self.layers = [
             (
@@ -283,31 +287,33 @@ class CPUStep:
         ]
 
     @torch.inference_mode()
-    def __call__(self, tokens):
+    def __call__(self, tokens, last=False):
         """The logits (B, V) after one more token of each row: model(tokens[:, None], cache=cache)[0][:, -1].
 
-        With a cache for several tokens a call, tokens (T,) are of one row, and logits (T, V).
+        With a cache for several tokens a call, tokens (T,) are of one row, and logits (T, V); last: (1, V).
         """
         self.cache.advance(len(tokens) if self.one_row else 1, self.model.config)
         lengths, D, distance = self.cache.lengths, self.config.head_dim, self.config.prefix_distance
+        forward = self.forward_many if len(tokens) >= MANY_ROWS else self.forward
         if self.one_row and len(tokens) > 1:
-            return self.forward(tokens, self.kernels.RowPositions(lengths, len(tokens), D, self.angles, self.masks))
-        return self.forward(tokens, self.kernels.StepPositions(lengths, D, self.angles, distance, self.masks))
+            positions = self.kernels.RowPositions(lengths, len(tokens), D, self.angles, self.masks)
+        else:
+            positions = self.kernels.StepPositions(lengths, D, self.angles, distance, self.masks)
+        return forward(tokens, positions, last)
 
     def _attention(self, k, v, rotated, layer):
         kind = self.kernels.RowAttention if self.one_row else self.kernels.CachedAttention
         return kind(k, v, self.config.n_head, rotated, self.cache.lengths, layer.window, layer.prefix)
 
-    def _forward(self, tokens, positions):
-        addmm = self.addmm_many if len(tokens) >= MANY_ROWS else torch.addmm
-        norm = torch.layer_norm
+    def _forward(self, tokens, positions, last):
+        addmm, norm = torch.addmm, torch.layer_norm
         x = embedding(tokens, self.embedding)  # (B, C)
         if self.positions is not None:
             x = x + self.positions[positions.position]
         for norm_1, (qkv, qkv_bias), attend, (proj, proj_bias), norm_2, (fc, fc_bias), (out, out_bias) in self.layers:
             x = x + addmm(proj_bias, attend(addmm(qkv_bias, norm(x, *norm_1), qkv), positions), proj)
             x = x + addmm(out_bias, gelu(addmm(fc_bias, norm(x, *norm_2), fc), approximate="tanh"), out)
-        return torch.mm(norm(x, *self.norm), self.head)
+        return torch.mm(norm(x[-1:] if last else x, *self.norm), self.head)
 
 
 def _linear(module):
