@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.functional import embedding, gelu
 
 from kernels.backend import backend_module, resolve_backend
 from kernels.cpu import through_onednn
 
 from . import blocks, gpt
+from .gelu import gelu
 from .kv_cache import KVCache
 
 STANDARD_MODULES = {gpt.GPT, blocks.Block, blocks.Attention, blocks.MLP, blocks.RMS1Norm}
@@ -23,6 +24,7 @@ STANDARD_MODULES |= {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Modul
 # hundred short calls; beside a busy process they wait up to a hundred times as long. docs/sampling.md has the figures.
 ONE_THREAD_TOKEN, ONE_THREAD_PROMPT = 2**23, 2**27
 MANY_ROWS = 16  # of a product in fp32 on a CPU: from there on oneDNN is faster than MKL, where it is exact
+one_call_gelu = partial(F.gelu, approximate="tanh")
 WARM_UPS = 3  # forwards before a capture: Triton compiles its kernels, cuBLAS allocates its workspace
 
 
@@ -218,10 +220,6 @@ def why_not_cpu_step(model, cache):
     wide = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
     if not wide or torch.is_autocast_enabled("cpu"):
         return "in 16 bits it would round differently"
-    if fields := model.config.modern_fields:
-        return f"it has LayerNorm, GELU and biases only, not {fields}"
-    if len({id(block.attn.rope) for block in model.blocks}) > 1:
-        return "its layers rotate by different angles"
     if reason := why_not_standard(model):
         return reason
     if cache.max_new_tokens_per_call > 1 and (len(cache.lengths) > 1 or model.config.prefix):
@@ -265,23 +263,19 @@ class CPUStep:
         self.kernels = _backend(model).token_step
         self.one_row, self.masks = cache.max_new_tokens_per_call > 1, {}
         self.forward = torch.compile(self._forward) if compile else self._forward
-        rope = model.blocks[0].attn.rope
-        self.angles = None if rope is None else partial(rope.at, device=cache.lengths.device)
+        ropes = [block.attn.rope for block in model.blocks]
+        self.angles = {rope: rope and partial(rope.at, device=cache.lengths.device) for rope in ropes}
         self.embedding = model.wte.weight.detach()
         self.positions = model.wpe.weight.detach() if self.config.positions == "learned" else None
         self.head = self.embedding.t() if self.config.tie_weights else model.lm_head.weight.detach().t()
         self.norm = _norm(model.ln_f)
         self.forward_many = self.forward if compile else through_onednn(self._forward)  # no graph switches libraries
-        rotated = 0 if rope is None else self.config.rotated
         self.layers = [
             (
-                _norm(block.ln_1),
-                _linear(block.attn.qkv),
-                self._attention(k, v, rotated, block.attn),
-                _linear(block.attn.proj),
-                _norm(block.ln_2),
-                _linear(block.mlp.fc),
-                _linear(block.mlp.proj),
+                *(block.attn.rope, _norm(block.ln_1), _linear(block.attn.qkv), self._attention(k, v, block.attn)),
+                *(_linear(block.attn.proj), _norm(block.post_1)),
+                *(_norm(block.ln_2), _linear(block.mlp.fc), one_call_gelu if block.mlp.act is gelu else block.mlp.act),
+                *(_linear(block.mlp.proj), _norm(block.post_2)),
             )
             for block, k, v in zip(model.blocks, cache.k, cache.v, strict=True)
         ]
@@ -296,32 +290,57 @@ class CPUStep:
         lengths, D, distance = self.cache.lengths, self.config.head_dim, self.config.prefix_distance
         forward = self.forward_many if len(tokens) >= MANY_ROWS else self.forward
         if self.one_row and len(tokens) > 1:
-            positions = self.kernels.RowPositions(lengths, len(tokens), D, self.angles, self.masks)
+            kind = partial(self.kernels.RowPositions, lengths, len(tokens), D, masks=self.masks)
         else:
-            positions = self.kernels.StepPositions(lengths, D, self.angles, distance, self.masks)
+            kind = partial(self.kernels.StepPositions, lengths, D, distance=distance, masks=self.masks)
+        positions = {rope: kind(angles=angles) for rope, angles in self.angles.items()}
         return forward(tokens, positions, last)
 
-    def _attention(self, k, v, rotated, layer):
+    def _attention(self, k, v, attn):
         kind = self.kernels.RowAttention if self.one_row else self.kernels.CachedAttention
-        return kind(k, v, self.config.n_head, rotated, self.cache.lengths, layer.window, layer.prefix)
+        norms = [_head_norm(norm, attn.head_dim) for norm in (attn.q_norm, attn.k_norm) if norm is not None]
+        rotated = 0 if attn.rope is None else self.config.rotated
+        lengths = self.cache.lengths
+        return kind(k, v, attn.n_head, rotated, lengths, attn.window, attn.prefix, norms=norms, **attn.scores)
 
     def _forward(self, tokens, positions, last):
-        addmm, norm = torch.addmm, torch.layer_norm
-        x = embedding(tokens, self.embedding)  # (B, C)
+        addmm, config = torch.addmm, self.config
+        x = F.embedding(tokens, self.embedding)  # (B, C)
+        if config.embedding_scale != 1:
+            x = x * config.embedding_scale
         if self.positions is not None:
-            x = x + self.positions[positions.position]
-        for norm_1, (qkv, qkv_bias), attend, (proj, proj_bias), norm_2, (fc, fc_bias), (out, out_bias) in self.layers:
-            x = x + addmm(proj_bias, attend(addmm(qkv_bias, norm(x, *norm_1), qkv), positions), proj)
-            x = x + addmm(out_bias, gelu(addmm(fc_bias, norm(x, *norm_2), fc), approximate="tanh"), out)
-        return torch.mm(norm(x[-1:] if last else x, *self.norm), self.head)
+            x = x + self.positions[positions[None].position]
+        for rope, norm_1, qkv, attend, proj, post_1, norm_2, fc, act, out, post_2 in self.layers:
+            heads = attend(addmm(qkv[0], norm_1(x), qkv[1]), positions[rope])
+            x = x + post_1(addmm(proj[0], heads, proj[1]))
+            x = x + post_2(addmm(out[0], act(addmm(fc[0], norm_2(x), fc[1])), out[1]))
+        logits, cap = torch.mm(self.norm(x[-1:] if last else x), self.head), config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _linear(module):
-    return module.weight.detach().t(), module.bias.detach()
+    """(bias, matrix) for addmm."""
+    weight = module.weight.detach().t()
+    return weight.new_zeros(weight.shape[1]) if module.bias is None else module.bias.detach(), weight
 
 
 def _norm(module):
-    return module.normalized_shape, module.weight.detach(), module.bias.detach(), module.eps
+    """A norm as a function, in one call where it can be."""
+    if isinstance(module, nn.Identity):
+        return lambda x: x
+    if isinstance(module, blocks.RMS1Norm):
+        return module.forward
+    options, weight, eps = (module.normalized_shape,), module.weight.detach(), module.eps
+    if isinstance(module, nn.RMSNorm):
+        return lambda x: torch.rms_norm(x, *options, weight, eps)
+    bias = None if module.bias is None else module.bias.detach()
+    return lambda x: torch.layer_norm(x, *options, weight, bias, eps)
+
+
+def _head_norm(module, head_dim):
+    """The norm of q or of k as a function of heads (N, H, D)."""
+    norm = _norm(module)
+    return norm if module.normalized_shape == (head_dim,) else lambda x: norm(x.flatten(1)).view(x.shape)
 
 
 class CUDAGraphStep:
@@ -335,18 +354,18 @@ class CUDAGraphStep:
 
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
-        self.rope = model.blocks[0].attn.rope
+        self.ropes = {block.attn.rope for block in model.blocks} - {None}
         self.tokens = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=cache.lengths.device)
-        self.graph = self.tables = None
+        self.graph, self.tables = None, []
 
     @torch.no_grad()
     def __call__(self, tokens):
         """The logits (B, V) after one more token of each row, tokens (B,). The next step overwrites them."""
         cache = self.cache
         cache.check_room(1, self.model.config)
-        tables = None if self.rope is None else self.rope(cache.columns + 1, cache.lengths.device)
+        tables = [table for rope in self.ropes for table in rope(cache.columns + 1, cache.lengths.device)]
         self.tokens.copy_(tokens[:, None])
-        if self.graph is None or tables is not self.tables:
+        if self.graph is None or any(new is not old for new, old in zip(tables, self.tables, strict=True)):
             self._capture()
             self.tables = tables
         self.graph.replay()

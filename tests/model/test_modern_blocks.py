@@ -9,7 +9,7 @@ from mixes import FIELDS, both_paths, lively
 
 from model import GPT, GPTConfig, KVCache, generate
 from model.blocks import relu2, swiglu
-from model.decoding import why_not_cpu_step
+from model.decoding import CPUStep, why_not_cpu_step
 from model.gpt import flops_per_token
 from model.huggingface import to_huggingface
 from train.optim import make_optimizer
@@ -253,13 +253,34 @@ def test_activations_of_known_numbers():
 
 
 @every_block
-def test_the_cpu_step_says_what_it_does_not_have(fields):
+@pytest.mark.parametrize("padding", [[0], [0, 3, 9]], ids=["one row", "ragged rows"])
+def test_logits_of_the_cpu_step_are_the_models(fields, padding):
     model = make(fields)
-    cache = KVCache(model.config, 1, max_new_tokens_per_call=1, max_length=48)
-    model(torch.randint(41, (1, 1)), cache=cache)
-    assert "LayerNorm, GELU and biases only, not" in why_not_cpu_step(model, cache)
-    for name in fields.keys() - {"mlp_width", "positions", "window_pattern", "rope_scaling"}:
-        assert name in why_not_cpu_step(model, cache)
+    tokens = torch.randint(41, (len(padding), 40))
+
+    def cache_after(columns):
+        cache = KVCache(model.config, len(padding), max_new_tokens_per_call=columns, max_length=48, padding=padding)
+        model(tokens[:, :columns], cache=cache)
+        cache.fit()
+        return cache
+
+    step, cache = CPUStep(model, cache_after(12)), cache_after(12)
+    assert why_not_cpu_step(model, cache) is None
+    for new in tokens[:, 12:].T:
+        torch.testing.assert_close(step(new), model(new[:, None], cache=cache)[0][:, -1], atol=1e-4, rtol=1e-4)
+
+
+@every_block
+def test_several_tokens_of_a_row_are_one_cpu_step(fields):
+    model = make(fields)
+    tokens = torch.randint(41, (1, 40))
+    cache = KVCache(model.config, 1, max_new_tokens_per_call=12, max_length=48)
+    model(tokens[:, :12], cache=cache)
+    cache.fit(5)
+    step, logits = CPUStep(model, cache), model(tokens)[0][0]
+    for first in range(12, 40, 4):
+        new = tokens[0, first : first + 4]
+        torch.testing.assert_close(step(new), logits[first : first + 4], atol=1e-4, rtol=1e-4)
 
 
 def test_no_class_of_hugging_face_is_named_for_what_it_cannot_be():

@@ -91,10 +91,14 @@ class CachedAttention:
     C is prefix + window, so that all written slots are seen, or without a window any number that no row reaches. The
     first `prefix` slots keep their positions, the others are the ring. Without a prefix and for rows of one length, C
     may be larger than the window.
-    lengths (B,) are the tokens so far. softcap and sinks are not offered.
+    lengths (B,) are the tokens so far. norms: functions of q's and of k's heads (N, H, D), before they are rotated;
+    none or two. scale and softcap are those of `sliding_gqa_decode`; sinks are not offered.
     """
 
-    def __init__(self, k_cache, v_cache, num_heads, rotary_dim, lengths, window=None, prefix=0):
+    def __init__(
+        self, k_cache, v_cache, num_heads, rotary_dim, lengths, window=None, prefix=0, norms=(), scale=None,
+        softcap=None,
+    ):  # fmt: skip
         B, Hkv, self.slots, D = k_cache.shape
         self.k_cache, self.v_cache, self.window, self.prefix = k_cache, v_cache, window, prefix
         self.keys, self.values = k_cache.view(B * Hkv, -1, D), v_cache.view(B * Hkv, -1, D)
@@ -102,7 +106,8 @@ class CachedAttention:
         self.num_heads, self.grouped = num_heads, (B * Hkv, num_heads // Hkv, D)
         self.queries = B, num_heads, 1
         self.rotated = num_heads + Hkv
-        self.scale = D**-0.5
+        self.scale, self.softcap = D**-0.5 if scale is None else scale, softcap
+        self.norms = norms
         self.partner, self.nothing = _partner(rotary_dim, D), k_cache.new_zeros(1)
         if B > 1 and lengths.amin() < self.slots:
             # rows of different lengths: an unwritten slot may hold NaN, which no weight of 0 removes
@@ -113,14 +118,13 @@ class CachedAttention:
     def __call__(self, qkv, positions):
         """Write the new keys and values and attend to the ring: (B, Hq * D) of qkv (B, (Hq + 2 Hkv) * D)."""
         Hq, D = self.num_heads, self.grouped[2]
-        heads = qkv.view(self.batch, -1, D)
-        rotated = heads[:, : self.rotated]
+        rotated, v = self.heads_of(qkv, self.batch)  # (B, Hq + Hkv, D), (B, Hkv, D)
         first = None
         if self.prefix and positions.far is not None:
-            first = self.rotate(heads[:, :Hq], *positions.far).reshape(self.grouped), self.prefix
+            first = self.rotate(rotated[:, :Hq], *positions.far).reshape(self.grouped), self.prefix
         if positions.cos is not None:
             rotated = self.rotate(rotated, positions.cos, positions.sin)
-        k, v = rotated[:, Hq:], heads[:, self.rotated :]  # (B, Hkv, D)
+        k = rotated[:, Hq:]
         slot = self.slot_of(positions.position, positions.even)
         if positions.even:
             self.k_cache.select(2, slot).copy_(k)
@@ -137,8 +141,18 @@ class CachedAttention:
         else:
             written = positions.even or positions.shortest >= self.slots
             unwritten = None if written else positions.unwritten(keys.shape[1])[:, None]
-            out = attend_rows(rows, keys, values, self.queries, self.scale, unwritten, first=first)
+            options = {"softcap": self.softcap, "first": first}
+            out = attend_rows(rows, keys, values, self.queries, self.scale, unwritten, **options)
         return out.view(self.batch, Hq * D)
+
+    def heads_of(self, qkv, tokens):
+        """(heads of q and k, normalised; heads of v) of qkv: (tokens, H, D)."""
+        heads = qkv.view(tokens, -1, self.grouped[2])
+        rotated = heads[:, : self.rotated]
+        if self.norms:
+            q_norm, k_norm = self.norms
+            rotated = torch.cat((q_norm(heads[:, : self.num_heads]), k_norm(rotated[:, self.num_heads :])), dim=1)
+        return rotated, heads[:, self.rotated :]
 
     def rotate(self, x, cos, sin):
         partner = x.roll(x.shape[-1] // 2, -1) if self.partner is None else x[..., self.partner]
@@ -155,7 +169,11 @@ class CachedAttention:
         """(B * Hkv, G * T, D): rows of this shape attend to keys and values (B * Hkv, N, D)."""
         window = self.slots if self.prefix else self.window  # beside a prefix, a token sees every slot that is written
         bias = positions.bias(self.slots, window, self.grouped[0] // self.batch, self.grouped[1], rows.dtype)
-        if bias is None:
+        if self.softcap is not None:
+            scores = torch.baddbmm(self.nothing, rows, keys.mT, beta=0, alpha=self.scale / self.softcap)
+            scores = scores.tanh_().mul_(self.softcap)
+            scores = scores if bias is None else scores.add_(bias)
+        elif bias is None:
             scores = torch.baddbmm(self.nothing, rows, keys.mT, beta=0, alpha=self.scale)
         elif positions.even:
             scores = torch.baddbmm(bias, rows, keys.mT, alpha=self.scale)
@@ -185,13 +203,12 @@ class RowAttention(CachedAttention):
         if T == 1:
             return super().__call__(qkv, positions)
         Hkv, _, D = self.grouped
-        heads = qkv.view(T, -1, D).transpose(0, 1)
-        rotated = heads[: self.rotated]
+        rotated, values = (heads.transpose(0, 1) for heads in self.heads_of(qkv, T))
         if positions.cos is not None:
             rotated = self.rotate(rotated, positions.cos, positions.sin)
         first = (positions.longest - T) % self.slots
         before_end = min(T, self.slots - first)  # the others begin the ring again
-        for ring, new in ((self.keys, rotated[self.num_heads :]), (self.values, heads[self.rotated :])):
+        for ring, new in ((self.keys, rotated[self.num_heads :]), (self.values, values)):
             ring[:, first : first + before_end] = new[:, :before_end]
             if before_end < T:
                 ring[:, : T - before_end] = new[:, before_end:]
