@@ -45,6 +45,24 @@ def test_logits_of_the_cpu_step_are_the_models(name, padding):
         assert torch.equal(step.cache.lengths, cache.lengths) and step.cache.columns == cache.columns
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("name", MIXES)
+def test_a_prompt_that_is_read_by_the_step_gives_the_logits_of_the_model(name, chunk):
+    """Chunks are shorter and longer than the window of 9, and pass the end of the ring."""
+    model, tokens = make(name), torch.randint(41, (1, 40))
+    decoder = Decoder(model, tokens[:, :30], torch.zeros(1, dtype=torch.int32), 10, chunk)
+    found = [decoder.prefill(), *(decoder.decode(tokens[:, column]) for column in range(30, 40))]
+    torch.testing.assert_close(torch.cat(found), model(tokens)[0][0, 29:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_of_one_row_is_read_by_the_step_where_that_is_the_model():
+    for name, taken in (("rope-window-gqa", True), ("pattern", True), ("original", True), ("prefix", False)):
+        decoder = Decoder(make(name), torch.randint(41, (1, 30)), torch.zeros(1, dtype=torch.int32), 10, 16)
+        chunks = decoder.prefill_chunks()
+        next(chunks)
+        assert isinstance(decoder.step, CPUStep) == taken
+
+
 def test_a_step_at_position_4000_takes_the_memory_of_one_at_position_100():
     model, found = make(), []
     for length in (100, 4000):
