@@ -162,7 +162,9 @@ def make_step(model, cache, compile=False):
     if why_not_cuda_graph(model, cache) is None:
         return CUDAGraphStep(model, cache)
     if why_not_cpu_step(model, cache) is None:
-        return CPUStep(model, cache, compile)
+        from .compiled_step import compiled_step  # here, because it imports this module
+
+        return compiled_step(model, cache) if compile else CPUStep(model, cache)
     model = torch.compile(model) if compile else model
 
     @torch.no_grad()
@@ -254,22 +256,19 @@ class CPUStep:
 
     A token of a small model is a fraction of a millisecond of arithmetic; modules and operators cost several times
     that. The step uses the weights that the model has now and sees changes in place, such as an optimizer's.
-
-    compile: compile the arithmetic with torch.compile, which takes a minute at the first tokens.
     """
 
-    def __init__(self, model, cache, compile=False):
+    def __init__(self, model, cache):
         self.model, self.config, self.cache = model, model.config, cache
         self.kernels = _backend(model).token_step
         self.one_row, self.masks = cache.max_new_tokens_per_call > 1, {}
-        self.forward = torch.compile(self._forward) if compile else self._forward
         ropes = [block.attn.rope for block in model.blocks]
         self.angles = {rope: rope and partial(rope.at, device=cache.lengths.device) for rope in ropes}
         self.embedding = model.wte.weight.detach()
         self.positions = model.wpe.weight.detach() if self.config.positions == "learned" else None
         self.head = self.embedding.t() if self.config.tie_weights else model.lm_head.weight.detach().t()
         self.norm = _norm(model.ln_f)
-        self.forward_many = self.forward if compile else through_onednn(self._forward)  # no graph switches libraries
+        self.forward_many = through_onednn(self._forward)
         self.layers = [
             (
                 *(block.attn.rope, _norm(block.ln_1), _linear(block.attn.qkv), self._attention(k, v, block.attn)),
@@ -288,7 +287,7 @@ class CPUStep:
         """
         self.cache.advance(len(tokens) if self.one_row else 1, self.model.config)
         lengths, D, distance = self.cache.lengths, self.config.head_dim, self.config.prefix_distance
-        forward = self.forward_many if len(tokens) >= MANY_ROWS else self.forward
+        forward = self.forward_many if len(tokens) >= MANY_ROWS else self._forward
         if self.one_row and len(tokens) > 1:
             kind = partial(self.kernels.RowPositions, lengths, len(tokens), D, masks=self.masks)
         else:

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 and StarCoder2 models as ours, and ours as theirs; other models of theirs on our attention.
+"""Hugging Face's models as ours, and ours as theirs, where families.py has them; others of theirs on our attention.
 
     gpt = from_huggingface(model_or_directory)
     model = to_huggingface(gpt)
@@ -9,6 +9,7 @@ model.huggingface` converts directories.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,13 +26,11 @@ from ..checkpoint import (
     write_weights,
 )
 from ..gpt import GPT
-from ..tokenizer import END_OF_TEXT, PAD, with_pad_token
 from ..tokenizer import FILE as TOKENIZER
+from ..tokenizer import PAD, with_pad_token
 from .attention import register_attention
+from .fields import config_from_theirs, config_to_theirs, family_from_theirs, family_of
 from .key_maps import (
-    architecture_of,
-    config_from_theirs,
-    config_to_theirs,
     normalized,
     weights_from_theirs,
     weights_to_theirs,
@@ -47,10 +46,11 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def from_huggingface(source, *, fused_kernels=True, backend="auto") -> GPT:
-    """The GPT that computes what a GPT-2 or StarCoder2 of transformers does; source is a model or a directory.
+    """The GPT that computes what a model of transformers does; source is that model or a directory.
 
     The weights are copied, with their dtype and device. The GPT is in evaluation mode. Raises CheckpointError for
-    another architecture, for missing or extra weights, and for files that are not safetensors.
+    a model that families.py does not have, with the field, for missing or extra weights, and for files that are not
+    safetensors.
     """
     if isinstance(source, str | Path):
         values, weights = _read_directory(Path(source))
@@ -61,50 +61,52 @@ def from_huggingface(source, *, fused_kernels=True, backend="auto") -> GPT:
         values, weights, source = source.config.to_dict(), source.state_dict(), type(source).__name__
     try:
         values, weights = without_pad_row(values, weights)
-        config = config_from_theirs(values)
-        weights = normalized(config, weights)
+        family, config = family_from_theirs(values), config_from_theirs(values)
+        weights = normalized(family, config, weights)
         with torch.device("meta"):  # shapes only: random weights would be replaced at once
             model = GPT(config, fused_kernels=fused_kernels, backend=backend)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{source} cannot become a GPT: {error}") from None
     expected = model.state_dict()
-    check_weights(source, weights, weights_to_theirs(config, expected))
+    check_weights(source, weights, weights_to_theirs(family, config, expected))
     if len(dtypes := {tensor.dtype for tensor in weights.values()}) > 1:
         raise CheckpointError(
             f"{source} has weights of several dtypes ({', '.join(map(str, dtypes))}): convert it to one"
         )
-    weights = weights_from_theirs(config, weights, expected)
+    weights = weights_from_theirs(family, weights, expected)
     model.to(weights["wte.weight"].dtype).to_empty(device=weights["wte.weight"].device)
     model.load_state_dict(weights)
     return model.eval()
 
 
 def to_huggingface(gpt):
-    """The same model as a transformers.GPT2LMHeadModel or Starcoder2ForCausalLM, with its dtype, device and mode.
+    """The same model as one of transformers, with its dtype, device and mode: of the first family that can say it.
 
-    The weights are copied. Raises ValueError for a GPT that neither class can be (`config_to_theirs` says why).
+    The weights are copied. Raises ValueError for a GPT that no family can be, with the fields that the nearest lacks.
     """
     gpt = getattr(gpt, "_orig_mod", gpt)
     try:
         import transformers
     except ImportError:
         raise ImportError("to_huggingface needs transformers: pip install 'transformers>=5.4'") from None
-    architecture = architecture_of(gpt.config)[1]
-    model_class = getattr(transformers, architecture.model_class)
+    family = family_of(gpt.config)[1]
+    model_class = getattr(transformers, family.model_class)
     config = model_class.config_class(**_their_config(gpt.config, gpt.wte.weight.dtype))
     with torch.random.fork_rng(devices=[]):  # it draws random weights, which are replaced at once
         model = model_class(config).to(gpt.wte.weight)
-    weights = weights_to_theirs(gpt.config, gpt.state_dict())
+    weights = weights_to_theirs(family, gpt.config, gpt.state_dict())
     if gpt.config.tie_weights:
-        weights["lm_head.weight"] = weights[architecture.modules["wte"] + ".weight"]
+        weights["lm_head.weight"] = weights[family.modules["wte"] + ".weight"]
     model.load_state_dict(weights)
     return model.train(gpt.training)
 
 
-def import_pretrained(directory):
-    """(GPT, tokenizer) of a directory of transformers, as `from_pretrained` reads one of ours."""
-    model = from_huggingface(directory)
-    return model, read_tokenizer(Path(directory), model.config)
+def import_pretrained(directory, **options):
+    """(GPT, tokenizer) of a directory of transformers; options are those of `from_huggingface`. The tokenizer is
+    model.tokenizer too."""
+    model = from_huggingface(directory, **options)
+    model.tokenizer = read_tokenizer(Path(directory), model.config)
+    return model, model.tokenizer
 
 
 def export_pretrained(gpt, directory, tokenizer=None, pad_token=True):
@@ -117,17 +119,26 @@ def export_pretrained(gpt, directory, tokenizer=None, pad_token=True):
     gpt, directory = getattr(gpt, "_orig_mod", gpt), Path(directory)
     tokenizer = gpt.tokenizer if tokenizer is None else tokenizer
     values = _their_config(gpt.config, gpt.wte.weight.dtype, tokenizer)
-    weights = {name: x.detach().contiguous() for name, x in weights_to_theirs(gpt.config, gpt.state_dict()).items()}
+    family = family_of(gpt.config)[1]
+    weights = weights_to_theirs(family, gpt.config, gpt.state_dict())
+    weights = {name: x.detach().contiguous() for name, x in weights.items()}
     texts = {}
     if tokenizer is not None:
+        if family.tokenizer:
+            warnings.warn(
+                f"AutoTokenizer reads every {values['model_type']} directory as a {family.tokenizer}: if the tokenizer "
+                "is another, read it with PreTrainedTokenizerFast.from_pretrained",
+                stacklevel=2,
+            )
         # without this file AutoTokenizer takes the architecture's usual tokenizer class, which drops spaces
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings["padding_side"] = "left"  # to generate, a row must end with its text
         text, end = tokenizer.to_json(), values["eos_token_id"]
         if end is not None:
-            settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+            name = tokenizer.decode([end])
+            settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
         if pad_token:
-            settings["pad_token"] = PAD if end is None else END_OF_TEXT
+            settings["pad_token"] = PAD if end is None else name
             if end is None:
                 text = with_pad_token(text, tokenizer.vocab_size)
                 if tokenizer.vocab_size == gpt.config.vocab_size:

@@ -1,4 +1,4 @@
-"""Convert GPT-2 and StarCoder2 models between transformers and this package, without transformers.
+"""Convert models between transformers and this package, without transformers.
 
 python -m model.huggingface import DOWNLOADED OURS     # then: model.sample, train.evaluate, train --init-from
 python -m model.huggingface export runs/mine THEIRS    # AutoModelForCausalLM and AutoTokenizer load it
@@ -20,7 +20,7 @@ def main(arguments=None) -> int:
     """Run the command and return its exit status: 0, 2 for wrong input, 1 if what it says cannot be written."""
     parser = Parser(
         prog="python -m model.huggingface",
-        description="Convert GPT-2 and StarCoder2 models between transformers and this package; local directories.",
+        description="Convert models between transformers and this package; local directories.",
     )
     parser.add_argument(
         "direction", choices=("import", "export"), help="import: theirs to ours; export: ours to theirs"

@@ -316,7 +316,8 @@ def test_damaged_files_are_named(starcoder2, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', and only gpt2 and starcoder2 can be converted"),
+        ({"model_type": "bloom"}, "model_type is 'bloom', and only gpt2, starcoder2, llama, mistral, qwen2, qwen3"),
+        ({"model_type": "llama"}, "hidden_act is 'gelu_pytorch_tanh', and only 'silu' can be converted"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_size": 25}, "n_head=4 does not divide d_model=25"),
         ({"sliding_window": 0}, "window=0 is not a whole number of at least 1"),
@@ -365,5 +366,5 @@ def test_a_tokenizer_of_another_model_is_refused(starcoder2, subwords, tmp_path,
 def test_a_pattern_of_windows_is_not_exported(tmp_path, capsys):
     save_pretrained(GPT(MIXES["pattern"]), tmp_path / "ours")
     status, _, err = command(capsys, "export", tmp_path / "ours", tmp_path / "back")
-    assert status == 2 and "window_pattern is 'SSL', but StarCoder2 has one window for all layers" in err
+    assert status == 2 and "Starcoder2ForCausalLM is the nearest, and cannot have window_pattern 'SSL'" in err
     assert not (tmp_path / "back").exists()

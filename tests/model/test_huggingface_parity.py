@@ -142,9 +142,9 @@ def test_every_config_that_they_support_is_exported(change):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pattern", "window_pattern is 'SSL', but StarCoder2 has one window for all layers: call set_window"),
-        ("partial rotation", "rotary_dim is 4, but StarCoder2 rotates whole heads of 8"),
-        ("learned window", "no class with learned positions and a window or grouped KV heads"),
+        ("pattern", "Starcoder2ForCausalLM is the nearest, and cannot have window_pattern 'SSL'; set_window"),
+        ("partial rotation", "Starcoder2ForCausalLM is the nearest, and cannot have rotary_dim 4"),
+        ("learned window", "Starcoder2ForCausalLM is the nearest, and cannot have positions 'learned'"),
     ],
 )
 def test_a_config_that_they_have_no_class_for_is_refused(name, message):
@@ -169,16 +169,13 @@ def test_a_model_that_we_do_not_support_is_refused_with_the_field(kind, change, 
 
 
 def test_another_architecture_is_named_with_the_list_of_those_that_can_be_converted():
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        )
-    )
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1))
     message = (
-        "LlamaForCausalLM cannot become a GPT: model_type is 'llama', and only gpt2 and starcoder2 can be converted"
+        "BloomForCausalLM cannot become a GPT: model_type is 'bloom', and only gpt2, starcoder2, llama, mistral, "
+        "qwen2, qwen3, olmo2, olmo3, smollm3, gemma2 and gemma3_text can be converted"
     )
     with pytest.raises(ValueError, match=message):
-        from_huggingface(llama)
+        from_huggingface(bloom)
     with pytest.raises(ValueError, match="Linear is neither a model of transformers nor a directory"):
         from_huggingface(torch.nn.Linear(1, 1))
 

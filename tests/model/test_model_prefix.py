@@ -12,7 +12,7 @@ from kernels.band import visible_mask, visible_pairs
 from model import GPT, GPTConfig, KVCache, from_pretrained, generate, save_pretrained
 from model.decoding import CPUStep
 from model.gpt import flops_per_token
-from model.huggingface.key_maps import config_to_theirs
+from model.huggingface.fields import config_to_theirs
 
 SHORT = GPTConfig(**{**FIELDS, "context_length": 16, "window": 5, "prefix": 3, "window_pattern": "SL"})
 PADDING = [0, 3, 11]
@@ -151,7 +151,10 @@ def test_directories_keep_the_prefix_and_older_ones_have_none(tmp_path):
         (lambda: GPTConfig(**FIELDS, prefix=49), "prefix=49 is more than the context_length of 48"),
         (lambda: GPT(MIXES["rope"]).set_window(5, prefix=-2), "prefix=-2 is not"),
         (lambda: GPT(MIXES["prefix"]).split_sequences(object()), "prefix=3, but split sequences have none"),
-        (lambda: config_to_theirs(MIXES["prefix"]), "prefix is 3, but StarCoder2 has a window alone"),
+        (
+            lambda: config_to_theirs(MIXES["prefix"]),
+            "Starcoder2.* is the nearest, and cannot have prefix 3; set_window",
+        ),
     ],
 )
 def test_a_wrong_prefix_is_refused_in_one_line(call, message):

@@ -8,6 +8,8 @@ together:
                                    \\___ rotated ___/  \\_____ into their slot; then all slots are read that are written
 """
 
+import sys
+
 import torch
 from torch.nn.functional import pad
 
@@ -91,6 +93,22 @@ class StepPositions:
 def _minus_infinity(where, dtype):
     """-inf there, 0 elsewhere."""
     return torch.zeros(where.shape, dtype=dtype).masked_fill_(where, float("-inf"))
+
+
+class TracedPositions(StepPositions):
+    """The position of one new token of one row as a tensor (1,), for a compiler; each ring is as long as its window."""
+
+    def __init__(self, position, head_dim, angles=None):
+        self.position, self.even, self.far = position, False, None
+        self.shortest = self.longest = sys.maxsize  # so that all slots are read
+        self.cos = self.sin = None
+        if angles is not None:
+            self.cos, self.sin = self._multipliers(*angles(position), head_dim)
+
+    def bias(self, slots, window, kv_heads, group, dtype):
+        """(slots,): -inf for a slot that has not been written."""
+        unwritten = torch.arange(slots) > self.position
+        return torch.zeros(slots, dtype=dtype).masked_fill(unwritten, float("-inf"))
 
 
 class CachedAttention:
