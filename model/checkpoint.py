@@ -57,8 +57,8 @@ def save_pretrained(model, directory, tokenizer=None, weights=None):
 
 
 def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cpu"):
-    """(model, tokenizer) of a directory that `save_pretrained` wrote, of a run (`resolve_checkpoint`), or of a directory
-    of transformers with one of the models of model/huggingface/families.py.
+    """(model, tokenizer) of a directory that `save_pretrained` wrote, or of a run (`resolve_checkpoint`), or of a
+    directory of transformers with one of the models of model/huggingface/families.py.
 
     The tokenizer is None if there is none; it is model.tokenizer too. The model is in evaluation mode and in the dtype
     it was saved in. torch's random state does not change. Raises CheckpointError for missing, truncated and damaged
