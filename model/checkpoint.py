@@ -57,7 +57,8 @@ def save_pretrained(model, directory, tokenizer=None, weights=None):
 
 
 def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cpu"):
-    """(model, tokenizer) of a directory that `save_pretrained` wrote, or of a run (`resolve_checkpoint`).
+    """(model, tokenizer) of a directory that `save_pretrained` wrote, or of a run (`resolve_checkpoint`), or of a
+    directory of transformers with one of the models of model/huggingface/families.py.
 
     The tokenizer is None if there is none; it is model.tokenizer too. The model is in evaluation mode and in the dtype
     it was saved in. torch's random state does not change. Raises CheckpointError for missing, truncated and damaged
@@ -66,6 +67,11 @@ def from_pretrained(directory, *, fused_kernels=True, backend="auto", device="cp
     directory = resolve_checkpoint(directory)
     verify_sums(directory, f" (changed on purpose? remove {SUMS})")
     values = read_json(directory / CONFIG)
+    if "model_type" in values:
+        from .huggingface import import_pretrained  # here, because it imports this module
+
+        model, tokenizer = import_pretrained(directory, fused_kernels=fused_kernels, backend=backend)
+        return model.to(device), tokenizer
     try:
         config = _config_from(values)
     except (ValueError, TypeError) as error:
@@ -159,11 +165,6 @@ def _config_from(values):
     """The GPTConfig of a parsed config.json. Raises ValueError for a wrong one."""
     if not isinstance(values, dict):
         raise ValueError("its config has no fields")
-    if "model_type" in values:
-        raise ValueError(
-            f"it describes a {values['model_type']!r} model of Hugging Face: python -m model.huggingface import makes "
-            "a directory for this package of it"
-        )
     known = {field.name for field in fields(GPTConfig)}
     if unknown := sorted(values.keys() - known):
         raise ValueError(f"it has unknown fields: {', '.join(unknown)}")

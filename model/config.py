@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, fields
 
-# Each step adds one change to the one before it; "original" is GPT-2, the last is the modified architecture.
-ARCHITECTURES = ("original", "rope", "rope-window", "rope-window-gqa")
+# Each step adds one change to the one before it; "original" is GPT-2, "rope-window-gqa" the modified architecture.
+ARCHITECTURES = ("original", "rope", "rope-window", "rope-window-gqa", "modern")
+MODERN = {"qk_norm": True, "tie_weights": False}  # what learned best of many: docs/training-defaults.md
 # minGPT's and nanoGPT's words -> the field
 OTHER_WORDS = {
     "vocab": "vocab_size",
@@ -177,12 +178,15 @@ class GPTConfig:
     def for_architecture(cls, name, **fields):
         """The config of a named step of ARCHITECTURES. Fields that the step does not have are ignored.
 
-        One set of fields makes all four steps: "original" and "rope" ignore window and prefix, only "rope-window-gqa"
-        takes n_kv_head. Raises ValueError for an unknown name, and for a step without the window or n_kv_head it needs.
+        One set of fields makes all steps: "original" and "rope" ignore window and prefix, only "rope-window-gqa" and
+        "modern", which has the fields of MODERN besides, take n_kv_head. Raises ValueError for an unknown name, and for
+        a step without the window or n_kv_head it needs.
         """
         if name not in ARCHITECTURES:
             raise ValueError(f"architecture {name!r} is unknown: take one of {', '.join(ARCHITECTURES)}")
         fields["positions"] = "learned" if name == "original" else "rope"
+        if name == "modern":
+            name, fields = "rope-window-gqa", MODERN | fields
         if "window" not in name:
             fields["window"], fields["prefix"] = None, 0
         elif fields.get("window") is None:
@@ -199,7 +203,8 @@ class GPTConfig:
         parts = ["original" if self.positions == "learned" else "rope"]
         parts += ["window"] if any(self.layer_window(i) is not None for i in range(self.n_layer)) else []
         parts += ["gqa"] if self.n_kv_head < self.n_head else []
-        return "-".join(parts)
+        modern = all(getattr(self, field) == value for field, value in MODERN.items())
+        return "modern" if modern and len(parts) == 3 else "-".join(parts)
 
     @property
     def modern_fields(self) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 FILE = "tokenizer.json"
 EVERY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between documents
+END_OF_TEXT = "<|endoftext|>"  # the token between documents of GPT-2, Qwen, OLMo and of ours
+OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>")  # that of Llama 3 and SmolLM 3, of Llama 2 and Mistral, of Gemma
 PAD = "<|pad|>"  # of exported character vocabularies: transformers pads a batch with it
 
 _AROUND = 128  # characters on either side of a cut that are encoded to test it
@@ -249,8 +250,9 @@ class SubwordTokenizer:
 
     @property
     def end_of_text(self) -> int | None:
-        """The number of <|endoftext|>, which GPT-2 and StarCoder2 put between documents; None without it."""
-        return self._tokenizer.token_to_id(END_OF_TEXT)
+        """The number of <|endoftext|>, or of the first of OTHER_ENDS that there is; None without any."""
+        ends = map(self._tokenizer.token_to_id, (END_OF_TEXT, *OTHER_ENDS))
+        return next((end for end in ends if end is not None), None)
 
     def encode(self, text) -> list[int]:
         """The numbers of the text's tokens. Raises ValueError for text that the vocabulary cannot encode."""

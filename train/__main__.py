@@ -180,6 +180,8 @@ def make_datasets(run: RunConfig, data: TextData) -> tuple[TokenDataset, TokenDa
 def load_to_train(run: RunConfig, stated: set[str]) -> tuple:
     """(model, tokenizer, run) of --init-from: the weights in fp32, with the run's window, dropout and context size.
 
+    They are those of a directory of ours or of transformers.
+
     The window stays the model's unless the flag is stated. So does a context that is shorter than the run's default.
     Raises ValueError for flags that contradict the model, and for a model without a tokenizer.
     """

@@ -188,8 +188,10 @@ class RunConfig:
     tokenizer: str | None = option(None, "tokenizer.json to use as the vocabulary (none: one is made from the text)")
     token_cache: str | None = option(None, "directory for long texts' tokens (none: ~/.cache/sliding-gqa)", True)
     random_config: bool = option(False, "draw the model's sizes from the seed, except those that flags state")
-    init_from: str | None = option(None, "model or run directory to train on from (none: a new model)")
-    architecture: Literal[ARCHITECTURES] = option("rope-window-gqa", "GPT-2, or RoPE, window, GQA added in turn")
+    init_from: str | None = option(None, "model, run or transformers directory to train on from (none: a new one)")
+    architecture: Literal[ARCHITECTURES] = option(
+        "rope-window-gqa", "GPT-2, or RoPE, window, GQA, QK-norm added in turn"
+    )
     context_size: int = option(512, "context length: tokens of a training example")
     window: int | None = option(64, "keys that a query sees in one layer, its own included (none: all)")
     window_pattern: str = option("S", "layers in turn: S has the window, L sees all; SSSL is three short, one long")

@@ -26,8 +26,8 @@ from ..checkpoint import (
     write_weights,
 )
 from ..gpt import GPT
-from ..tokenizer import END_OF_TEXT, PAD, with_pad_token
 from ..tokenizer import FILE as TOKENIZER
+from ..tokenizer import PAD, with_pad_token
 from .attention import register_attention
 from .fields import config_from_theirs, config_to_theirs, family_from_theirs, family_of
 from .key_maps import (
@@ -101,10 +101,12 @@ def to_huggingface(gpt):
     return model.train(gpt.training)
 
 
-def import_pretrained(directory):
-    """(GPT, tokenizer) of a directory of transformers, as `from_pretrained` reads one of ours."""
-    model = from_huggingface(directory)
-    return model, read_tokenizer(Path(directory), model.config)
+def import_pretrained(directory, **options):
+    """(GPT, tokenizer) of a directory of transformers; options are those of `from_huggingface`. The tokenizer is
+    model.tokenizer too."""
+    model = from_huggingface(directory, **options)
+    model.tokenizer = read_tokenizer(Path(directory), model.config)
+    return model, model.tokenizer
 
 
 def export_pretrained(gpt, directory, tokenizer=None, pad_token=True):
@@ -133,9 +135,10 @@ def export_pretrained(gpt, directory, tokenizer=None, pad_token=True):
         settings["padding_side"] = "left"  # to generate, a row must end with its text
         text, end = tokenizer.to_json(), values["eos_token_id"]
         if end is not None:
-            settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+            name = tokenizer.decode([end])
+            settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
         if pad_token:
-            settings["pad_token"] = PAD if end is None else END_OF_TEXT
+            settings["pad_token"] = PAD if end is None else name
             if end is None:
                 text = with_pad_token(text, tokenizer.vocab_size)
                 if tokenizer.vocab_size == gpt.config.vocab_size:

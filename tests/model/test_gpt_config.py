@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from model import ARCHITECTURES, GPT, GPTConfig, flops_per_token
+from model.config import MODERN
 
 FIELDS = dict(vocab_size=65, context_length=25, window=10, n_layer=4, n_head=4, n_kv_head=2, d_model=128)
 
@@ -27,8 +28,9 @@ def test_one_set_of_fields_makes_every_step_and_the_config_knows_its_name(name):
     config = GPTConfig.for_architecture(name, **FIELDS)
     assert config.architecture == name
     assert config.positions == ("learned" if name == "original" else "rope")
-    assert config.window == (10 if "window" in name else None)
-    assert config.n_kv_head == (2 if "gqa" in name else 4)
+    assert config.window == (10 if "window" in name or name == "modern" else None)
+    assert config.n_kv_head == (2 if "gqa" in name or name == "modern" else 4)
+    assert all(getattr(config, field) == value for field, value in MODERN.items()) == (name == "modern")
 
 
 def test_another_combination_is_named_by_its_parts():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import GPT, CharTokenizer, GPTConfig, from_pretrained, save_pretrained
+from model.sample import main as sample_main
 from train.__main__ import main
 from train.evaluate import evaluate
 from train.evaluate import main as evaluate_main
@@ -146,3 +147,33 @@ def test_evaluate_takes_another_context_size(imported, text, capsys):
     with pytest.raises(SystemExit):
         measured("--context-size", "0")
     assert "context_size is 0, wanted at least 1" in capsys.readouterr().err
+
+
+def test_a_directory_of_transformers_is_trained_on_sampled_from_and_evaluated(text, tmp_path, capsys):
+    """A Qwen 3 in bf16 and shards, whose tokenizer ends documents with </s>, on two documents of .jsonl."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    directory, data = tmp_path / "downloaded", tmp_path / "data.jsonl"
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator([TEXT], vocab_size=280, special_tokens=["</s>"], show_progress=False)
+    config = transformers.Qwen3Config(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=24,
+    )  # fmt: skip
+    theirs = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+    theirs.save_pretrained(directory, max_shard_size="20KB")
+    trained.save(str(directory / "tokenizer.json"))
+    assert len(list(directory.glob("model-*.safetensors"))) > 1
+    data.write_text("".join(json.dumps({"text": TEXT[first : first + 200]}) + "\n" for first in range(0, 3000, 200)))
+
+    model, tokenizer = train(str(directory), str(data), tmp_path, "--learning-rate", "1e-20")
+    assert tokenizer.end_of_text == trained.token_to_id("</s>")
+    assert model.config.qk_norm is True and model.config.mlp == "swiglu"
+    before, _ = from_pretrained(directory)
+    assert before.wte.weight.dtype == torch.bfloat16 and model.wte.weight.dtype == torch.float32
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor.float(), atol=1e-12, rtol=1e-6)
+    assert "15 documents" in capsys.readouterr().out
+    sample_main(["--checkpoint", str(directory), "--prompt", "When", "--max-new-tokens", "3"])
+    evaluate_main(["--checkpoint", str(directory), "--val-data", text])
+    assert "bits per character" in capsys.readouterr().out
