@@ -97,7 +97,9 @@ class _OfWeights(nn.Module):
 def _library(model):
     """The file of the compiled step, named by what it depends on: the model's shape, these sources, this machine."""
     parts = json.dumps([asdict(model.config), str(model.wte.weight.dtype), torch.get_num_threads(), torch.__version__])
-    digest = hashlib.sha256((parts + torch.backends.cpu.get_cpu_capability()).encode())
+    # the compiler takes every instruction that this CPU has (-march=native): on another one the library may crash
+    units = sorted(name for name, present in torch.cpu.get_capabilities().items() if present is True)
+    digest = hashlib.sha256((parts + " ".join(units)).encode())
     for package in (Path(__file__).parent, Path(kernels.__file__).parent):
         for source in sorted(package.rglob("*.py")):
             digest.update(source.read_bytes())

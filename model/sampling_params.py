@@ -74,9 +74,10 @@ class SamplingParams:
 
     def filter_logits(self, logits):
         """The logits to draw from, divided by the temperature; -inf for excluded tokens. The penalty is not applied."""
-        # subtract the largest first: a tiny temperature must not take two logits to infinity
         logits = logits.float()
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        if self.temperature != 1:
+            # subtract the largest first: a tiny temperature must not take two logits to infinity
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
         logits = logits if self.top_k is None else top_k_logits(logits, self.top_k)
         logits = logits if self.top_p is None else top_p_logits(logits, self.top_p)
         return logits if self.min_p is None else min_p_logits(logits, self.min_p)
