@@ -1,14 +1,15 @@
 """Is the modified GPT-2 (rotary positions, sliding window, grouped KV heads) better than the original?
 
-    python benchmarks/architecture_study                    # half an hour on a quiet CPU core; resumes after Ctrl-C
+    python benchmarks/architecture_study                    # an hour on a quiet CPU core; resumes after Ctrl-C
     python benchmarks/architecture_study --quick            # three minutes: shows how it works, decides nothing
     python benchmarks/architecture_study --retime           # measure only the times again, on a quiet machine
     python benchmarks/architecture_study --only-tables --docs docs      # from compare.json: tables, csv and plots
 
 Trains the original GPT-2, every step towards the modified one and multi-query attention, on the same characters in the
-same order with the same optimizer, at equal width and at equal parameter count, with several seeds. Then measures the
-times of training steps and sampled tokens. Writes architecture-study.md into --docs, and architecture-study/ beside it:
-compare.csv, compare.json and the plots. On a page that exists, only the tables between comments are replaced.
+same order with the same optimizer, each with its own best learning rate, at equal width and at equal parameter count,
+for two lengths of run, with several seeds. Then measures the times of training steps and sampled tokens. Writes
+architecture-study.md into --docs, and architecture-study/ beside it: compare.csv, compare.json and the plots. On a page
+that exists, only the tables between comments are replaced.
 """
 
 import csv
@@ -22,7 +23,7 @@ if not __package__:  # run as a folder, which Python puts first on the path: its
 
 import harness  # it puts the root of the repository on the path
 import torch
-from architecture_study.plan import Settings, all_runs, compared
+from architecture_study.plan import Plan, Run, Settings, model_config
 from architecture_study.plots import PLOTS, draw_all
 from architecture_study.results import Store, as_json, make_document
 from architecture_study.speed import measure_speed
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if study is not None:
             study.measure()
-            document = make_document(study.store, settings, study.vocab_size)
+            document = make_document(study.store, study.plan)
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as (new,):
                 new.write_text(as_json(document), encoding="utf-8")
@@ -76,19 +77,35 @@ class Study:
                 f"data has a held-out part of {characters:,} characters, and context {max(settings.contexts)} needs "
                 f"{needed:,}: give a longer text or a smaller --context-size"
             )
-        self.vocab_size = self.data.tokenizer.vocab_size
         self.store = Store(settings.out, settings.of_every_run() | {"text": self.data.record["sha256"][:16]})
-        self.runs = [*all_runs(settings, self.vocab_size), *copying_runs(settings)]
-        # a file of another study is reported here, before minutes of training
-        self.missing = [run for run in self.runs if self.store.read(run.name) is None]
+        self.losses = {}
+        self.plan = Plan(settings, self.data.tokenizer.vocab_size, self.loss_of)
+        # sizes that fit no model and a file of another study are reported here, before minutes of training
+        for run in self.plan.runs():
+            model_config(run, settings, self.plan.vocab_size)
+        self.missing()
+
+    def loss_of(self, run: Run) -> float | None:
+        """The final loss of a finished run, else None."""
+        if run not in self.losses and (measured := self.store.read(run.name)):
+            self.losses[run] = measured["loss"]
+        return self.losses.get(run)
+
+    def runs(self) -> list[Run | CopyRun]:
+        """Every run that is known by now."""
+        return [*self.plan.runs(), *copying_runs(self.settings)]
+
+    def missing(self) -> list[Run | CopyRun]:
+        """Those that are not finished, in the order of training."""
+        return [run for run in self.runs() if self.store.read(run.name) is None]
 
     def measure(self) -> None:
         """Trains what is missing, then measures the times that are missing, or all of them with --retime."""
-        settings, finished, total = self.settings, len(self.runs) - len(self.missing), len(self.runs)
+        settings, started, steps = self.settings, time.perf_counter(), 0
         torch.set_num_threads(settings.threads)
-        print(f"{total} runs, {finished} of them finished, in {settings.out}", flush=True)
-        started = time.perf_counter()
-        for count, run in enumerate(self.missing, 1):
+        print(f"{len(self.runs()) - len(self.missing())} runs are finished, in {settings.out}", flush=True)
+        while missing := self.missing():  # a finished run can make others known
+            run = missing[0]
             if isinstance(run, CopyRun):
                 measured = copy_and_measure(run, settings)
                 figure = f"{measured['accuracy']:.0%} right"
@@ -96,12 +113,16 @@ class Study:
                 measured = train_and_measure(run, settings, self.data)
                 figure = f"loss {measured['loss']:.4f}"
             self.store.write(run.name, measured)
-            left = (time.perf_counter() - started) / count * (len(self.missing) - count) / 60
-            print(f"[{finished + count}/{total}] {run.name}: {figure}, {left:.0f} min left", flush=True)
+            steps += run.steps
+            missing = self.missing()
+            left = (time.perf_counter() - started) / steps * sum(run.steps for run in missing) / 60
+            finished, total = len(self.runs()) - len(missing), len(self.runs())
+            print(f"[{finished}/{total}] {run.name}: {figure}, at least {left:.0f} min left", flush=True)
         speed = self.store.read("speed") or {"training": {}}
-        models = [run for c in settings.contexts for run in compared(settings, self.vocab_size, c).values()]
-        if settings.retime or any(run.name not in speed["training"] for run in models):
-            self.store.write("speed", measure_speed(list(dict.fromkeys(models)), settings, self.data))
+        runs = [run for place in settings.places for run in self.plan.compared(place).values()]
+        models = {run.model_name: run for run in runs}  # neither the rate nor the length changes a time
+        if settings.retime or not speed["training"].keys() >= models.keys():
+            self.store.write("speed", measure_speed(list(models.values()), settings, self.data))
 
 
 def publish(document: dict, directory: Path) -> None:
@@ -114,7 +135,7 @@ def publish(document: dict, directory: Path) -> None:
     tables = all_tables(document)
     parts = {name: "\n".join(map(markdown, some)) for name, some in tables.items()}
     drawn = draw_all(document, directory / FOLDER)
-    parts |= {name: f"![{title}]({FOLDER}/{name})\n" if drawn else NO_PLOT for name, (title, _) in PLOTS.items()}
+    parts |= {name: f"![{title}]({FOLDER}/{name})\n" if drawn else NO_PLOT for name, (title, *_) in PLOTS.items()}
     page = directory / "architecture-study.md"
     text = page.read_text(encoding="utf-8") if page.exists() else empty_page(parts)
     with replacing(page) as (file,):

@@ -1,13 +1,18 @@
-"""What the study trains: every architecture at two sizes, other windows, other learning rates.
+"""What the study trains: every architecture with its own learning rate, at two sizes and two lengths; other windows.
 
     equal width        the same d_model and layers: shows what each change does to the model
     equal parameters   the width whose parameter count is closest to the original's: a smaller model that loses may
                        only lack parameters
 
-A model that belongs to both sizes is trained once.
+A model that belongs to both sizes is trained once. The rate is searched at equal width, for every architecture, context
+and length anew: it doubles from run to run, and the search goes on while the best is at an edge. The two best rates are
+tried with a second seed, and the lower mean wins. Other seeds are compared: a rate can win its search by luck, and the
+runs that it won with would look too good. Long runs are trained at the largest context and equal width only, equal
+parameters at the largest context with short runs only.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -21,12 +26,18 @@ NAMES = (*ARCHITECTURES[:4], "multi-query")
 ORIGINAL, MODIFIED = "original", "rope-window-gqa"
 SIZES = EQUAL_WIDTH, EQUAL_PARAMETERS = "equal width", "equal parameters"
 WINDOW_FRACTIONS = (0.1, 0.2, 0.4, 1.0)
+LONG = 4  # a long run has so many times the steps of a short one
 EFFORT = {  # what is trained and measured: (in full, with --quick)
     "contexts": ((25, 256), (25, 64)),
     "steps": (600, 30),
     "seeds": (3, 2),
     "window_seeds": (2, 1),
-    "rate_factors": ((0.5, 1.0, 2.0, 4.0), (1.0,)),
+    # learning rates of a search: factors of --learning-rate, or for long runs of the best of the short ones; how many
+    # rates may follow at an edge
+    "rate_factors": ((0.5, 1.0, 2.0, 4.0), (1.0, 2.0)),
+    "long_rate_factors": ((0.25, 0.5, 1.0, 2.0), (1.0,)),
+    "more_rates": (5, 0),
+    "search_seeds": ((0, 1), (0,)),
     # points of a loss curve; characters for a point, for the final loss, for the loss by position
     "curve_points": (8, 4),
     "curve_tokens": (12_800, 6_400),
@@ -47,10 +58,10 @@ class Settings:
 
     data: str = option("shakespeare", "a text as python -m train takes it; the last 10 % are held out")
     context_size: int | None = option(None, "characters in a context (none: both 25 and 256; with --quick 25 and 64)")
-    steps: int | None = option(None, "steps of a training run (none: 600; with --quick 30)")
-    seeds: int | None = option(None, "runs of each model, with different initial weights (none: 3; with --quick 2)")
+    steps: int | None = option(None, "steps of a short run; a long one has 4 times as many (none: 600, --quick 30)")
+    seeds: int | None = option(None, "compared runs of each model, from different initial weights (none: 3, --quick 2)")
     tokens_per_step: int = option(512, "characters a step, rounded to whole contexts")
-    learning_rate: float = option(4e-3, "peak learning rate of every run except those that try others")
+    learning_rate: float = option(4e-3, "each search begins with half, once, 2 and 4 times this peak learning rate")
     window_fraction: float = option(0.4, "window of the compared models, as a fraction of the context")
     n_layer: int = option(4, "layers")
     n_head: int = option(4, "query heads of a layer")
@@ -97,8 +108,20 @@ class Settings:
         return (self.context_size,) if self.context_size else self.effort("contexts")
 
     @property
-    def window_seeds(self) -> int:
-        return min(self.seeds, self.effort("window_seeds"))
+    def places(self) -> list["Place"]:
+        """Where architectures are compared: each context with short runs, the largest with long ones too."""
+        short = [Place(context, self.steps) for context in self.contexts]
+        return [*short, Place(max(self.contexts), LONG * self.steps)]
+
+    @property
+    def compared_seeds(self) -> range:
+        """The seeds of the compared runs, behind those of the searches."""
+        first = len(self.effort("search_seeds"))
+        return range(first, first + self.seeds)
+
+    @property
+    def window_seeds(self) -> range:
+        return self.compared_seeds[: self.effort("window_seeds")]
 
     def window(self, context: int, fraction: float | None = None) -> int:
         """A window that is a fraction of the context, at least 2 keys: with one key there is no attention."""
@@ -106,8 +129,15 @@ class Settings:
 
     def of_every_run(self) -> dict:
         """What a run depends on besides its own fields: a run with other values is not used for this study."""
-        names = ("steps", "tokens_per_step", "learning_rate", "n_layer", "n_head", "n_kv_head", "d_model")
+        names = ("tokens_per_step", "n_layer", "n_head", "n_kv_head", "d_model")
         return {name: getattr(self, name) for name in (*names, "fused_kernels", "device", "threads", "quick")}
+
+
+class Place(NamedTuple):
+    """One comparison: the context and the length of its runs."""
+
+    context: int
+    steps: int
 
 
 class Run(NamedTuple):
@@ -117,15 +147,20 @@ class Run(NamedTuple):
     context: int
     window: int | None
     width: int
+    steps: int
     learning_rate: float
     seed: int
 
     @property
+    def model_name(self) -> str:
+        """The name of its model, which fixes the times of a step and of a token."""
+        window = "full" if self.window is None else self.window
+        return f"context{self.context}-{self.architecture}-window{window}-width{self.width}"
+
+    @property
     def name(self) -> str:
         """The name of its file."""
-        window = "full" if self.window is None else self.window
-        sizes = f"context{self.context}-{self.architecture}-window{window}-width{self.width}"
-        return f"{sizes}-rate{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.model_name}-steps{self.steps}-rate{self.learning_rate:g}-seed{self.seed}"
 
 
 def model_config(run: Run, settings: Settings, vocab_size: int) -> GPTConfig:
@@ -162,46 +197,89 @@ def matching_width(run: Run, settings: Settings, vocab_size: int) -> int:
         return count_parameters(model_config(run._replace(**changes), settings, vocab_size))
 
     wanted = count(architecture=ORIGINAL, width=settings.d_model)
-    # no architecture has more parameters than the original at the same width
-    widths = range(settings.d_model, 2 * settings.d_model, settings.n_head)
+    head, heads = settings.d_model // settings.n_head, settings.n_head
+    widths = [heads * size for size in range(max(2, head // 2), head + max(2, head // 2))]
     return min(widths, key=lambda width: abs(count(width=width) - wanted))
 
 
-def compared(settings: Settings, vocab_size: int, context: int) -> dict[tuple[str, str], Run]:
-    """{(size, architecture): its run with seed 0} at one context."""
-    runs = {}
-    for name in NAMES:
-        window = settings.window(context) if "window" in name or name == "multi-query" else None
-        run = Run(name, context, window, settings.d_model, settings.learning_rate, seed=0)
-        runs[EQUAL_WIDTH, name] = runs[EQUAL_PARAMETERS, name] = run
-        if name != ORIGINAL:
-            runs[EQUAL_PARAMETERS, name] = run._replace(width=matching_width(run, settings, vocab_size))
-    return runs
+class Plan:
+    """Every run of a study. Runs that need the result of a search are there once the search is over.
 
+    loss_of(run) is the final loss of a run, None while it is not trained.
+    """
 
-def windows(settings: Settings, context: int) -> list[Run]:
-    """The modified architecture with each window, seed 0, the widest last; the window of the comparison is one."""
-    sizes = {settings.window(context, fraction) for fraction in (*WINDOW_FRACTIONS, settings.window_fraction)}
-    return [Run(MODIFIED, context, size, settings.d_model, settings.learning_rate, 0) for size in sorted(sizes)]
+    def __init__(self, settings: Settings, vocab_size: int, loss_of: Callable[[Run], float | None]):
+        self.settings, self.vocab_size, self.loss_of = settings, vocab_size, loss_of
 
+    def search(self, name: str, place: Place) -> list[Run]:
+        """The runs that look for an architecture's learning rate, those known by now.
 
-def rates(settings: Settings, context: int) -> list[Run]:
-    """The original and the modified architecture with each learning rate, seed 0."""
-    return [
-        Run(name, context, window, settings.d_model, settings.learning_rate * factor, 0)
-        for name, window in ((ORIGINAL, None), (MODIFIED, settings.window(context)))
-        for factor in settings.effort("rate_factors")
-    ]
+        First the rates with one seed, the smallest first; then the two best of them with the next seed.
+        """
+        settings, start, factors = self.settings, self.settings.learning_rate, "rate_factors"
+        if place.steps != settings.steps:
+            short = self.best(name, place._replace(steps=settings.steps))
+            if short is None:
+                return []
+            start, factors = short.learning_rate, "long_rate_factors"
+        window = None if name in (ORIGINAL, "rope") else settings.window(place.context)
+        first, *more_seeds = settings.effort("search_seeds")
+        runs = [
+            Run(name, place.context, window, settings.d_model, place.steps, start * factor, first)
+            for factor in settings.effort(factors)
+        ]
+        most = len(runs) + settings.effort("more_rates")
+        while None not in (losses := [self.loss_of(run) for run in runs]):
+            best = losses.index(min(losses))
+            if len(runs) == most or 0 < best < len(runs) - 1:
+                two = sorted(runs, key=self.loss_of)[:2]
+                return runs + [run._replace(seed=seed) for seed in more_seeds for run in two]
+            if best == 0:
+                runs.insert(0, runs[0]._replace(learning_rate=runs[0].learning_rate / 2))
+            else:
+                runs.append(runs[-1]._replace(learning_rate=runs[-1].learning_rate * 2))
+        return runs
 
+    def best(self, name: str, place: Place) -> Run | None:
+        """A run of the search with the lowest mean loss of those tried with every seed; None while it goes on."""
+        runs, losses = self.search(name, place), {}
+        for run in runs:
+            losses.setdefault(run.learning_rate, []).append(self.loss_of(run))
+        if not runs or any(None in of_rate for of_rate in losses.values()):
+            return None
+        seeds = max(map(len, losses.values()))
+        rates = [rate for rate in losses if len(losses[rate]) == seeds]
+        return runs[0]._replace(learning_rate=min(rates, key=lambda rate: sum(losses[rate])))
 
-def all_runs(settings: Settings, vocab_size: int) -> list[Run]:
-    """Every run of the study once, in the order of training: context by context, the comparison first."""
-    runs = {}  # a dict keeps the order and each run once
-    for context in settings.contexts:
-        for some, seeds in (
-            (compared(settings, vocab_size, context).values(), settings.seeds),
-            (windows(settings, context), settings.window_seeds),
-            (rates(settings, context), 1),
-        ):
-            runs |= {run._replace(seed=seed): None for seed in range(seeds) for run in some}
-    return list(runs)
+    def compared(self, place: Place) -> dict[tuple[str, str], Run]:
+        """{(size, architecture): its run with the best learning rate, first seed}, where the search is over."""
+        runs = {}
+        for name in NAMES:
+            if (run := self.best(name, place)) is None:
+                continue
+            runs[EQUAL_WIDTH, name] = run = run._replace(seed=self.settings.compared_seeds[0])
+            if place == Place(max(self.settings.contexts), self.settings.steps):
+                width = run.width if name == ORIGINAL else matching_width(run, self.settings, self.vocab_size)
+                runs[EQUAL_PARAMETERS, name] = run._replace(width=width)
+        return runs
+
+    def windows(self, context: int) -> list[Run]:
+        """The modified architecture with each window at the rate of the compared one, the widest last; first seed."""
+        settings, run = self.settings, self.best(MODIFIED, Place(context, self.settings.steps))
+        sizes = {settings.window(context, fraction) for fraction in (*WINDOW_FRACTIONS, settings.window_fraction)}
+        first = settings.window_seeds[0]
+        return [] if run is None else [run._replace(window=size, seed=first) for size in sorted(sizes)]
+
+    def runs(self) -> list[Run]:
+        """Every run that is known by now, once, in the order of training: the largest context and equal width first."""
+        settings, runs = self.settings, {}  # a dict keeps the order and each run once
+        places = sorted(settings.places, key=lambda place: (-place.context, place.steps))
+        for size in SIZES:
+            for place in places:
+                runs |= {run: None for name in NAMES for run in self.search(name, place)}
+                same_size = [run for (its_size, _), run in self.compared(place).items() if its_size == size]
+                runs |= {run._replace(seed=seed): None for seed in settings.compared_seeds for run in same_size}
+        for context in settings.contexts:
+            some = self.windows(context)
+            runs |= {run._replace(seed=seed): None for seed in settings.window_seeds for run in some}
+        return list(runs)

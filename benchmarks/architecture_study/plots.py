@@ -1,4 +1,4 @@
-"""The plots of the study, PNG files beside compare.csv, at equal width, one context beside the other."""
+"""The plots of the study, PNG files beside compare.csv, at equal width, one context and length beside the other."""
 
 from functools import partial
 from pathlib import Path
@@ -17,31 +17,33 @@ def draw_all(document: dict, directory: Path) -> bool:
         from matplotlib.figure import Figure  # not pyplot: it would choose a display and keep every figure
     except ImportError:
         return False
-    contexts = document["settings"]["contexts"]
-    for name, (_, draw) in PLOTS.items():
-        figure = Figure(figsize=(6.4 * len(contexts), 4.6), layout="constrained")
-        for axes, context in zip(figure.subplots(1, len(contexts), squeeze=False)[0], contexts, strict=True):
-            draw(axes, document, context)
-            axes.set_title(f"context {context}")
+    places, short = document["settings"]["places"], document["settings"]["steps"]
+    for name, (_, draw, of_long_runs) in PLOTS.items():
+        panels = [place for place in places if of_long_runs or place[1] == short]
+        figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
+        for axes, (context, steps) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            draw(axes, document, context, steps)
+            axes.set_title(f"context {context}, {steps:,} steps")
             axes.grid(True, alpha=0.3)
             axes.legend(fontsize="small")
         figure.savefig(directory / name, format="png", dpi=100)
     return True
 
 
-def loss_curves(axes, document, context, by_seconds=False):
+def loss_curves(axes, document, context, steps, by_seconds=False):
     """The held-out loss during training; seconds are steps times the median time of a step."""
     for name in NAMES:
-        row = find(document, context, name)
-        x = [seconds_at(document, row, tokens) if by_seconds else tokens for tokens, *_ in row["curve"]]
+        row = find(document, context, name, steps=steps)
+        x = [seconds_at(row, tokens) if by_seconds else tokens for tokens, *_ in row["curve"]]
         plot_losses(axes, name, x, [loss for _, *loss in row["curve"]])
     axes.set_xlabel("seconds of training (steps x median time of a step)" if by_seconds else "characters read")
     # without the first point, before training, which would compress all others
-    seen = [p[1] for row in document["models"] if row["context"] == context for p in row["curve"][1:]]
+    rows = [row for row in document["models"] if (row["context"], row["steps"]) == (context, steps)]
+    seen = [point[1] for row in rows for point in row["curve"][1:]]
     axes.set_ylim(min(seen) - 0.03, max(seen) + 0.05)
 
 
-def by_window(axes, document, context):
+def by_window(axes, document, context, steps):
     """The final loss of the modified architecture with each window."""
     rows = [row for row in document["windows"] if row["context"] == context]
     sizes, losses = [row["window"] for row in rows], [estimate(row["losses"]) for row in rows]
@@ -52,17 +54,17 @@ def by_window(axes, document, context):
     axes.set(xlabel="window (keys, and share of the context)", ylabel=LOSS)
 
 
-def by_position(axes, document, context):
+def by_position(axes, document, context, steps):
     """The final loss by position, past the training length too."""
     for name in NAMES:
-        bins = find(document, context, name)["positions"]
+        bins = find(document, context, name, steps=steps)["positions"]
         plot_losses(axes, name, [last for _, last, *_ in bins], [loss for _, _, *loss in bins], marker="o")
     axes.axvline(context, color="grey", linestyle=":", label="trained up to here")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("position (last of its bin)")
 
 
-def time_by_position(axes, document, context):
+def time_by_position(axes, document, context, steps):
     """Milliseconds of a sampled token; bars reach from the 20th to the 80th percentile."""
     for name in NAMES:
         for sampler, times in find(document, context, name)["token_ms"].items():
@@ -85,10 +87,10 @@ def plot_losses(axes, name, x, losses, marker=None):
     axes.set_ylabel(LOSS)
 
 
-PLOTS = {  # file: (what it shows, the function that draws one context)
-    "loss-tokens.png": ("Held-out loss against characters read", loss_curves),
-    "loss-seconds.png": ("Held-out loss against seconds", partial(loss_curves, by_seconds=True)),
-    "quality-window.png": ("Held-out loss against window", by_window),
-    "loss-position.png": ("Held-out loss against position", by_position),
-    "time-position.png": ("Time of a token against position", time_by_position),
+PLOTS = {  # file: (what it shows, the function that draws one context and length, whether long runs are shown too)
+    "loss-tokens.png": ("Held-out loss against characters read", loss_curves, True),
+    "loss-seconds.png": ("Held-out loss against seconds", partial(loss_curves, by_seconds=True), True),
+    "quality-window.png": ("Held-out loss against window", by_window, False),
+    "loss-position.png": ("Held-out loss against position", by_position, True),
+    "time-position.png": ("Time of a token against position", time_by_position, False),
 }

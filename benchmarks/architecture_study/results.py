@@ -3,11 +3,11 @@
 The document is all that the tables and plots need, in plain JSON with a line for each row:
 
     settings, machine
-    models     sizes, losses (one for each seed), step_ms {path: time}, curve [[tokens, loss, standard error]],
-               at equal width also positions [[first, last, loss, standard error]], token_ms {sampler: {position:
-               time}} and a sample
+    models     context, steps, sizes, losses (one for each seed), step_ms {path: time}, curve [[tokens, loss, standard
+               error]], at equal width also positions [[first, last, loss, standard error]], token_ms {sampler:
+               {position: time}} and a sample
     windows    losses of the modified architecture with each window
-    rates      {context and architecture: {learning rate: loss}}
+    rates      of each context, length and architecture, {learning rate: losses, one for each seed of the search}
     copying    {architecture: {distance: accuracy on the copying task}}
 """
 
@@ -21,7 +21,7 @@ import torch
 from model import KVCache
 from model.checkpoint import replacing
 
-from .plan import EQUAL_WIDTH, Run, Settings, compared, model_config, rates, windows
+from .plan import EQUAL_WIDTH, NAMES, Plan, Run, model_config
 from .training import copying_runs
 
 CACHE_POSITIONS = (100, 4000)
@@ -99,29 +99,33 @@ def difference(ours: list[float], theirs: list[float]) -> Estimate:
     return estimate([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
-def make_document(store: Store, settings: Settings, vocab_size: int) -> dict:
+def make_document(store: Store, plan: Plan) -> dict:
     """The document of a finished study."""
-    speed, document = store.read("speed"), {"models": [], "windows": [], "rates": {}, "copying": {}}
+    settings, speed = plan.settings, store.read("speed")
+    document = {"models": [], "windows": [], "rates": [], "copying": {}}
 
     def read(run, seeds):
-        return [store.read(run._replace(seed=seed).name) for seed in range(seeds)]
+        return [store.read(run._replace(seed=seed).name) for seed in seeds]
 
+    for place in settings.places:
+        compared = plan.compared(place)
+        for run in dict.fromkeys(compared.values()):
+            sizes = [size for (size, _), other in compared.items() if other == run]
+            document["models"].append(model_row(run, sizes, read(run, settings.compared_seeds), speed, plan))
+        for name in NAMES:
+            losses = {}
+            for run in plan.search(name, place):
+                losses.setdefault(f"{run.learning_rate:g}", []).append(plan.loss_of(run))
+            best = f"{plan.best(name, place).learning_rate:g}"
+            document["rates"].append({**place._asdict(), "architecture": name, "best": best, "losses": losses})
     for context in settings.contexts:
-        both_sizes = compared(settings, vocab_size, context)
-        for run in dict.fromkeys(both_sizes.values()):
-            sizes = [size for (size, _), other in both_sizes.items() if other == run]
-            row = model_row(run, sizes, read(run, settings.seeds), speed, settings, vocab_size)
-            document["models"].append(row)
-        for run in windows(settings, context):
+        for run in plan.windows(context):
             losses = [measured["loss"] for measured in read(run, settings.window_seeds)]
             document["windows"].append({"context": context, "window": run.window, "losses": losses})
-        for run in rates(settings, context):
-            losses = document["rates"].setdefault(f"{context} {run.architecture}", {})
-            losses[f"{run.learning_rate:g}"] = store.read(run.name)["loss"]
     for run in copying_runs(settings):
         accuracies = document["copying"].setdefault(run.architecture, {})
         accuracies[str(run.distance)] = store.read(run.name)["accuracy"]
-    names = ("data", "contexts", "seeds", "window_fraction", "copying_steps")
+    names = ("data", "contexts", "steps", "places", "seeds", "learning_rate", "window_fraction", "copying_steps")
     return {
         "settings": settings.of_every_run() | {name: getattr(settings, name) for name in names},
         "machine": speed["machine"] | {"load_after": speed["load_after"]},
@@ -129,26 +133,27 @@ def make_document(store: Store, settings: Settings, vocab_size: int) -> dict:
     }
 
 
-def model_row(run: Run, sizes: list[str], seeds: list[dict], speed: dict, settings: Settings, vocab_size: int) -> dict:
-    """One model at one context: what was measured of it with each seed, and its times."""
-    config, first = model_config(run, settings, vocab_size), seeds[0]
+def model_row(run: Run, sizes: list[str], seeds: list[dict], speed: dict, plan: Plan) -> dict:
+    """One model at one context and length: what was measured of it with each seed, and its times."""
+    config, first = model_config(run, plan.settings, plan.vocab_size), seeds[0]
+    names = ("context", "steps", "architecture", "window", "width", "learning_rate")
     row = {
-        **{name: getattr(run, name) for name in ("context", "architecture", "window", "width")},
+        **{name: getattr(run, name) for name in names},
         "sizes": sizes,
         "n_kv_head": config.n_kv_head,
         "parameters": first["parameters"],
         "kv_bytes_per_token": config.n_layer * 2 * config.n_kv_head * config.head_dim * BYTES,
         "cache_bytes": {str(position): cache_bytes(config, position) for position in CACHE_POSITIONS},
-        "tokens": settings.steps * first["tokens_per_step"],
+        "tokens": run.steps * first["tokens_per_step"],
         "losses": [measured["loss"] for measured in seeds],
-        "step_ms": speed["training"][run.name],
+        "step_ms": speed["training"][run.model_name],
         "curve": over_seeds(seeds, "curve"),
     }
     for point in row["curve"]:
         point[0] *= first["tokens_per_step"]
     if EQUAL_WIDTH in sizes:
         row["positions"] = over_seeds(seeds, "loss_by_position")
-        row["token_ms"] = speed["sampling"][run.name]
+        row["token_ms"] = speed["sampling"][run.model_name]
         row["sample"] = first["sample"]
     return row
 

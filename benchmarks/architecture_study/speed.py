@@ -37,7 +37,7 @@ def measure_speed(runs: list[Run], settings: Settings, data: TextData) -> dict:
 
 
 def time_steps(runs: list[Run], settings: Settings, data: TextData) -> dict:
-    """{name of a run: {path: time of a step of the trainer}}."""
+    """{name of a model: {path: time of a step of the trainer}}."""
 
     def turn(run, path):
         """Seconds of each of a few steps of a new model."""
@@ -49,11 +49,11 @@ def time_steps(runs: list[Run], settings: Settings, data: TextData) -> dict:
 
     contestants = {(run, path): partial(turn, run, path) for run in runs for path in PATHS}
     times = take_turns(contestants, settings.effort("step_rounds"), "training steps")
-    return {run.name: {path: times[run, path] for path in PATHS} for run in runs}
+    return {run.model_name: {path: times[run, path] for path in PATHS} for run in runs}
 
 
 def time_tokens(runs: list[Run], settings: Settings, vocab_size: int) -> dict:
-    """{name of a run: {sampler: {position: time of the next token}}}, at equal width.
+    """{name of a model: {sampler: {position: time of the next token}}}, at equal width.
 
     The samplers are `generate` with its cache ("cached") and, for the original only, the original's own.
     """
@@ -69,10 +69,10 @@ def time_tokens(runs: list[Run], settings: Settings, vocab_size: int) -> dict:
             if sampler == "cached" or run.architecture == ORIGINAL:
                 sample = partial(samplers[sampler], model, tokens[:, :position], count)
                 contestants[run, sampler, position] = lambda sample=sample: seconds_of_tokens(sample())
-    rows = {run.name: {} for run in runs}
+    rows = {run.model_name: {} for run in runs}
     times = take_turns(contestants, settings.effort("token_rounds"), "sampled tokens")
     for (run, sampler, position), measured in times.items():
-        rows[run.name].setdefault(sampler, {})[str(position)] = measured
+        rows[run.model_name].setdefault(sampler, {})[str(position)] = measured
     return rows
 
 

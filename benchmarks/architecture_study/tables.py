@@ -16,24 +16,24 @@ CHANGES = (  # what is compared with the model before the change
     ("rotary positions", "rope", ORIGINAL),
     ("+ window", "rope-window", "rope"),
     ("+ grouped KV heads", MODIFIED, "rope-window"),
-    ("one KV head instead", "multi-query", MODIFIED),
+    ("one KV head instead of grouped", "multi-query", MODIFIED),
 )
 PART = re.compile(r"(<!-- (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def all_tables(document: dict) -> dict[str, list[dict]]:
     """{part of the page: its tables}, each {"title", "columns", "rows"} with text in every cell."""
-    contexts = document["settings"]["contexts"]
+    contexts, places = document["settings"]["contexts"], document["settings"]["places"]
     return {
-        "ranking": [ranking(document, context, size) for context in contexts for size in SIZES],
-        "changes": [changes(document, contexts)],
+        "ranking": [ranking(document, *place) for place in compared_at(document)],
+        "changes": [changes(document)],
         "steps": [steps(document)],
         "windows": [windows(document)],
-        "positions": [positions(document, context) for context in contexts],
+        "positions": [positions(document, *place) for place in places],
         "sampling": [sampling(document, contexts)],
         "copying": [copying(document)],
         "rates": [rates(document)],
-        "samples": [samples(document, contexts)],
+        "samples": [samples(document)],
     }
 
 
@@ -60,10 +60,17 @@ def table(title, columns, rows):
     return {"title": title, "columns": list(columns), "rows": [[str(cell) for cell in row] for row in rows]}
 
 
-def find(document: dict, context: int, architecture: str, size: str = EQUAL_WIDTH) -> dict:
-    """A row of `models`."""
-    rows = (row for row in document["models"] if (row["context"], row["architecture"]) == (context, architecture))
+def find(document: dict, context: int, architecture: str, size: str = EQUAL_WIDTH, steps: int | None = None) -> dict:
+    """A row of `models`, by default of the short runs."""
+    wanted = context, architecture, steps or document["settings"]["steps"]
+    rows = (row for row in document["models"] if (row["context"], row["architecture"], row["steps"]) == wanted)
     return next(row for row in rows if size in row["sizes"])
+
+
+def compared_at(document: dict) -> list[tuple[int, int, str]]:
+    """(context, steps, size) of every comparison."""
+    rows = [(row["context"], row["steps"], size) for row in document["models"] for size in row["sizes"]]
+    return [(*place, size) for place in document["settings"]["places"] for size in SIZES if (*place, size) in rows]
 
 
 def faster_path(row: dict) -> str:
@@ -71,10 +78,10 @@ def faster_path(row: dict) -> str:
     return min(row["step_ms"], key=lambda path: row["step_ms"][path]["median_ms"])
 
 
-def seconds_at(document: dict, row: dict, tokens: int) -> float:
+def seconds_at(row: dict, tokens: int) -> float:
     """Seconds of training up to so many tokens: steps times the median of the faster path."""
     step_ms = row["step_ms"][faster_path(row)]["median_ms"]
-    return tokens / row["tokens"] * document["settings"]["steps"] * step_ms / 1e3
+    return tokens / row["tokens"] * row["steps"] * step_ms / 1e3
 
 
 def token_time(row: dict, position: int, sampler: str = "cached") -> dict | None:
@@ -95,41 +102,53 @@ def loss_at(curve: list[tuple[float, float]], seconds: float) -> float:
     return curve[-1][1]
 
 
-def ranking(document, context, size):
-    original, rows = find(document, context, ORIGINAL), []
+def ranking(document, context, steps, size):
+    original, rows = find(document, context, ORIGINAL, steps=steps), []
     for name in NAMES:
-        row = find(document, context, name, size)
+        row = find(document, context, name, size, steps)
         loss = estimate(row["losses"])
         other_units = f"{math.exp(loss.mean):.2f}", f"{loss.mean / math.log(2):.3f}"
         apart = "" if row is original else compared(row["losses"], original["losses"])
-        rows.append((loss, name, row["width"], f"{row['parameters']:,}", with_error(*loss), *other_units, apart))
-    columns = ["", "width", "parameters", "held-out loss", "perplexity", "bits per character", "minus the original"]
-    return table(f"Context {context}, {size}", columns, [cells for _, *cells in sorted(rows)])
+        shape = row["width"], f"{row['parameters']:,}", f"{row['learning_rate']:g}"
+        rows.append((loss, name, *shape, with_error(*loss), *other_units, apart))
+    columns = ["", "width", "parameters", "learning rate", "held-out loss", "perplexity", "bits per character"]
+    title = f"Context {context}, {steps:,} steps, {size}"
+    return table(title, [*columns, "minus the original"], [cells for _, *cells in sorted(rows)])
 
 
-def changes(document, contexts):
-    places = list(itertools.product(contexts, SIZES))
-    rows = [
-        [text, *(compared(*(find(document, c, name, size)["losses"] for name in pair)) for c, size in places)]
-        for text, *pair in CHANGES
-    ]
-    return table("Loss minus the loss before the change", ["", *(f"{c}, {size}" for c, size in places)], rows)
+def changes(document):
+    places = compared_at(document)
+    rows = []
+    for text, *pair in CHANGES:
+        losses = [[find(document, c, name, size, steps)["losses"] for name in pair] for c, steps, size in places]
+        rows.append([text, *(compared(*both) for both in losses)])
+    columns = (f"{context}, {steps:,} steps, {size}" for context, steps, size in places)
+    return table("Loss minus the loss before the change", ["", *columns], rows)
 
 
 def steps(document):
-    """Times of a step, and the loss, read from the curve, at the time at which the original ends."""
-    rows = []
+    """Times of a step, and the loss, read from the curve, at the time at which the original's run of a length ends."""
+    lengths = sorted({steps for _, steps in document["settings"]["places"]})
+    rows = {}
     for row in document["models"]:
-        original, seconds = find(document, row["context"], ORIGINAL), seconds_at(document, row, row["tokens"])
-        curve = [(seconds_at(document, row, tokens), loss) for tokens, loss, _ in row["curve"]]
-        loss, end = loss_at(curve, seconds_at(document, original, original["tokens"])), original["curve"][-1][1]
-        apart = abs(loss - end) > difference(row["losses"], original["losses"]).margin
-        times = [spread(row["step_ms"][path]) for path in ("fused", "plain")]
-        cells = *times, f"{row['tokens'] / seconds:,.0f}", bold(f"{loss:.3f}", apart)
-        rows.append((row["context"], row["architecture"], row["width"], *cells))
+        model = row["context"], row["architecture"], row["width"]
+        if model not in rows:
+            times = [spread(row["step_ms"][path]) for path in ("fused", "plain")]
+            speed = row["tokens"] / seconds_at(row, row["tokens"])
+            rows[model] = [*model, *times, f"{speed:,.0f}", *("" for _ in lengths)]
+        rows[model][6 + lengths.index(row["steps"])] = when_the_original_ends(document, row)
     title = "A training step on {name}, threads {threads}, torch {torch}, load {load} before and {load_after} after"
     columns = ["context", "", "width", "our kernels, ms", "plain PyTorch, ms", "characters/s, the faster"]
-    return table(title.format(**document["machine"]), [*columns, "loss when the original ends"], rows)
+    columns += (f"loss when the original ends its {steps:,} steps" for steps in lengths)
+    return table(title.format(**document["machine"]), columns, rows.values())
+
+
+def when_the_original_ends(document, row):
+    """A model's loss at the time at which the original's run ends; bold where it differs more than the interval."""
+    original = find(document, row["context"], ORIGINAL, steps=row["steps"])
+    curve = [(seconds_at(row, tokens), loss) for tokens, loss, _ in row["curve"]]
+    loss, end = loss_at(curve, seconds_at(original, original["tokens"])), original["curve"][-1][1]
+    return bold(f"{loss:.3f}", abs(loss - end) > difference(row["losses"], original["losses"]).margin)
 
 
 def windows(document):
@@ -143,8 +162,9 @@ def windows(document):
     return table(f"{MODIFIED} with each window, equal width, seeds: {len(losses)}", columns, rows)
 
 
-def positions(document, context):
-    found = {name: {tuple(bin[:2]): bin[2:] for bin in find(document, context, name)["positions"]} for name in NAMES}
+def positions(document, context, steps):
+    rows = {name: find(document, context, name, steps=steps) for name in NAMES}
+    found = {name: {tuple(bin[:2]): bin[2:] for bin in row["positions"]} for name, row in rows.items()}
     # the second position shows what a model knows from two characters
     bins = [(first, last) for first, last in max(found.values(), key=len) if last == 2 or last >= context / 4]
     end = next(bin for bin in bins if bin[1] == context)
@@ -155,7 +175,7 @@ def positions(document, context):
         rows.append((name, *cells, rise))
     titles = (str(first) if first == last else f"{first} to {last}" for first, last in bins)
     columns = ["", *titles, f"rise from 1 to {LONGEST} contexts"]
-    return table(f"Loss by position, context {context}", columns, rows)
+    return table(f"Loss by position, context {context}, {steps:,} steps", columns, rows)
 
 
 def sampling(document, contexts):
@@ -182,27 +202,32 @@ def copying(document):
 
 
 def rates(document):
+    tried = sorted({rate for row in document["rates"] for rate in row["losses"]}, key=float)
     rows = []
-    for place, losses in document["rates"].items():
-        cells = (bold(f"{loss:.3f}", loss == min(losses.values())) for loss in losses.values())
-        rows.append((*place.split(), *cells))
-    return table("Held-out loss with each learning rate, one seed, equal width", ["context", "", *losses], rows)
+    for row in document["rates"]:
+        losses = {rate: ", ".join(f"{loss:.3f}" for loss in row["losses"].get(rate, ())) for rate in tried}
+        cells = (bold(losses[rate], rate == row["best"]) for rate in tried)
+        rows.append((row["context"], f"{row['steps']:,}", row["architecture"], *cells))
+    title = "Held-out loss with each learning rate, the seeds of the search, equal width"
+    return table(title, ["context", "steps", "", *tried], rows)
 
 
-def samples(document, contexts):
-    rows = []
-    for context, name in itertools.product(contexts, NAMES):
-        text = find(document, context, name)["sample"].strip("\n").replace("`", "'").replace("\n", " / ")
-        rows.append((context, name, f"`{text}`"))
-    return table("A sample of each, equal width, first seed", ["context", "", "text"], rows)
+def samples(document):
+    """Of the longest runs of each context."""
+    rows, longest = [], {context: steps for context, steps in sorted(map(tuple, document["settings"]["places"]))}
+    for context, name in itertools.product(longest, NAMES):
+        sample = find(document, context, name, steps=longest[context])["sample"]
+        text = sample.strip("\n").replace("`", "'").replace("\n", " / ")
+        rows.append((context, f"{longest[context]:,}", name, f"`{text}`"))
+    return table("A sample of each, equal width, first seed", ["context", "steps", "", "text"], rows)
 
 
 def csv_rows(document):
-    """The rows of compare.csv: one model at one context and size."""
-    for context, size, name in itertools.product(document["settings"]["contexts"], SIZES, NAMES):
-        row = find(document, context, name, size)
+    """The rows of compare.csv: one model at one context, length and size."""
+    for (context, steps, size), name in itertools.product(compared_at(document), NAMES):
+        row = find(document, context, name, size, steps)
         loss = estimate(row["losses"])
-        apart = difference(row["losses"], find(document, context, ORIGINAL)["losses"])
+        apart = difference(row["losses"], find(document, context, ORIGINAL, steps=steps)["losses"])
         path = faster_path(row)
         step, times = row["step_ms"][path], {position: token_time(row, position) for position in CACHE_POSITIONS}
         numbers = {
@@ -216,8 +241,10 @@ def csv_rows(document):
         }
         yield {
             "context": context,
+            "steps": steps,
             "size": size,
             **{key: row[key] for key in ("architecture", "window", "width", "n_kv_head", "parameters")},
+            "learning_rate": row["learning_rate"],
             "bytes": row["parameters"] * BYTES,
             "kv_bytes_per_token": row["kv_bytes_per_token"],
             **{f"cache_bytes_at_{position}": number for position, number in row["cache_bytes"].items()},
@@ -228,7 +255,7 @@ def csv_rows(document):
             "step_ms": step["median_ms"],
             "step_p20_ms": step["p20_ms"],
             "step_p80_ms": step["p80_ms"],
-            "training_tokens_per_second": round(row["tokens"] / seconds_at(document, row, row["tokens"])),
+            "training_tokens_per_second": round(row["tokens"] / seconds_at(row, row["tokens"])),
             **{f"token_ms_at_{position}": time and time["median_ms"] for position, time in times.items()},
         }
 

@@ -47,10 +47,10 @@ def train_and_measure(run: Run, settings: Settings, data: TextData) -> dict:
     held_out = TokenDataset(data.held_out.tokens, run.context, data.tokenizer)
     model = make_model(run, settings, data.tokenizer.vocab_size)
     evaluation = dict(
-        eval_every=max(1, settings.steps // settings.effort("curve_points")),
+        eval_every=max(1, run.steps // settings.effort("curve_points")),
         eval_examples=max(1, settings.effort("curve_tokens") // run.context),
     )
-    trainer = train_on_text(model, run, settings, data, held_out, max_steps=settings.steps, **evaluation)
+    trainer = train_on_text(model, run, settings, data, held_out, max_steps=run.steps, **evaluation)
     steps, losses = trainer.history.series("held_out_loss")
     prompt = torch.tensor([[data.tokenizer.stoi.get("\n", 0)]])
     sample = generate(model, prompt, SAMPLE_CHARACTERS, temperature=TEMPERATURE, top_k=TOP_K, seed=run.seed)

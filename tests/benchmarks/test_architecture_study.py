@@ -21,7 +21,7 @@ from architecture_study.results import Store
 from model import GPT, GPTConfig, generate
 from train.data import TokenDataset, load_data
 
-TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 40
+TEXT = "When are you going? I am going to the play.\nAnd you are coming to the play with me.\n" * 10
 TINY = {
     "context-size": 8,
     "steps": 6,
@@ -57,22 +57,30 @@ def document(directory):
 # What is compared
 
 
+def full_plan(loss_of=lambda run: 2.0 + abs(math.log2(run.learning_rate / 8e-3))):
+    """The plan of a full study in which every run has a loss: by default 8e-3 is everyone's best learning rate."""
+    return plan.Plan(Settings(device="cpu"), 76, loss_of)
+
+
 def test_a_model_that_has_both_sizes_is_one_run():
-    settings = Settings(device="cpu")
-    runs = plan.all_runs(settings, vocab_size=76)
+    of_all = full_plan()
+    runs = of_all.runs()
     assert len(runs) == len(set(runs)) == len({run.name for run in runs})
-    for context in (25, 256):
-        compared = plan.compared(settings, 76, context)
-        assert compared["equal width", "original"] == compared["equal parameters", "original"]
-        assert all(run._replace(seed=seed) in runs for run in compared.values() for seed in range(3))
+    assert [tuple(place) for place in of_all.settings.places] == [(25, 600), (256, 600), (256, 2400)]
+    for place in of_all.settings.places:
+        compared = of_all.compared(place)
+        assert all(run._replace(seed=seed) in runs for run in compared.values() for seed in (2, 3, 4))
+        assert all((run.context, run.steps, run.learning_rate) == (*place, 8e-3) for run in compared.values())
+        sizes = {size for size, name in compared if name == "original"}
+        assert len({compared[size, "original"] for size in sizes}) == 1
+        assert sizes == set(plan.SIZES if place == (256, 600) else plan.SIZES[:1])
 
 
-@pytest.mark.parametrize("context", [25, 256])
-def test_equal_parameters_are_nearly_equal_and_equal_widths_are_not(context):
+def test_equal_parameters_are_nearly_equal_and_equal_widths_are_not():
     settings = Settings(device="cpu")
     counts = {
-        place: plan.count_parameters(plan.model_config(run, settings, 76))
-        for place, run in plan.compared(settings, 76, context).items()
+        where: plan.count_parameters(plan.model_config(run, settings, 76))
+        for where, run in full_plan().compared(plan.Place(256, 600)).items()
     }
     wanted = counts["equal width", "original"]
     for name in plan.NAMES:
@@ -81,16 +89,55 @@ def test_equal_parameters_are_nearly_equal_and_equal_widths_are_not(context):
 
 
 def test_parameters_are_counted_as_a_model_has_them():
-    run = plan.Run("multi-query", 25, 10, 68, 4e-3, 0)
+    run = plan.Run("multi-query", 25, 10, 68, 600, 4e-3, 0)
     config = plan.model_config(run, Settings(device="cpu"), vocab_size=76)
     assert plan.count_parameters(config) == GPT(config).num_parameters()
     assert config.n_kv_head == 1 and config.head_dim == 17 and config.rotated == 16
 
 
-def test_windows_are_fractions_of_the_context():
-    settings = Settings(device="cpu")
-    assert [run.window for run in plan.windows(settings, 25)] == [2, 5, 10, 25]
-    assert [run.window for run in plan.windows(settings, 256)] == [26, 51, 102, 256]
+def test_windows_are_fractions_of_the_context_at_the_rate_of_the_comparison():
+    for context, sizes in ((25, [2, 5, 10, 25]), (256, [26, 51, 102, 256])):
+        runs = full_plan().windows(context)
+        assert [run.window for run in runs] == sizes and {run.learning_rate for run in runs} == {8e-3}
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (4e-3, [2e-3, 4e-3, 8e-3, 1.6e-2]),
+        (1e-3, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]),
+        (3.2e-2, [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2]),
+        (9.0, [2e-3 * 2**i for i in range(9)]),  # a loss that falls without end: five more rates, then no more
+    ],
+)
+def test_a_search_goes_on_until_the_best_rate_has_a_worse_one_on_either_side(best, tried):
+    trained = {}
+    of_all = full_plan(trained.get)
+    place = plan.Place(256, 600)
+    while missing := [run for run in of_all.search("rope", place) if run not in trained]:
+        assert of_all.best("rope", place) is None and not of_all.search("rope", plan.Place(256, 2400))
+        trained |= {run: abs(math.log(run.learning_rate / best)) for run in missing}
+    assert sorted(run.learning_rate for run in trained if run.seed == 0) == pytest.approx(tried)
+    found = of_all.best("rope", place)
+    assert found.learning_rate == pytest.approx(min(best, tried[-1])) and (found.seed, found.width) == (0, 64)
+    longer = of_all.search("rope", plan.Place(256, 2400))
+    assert [run.learning_rate for run in longer] == pytest.approx([found.learning_rate * f for f in (0.25, 0.5, 1, 2)])
+
+
+@pytest.mark.parametrize(("second_seed", "best"), [({8e-3: 2.02, 4e-3: 2.04}, 8e-3), ({8e-3: 2.06, 4e-3: 2.04}, 4e-3)])
+def test_the_two_best_rates_are_tried_again_and_the_lower_mean_wins(second_seed, best):
+    losses = [{2e-3: 2.2, 4e-3: 2.01, 8e-3: 2.0, 1.6e-2: 2.1}, second_seed]
+    of_all = full_plan(lambda run: losses[run.seed][run.learning_rate])
+    place = plan.Place(25, 600)
+    assert [run.learning_rate for run in of_all.search("rope", place) if run.seed == 1] == [8e-3, 4e-3]
+    assert of_all.best("rope", place).learning_rate == best
+
+
+def test_every_architecture_is_compared_at_its_own_best_rate():
+    own = dict(zip(plan.NAMES, (8e-3, 4e-3, 1.6e-2, 8e-3, 2e-3), strict=False))
+    of_all = full_plan(lambda run: abs(math.log(run.learning_rate / own.get(run.architecture, 8e-3))))
+    for (_, name), run in of_all.compared(plan.Place(25, 600)).items():
+        assert run.learning_rate == own.get(name, 8e-3)
 
 
 # What is measured
@@ -99,7 +146,7 @@ def test_windows_are_fractions_of_the_context():
 def test_a_run_gives_the_same_figures_every_time_and_others_with_another_seed(text):
     sizes = {name.replace("-", "_"): value for name, value in TINY.items()}
     study = Study(Settings(data=text, device="cpu", quick=True, out="never-written", **sizes))
-    run = study.runs[3]
+    run = study.runs()[3]
     first, second = (training.train_and_measure(run, study.settings, study.data) for _ in range(2))
     assert first == second
     other = training.train_and_measure(run._replace(seed=1), study.settings, study.data)
@@ -243,8 +290,8 @@ def test_the_loss_after_the_same_time_is_that_of_the_curve_when_the_original_end
         row["curve"] = [[0, 4.0, 0.0], [row["tokens"], 3.0 if original else end, 0.0]]
         row["losses"] = [3.0, 3.1] if original else [2.0, 2.1]
     original, *others = tables.steps(changed)["rows"]
-    assert original[-2:] == [f"{TINY['tokens-per-step'] * 1000:,}", "3.000"]
-    assert {row[-1] for row in others} == {cell}  # half of the way from 4 to `end`
+    assert original[-3:] == [f"{TINY['tokens-per-step'] * 1000:,}", "3.000", "3.000"]
+    assert {cell for row in others for cell in row[-2:]} == {cell}  # half of the way from 4 to `end`
 
 
 @pytest.mark.parametrize(("worse", "place"), [(-0.1, 0), (0.1, -1)])
@@ -253,14 +300,14 @@ def test_the_ranking_is_by_the_losses(finished, worse, place):
     for row in changed["models"]:
         added = worse if row["architecture"] == plan.MODIFIED else 0
         row["losses"] = [2.0 + added, 2.1 + added * 1.001]
-    for size in plan.SIZES:
-        row = tables.ranking(changed, 8, size)["rows"][place]
+    for where in tables.compared_at(changed):
+        row = tables.ranking(changed, *where)["rows"][place]
         assert row[0] == plan.MODIFIED and row[-1].startswith(f"**{worse:+.3f}")
 
 
 def test_the_loss_after_two_characters_stands_beside_that_of_the_whole_context(finished):
     """It shows a model that has not learned to look back: it predicts no better from its whole context."""
-    table = tables.positions(document(finished), 8)
+    table = tables.positions(document(finished), 8, TINY["steps"])
     for name, *cells in table["rows"]:
         shown = dict(zip(table["columns"][1:], cells, strict=True))
         losses = {last: loss for _, last, loss, _ in tables.find(document(finished), 8, name)["positions"]}
@@ -286,7 +333,7 @@ def test_a_study_leaves_a_page_with_its_tables_and_plots(finished):
     assert "no positions left" in page and "recomputed" in page
     with open(finished / "architecture-study" / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(plan.NAMES) * len(plan.SIZES)
+    assert len(rows) == len(plan.NAMES) * 3  # short runs of both sizes, long ones
     for row in rows:
         loss = float(row["loss"])
         assert float(row["loss_standard_error"]) >= 0 and row["seeds"] == "2"
@@ -297,12 +344,30 @@ def test_a_study_leaves_a_page_with_its_tables_and_plots(finished):
 def test_the_figures_are_those_of_the_runs(finished):
     found = document(finished)
     for row in found["models"]:
-        run = plan.Run(row["architecture"], 8, row["window"], row["width"], 4e-3, 0)
-        files = [finished / "runs" / f"{run._replace(seed=seed).name}.json" for seed in range(2)]
+        of_run = (row[name] for name in ("architecture", "context", "window", "width", "steps", "learning_rate"))
+        run = plan.Run(*of_run, seed=1)
+        files = [finished / "runs" / f"{run._replace(seed=seed).name}.json" for seed in (1, 2)]
         assert row["losses"] == [json.loads(file.read_text())["measured"]["loss"] for file in files]
         step = min(time["median_ms"] for time in row["step_ms"].values())
-        assert tables.seconds_at(found, row, row["tokens"]) == pytest.approx(TINY["steps"] * step / 1e3)
+        assert tables.seconds_at(row, row["tokens"]) == pytest.approx(row["steps"] * step / 1e3)
         assert row["curve"][-1][0] == row["tokens"]
+
+
+def test_the_rates_of_a_search_are_those_of_its_runs_and_the_best_is_compared_with_other_seeds(finished):
+    found = document(finished)
+    for row in found["rates"]:
+        assert len(row["losses"]) == (2 if row["steps"] == TINY["steps"] else 1)
+        assert row["best"] == min(row["losses"], key=row["losses"].get)
+        best = tables.find(found, 8, row["architecture"], steps=row["steps"])
+        assert f"{best['learning_rate']:g}" == row["best"] and row["losses"][row["best"]][0] not in best["losses"]
+
+
+def test_the_chosen_rate_of_each_search_is_bold(finished):
+    found = document(finished)
+    for row, (context, steps, name, *cells) in zip(found["rates"], tables.rates(found)["rows"], strict=True):
+        assert (context, steps, name) == ("8", str(row["steps"]), row["architecture"])
+        bold = [cell for cell in cells if cell.startswith("**")]
+        assert bold == [f"**{row['losses'][row['best']][0]:.3f}**"]
 
 
 def test_sentences_on_a_page_stay_and_unknown_parts_are_refused(finished, tmp_path, capsys):
@@ -344,7 +409,7 @@ def test_a_second_start_measures_nothing_and_writes_the_same_page(finished, text
         pages.append((tmp_path / "architecture-study.md").read_text())
     assert pages[0] == pages[1]
     assert document(tmp_path) == document(finished)
-    assert "Context 8, equal width" in capsys.readouterr().out
+    assert "Context 8, 6 steps, equal width" in capsys.readouterr().out
 
 
 def test_only_tables_needs_neither_the_runs_nor_the_text(finished, tmp_path):
@@ -377,7 +442,7 @@ def test_an_interrupted_study_resumes_where_it_stopped(finished, text, tmp_path,
         main(arguments)
     assert {path.stem for path in (tmp_path / "runs").iterdir()} == {run.name for run in trained}
     study = Study(Settings(**flags_of(arguments)))
-    assert trained[0] not in study.missing and len(study.missing) == len(study.runs) - 3
+    assert trained[0] not in study.missing() and len(study.missing()) == len(study.runs()) - 3
     name = trained[1].name
     assert Store(tmp_path, study.store.about).read(name) == Store(finished, study.store.about).read(name)
 
@@ -392,10 +457,10 @@ def flags_of(arguments):
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_one_of_these(finished, text, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([*SMALL, "--data", text, "--out", str(finished), "--steps", "7"])
+        main([*SMALL, "--data", text, "--out", str(finished), "--tokens-per-step", "65"])
     shown = capsys.readouterr().err
     assert stopped.value.code == 2 and shown.count("\n") == 1
-    assert "holds a study with steps 6 and not 7: choose another --out" in shown
+    assert "holds a study with tokens_per_step 64 and not 65: choose another --out" in shown
 
 
 @pytest.mark.parametrize(
