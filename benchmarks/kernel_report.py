@@ -48,6 +48,7 @@ FEATURES = {
     "rope": {"rope": True},
     "half-rope": {"half_rope": True},
     "qk-norm": {"rope": True, "norm": True},
+    "int8": {"int8": True},
     "sinks": {"sinks": True},
     "softcap": {"softcap": 20.0},
     "grad-lse": {"grad_lse": True},
@@ -215,7 +216,8 @@ def estimate_of(made, shape, element_bytes, features):
     if made.kernel in ATTENTION:
         return model.attention_estimate(made, shape, element_bytes, rope="rope" in str(settings_of(features)))
     rotations = dict.fromkeys(model.TENSORS_ROTATED, model.rope_estimate)
-    by_memory = {**rotations, "decode": model.decode_estimate}.get(made.kernel)
+    of_rings = partial(model.decode_estimate, int8="int8" in settings_of(features))
+    by_memory = {**rotations, "decode": of_rings}.get(made.kernel)
     return by_memory and by_memory(made, shape, element_bytes)
 
 
@@ -262,8 +264,16 @@ def table_of(rows, target):
         "columns": ["compiled for" if several else "heads", "kernel", "tile", *columns, "of peak", "bound by"],
         "rows": lines,
         "notes": [f"{rows[0]['dtype']}, features: {rows[0]['features']}"] * (not several)
+        + [f"rings: bytes a token and KV head: {'; '.join(dict.fromkeys(map(ring_text, rows)))}"]
         + [f"efficiency, ms, of peak, bound by: a model, not a measurement, at {labels}"] * bool(labels),
     }
+
+
+def ring_text(row):
+    """Bytes of a token in the cache, such as "D 64, bf16 256"."""
+    int8, dtype = "int8" in settings_of(row["features"]), harness.DTYPES[row["dtype"]]
+    kind = "int8" if int8 else row["dtype"]
+    return f"D {row['head_dim']}, {kind} {model.ring_bytes(row['head_dim'], dtype.itemsize, int8)}"
 
 
 def estimate_cells(estimate):

@@ -326,12 +326,18 @@ def rope_estimate(made, shape, element_bytes):
     return estimate_of({"issue": cycles}, 1.0, 0.0, moved, issue_ms, issue_ms, card)
 
 
-def decode_bytes(shape, element_bytes):
+def ring_bytes(head_dim, element_bytes, int8=False):
+    """What the key and the value of one token and KV head take in a cache; of int8, with a scale in fp32 each."""
+    return 2 * (head_dim + 4 if int8 else head_dim * element_bytes)
+
+
+def decode_bytes(shape, element_bytes, int8=False):
     """The keys and values of the window, for one new token of each row of the batch; q and out."""
-    return 2 * shape.B * shape.D * element_bytes * (shape.Hkv * shape.window + shape.Hq)
+    keys = shape.Hkv * shape.window * ring_bytes(shape.D, element_bytes, int8)
+    return shape.B * (keys + 2 * shape.Hq * shape.D * element_bytes)
 
 
-def decode_cycles(made, shape, element_bytes):
+def decode_cycles(made, shape, element_bytes, int8=False):
     """{pipe: cycles} of one interior tile of keys. None if its loop was not found."""
     card, interior = CARDS[made.target], next((loop for loop in made.loops if not loop.masked), None)
     if interior is None:
@@ -339,18 +345,18 @@ def decode_cycles(made, shape, element_bytes):
     rows, keys = made.tile["BLOCK_M"], made.tile["BLOCK_N"]
     cycles = pipe_cycles(interior.pipes, interior.opcodes, made.tile["num_warps"], card)
     cycles["matrix"] = matrix_cycles(rows, keys, padded(shape.D), 2, card, made.target, element_bytes, made.matrix)
-    cycles["l2"] = l2_cycles(keys, shape.D, element_bytes, card)
+    cycles["l2"] = l2_cycles(keys, shape.D, 1 if int8 else element_bytes, card)
     return cycles
 
 
-def decode_estimate(made, shape, element_bytes):
+def decode_estimate(made, shape, element_bytes, int8=False):
     """The `Estimate` of a decode step, one new token a row, every tile of keys once."""
-    card, cycles = CARDS[made.target], decode_cycles(made, shape, element_bytes)
+    card, cycles = CARDS[made.target], decode_cycles(made, shape, element_bytes, int8)
     if cycles is None:
         return None
     tiles = shape.B * shape.Hkv * -(-shape.window // made.tile["BLOCK_N"])
     factor = tiles / card.multiprocessors / (card.gigahertz * 1e6)
-    moved = decode_bytes(shape, element_bytes)
+    moved = decode_bytes(shape, element_bytes, int8)
     overlapped, serial = overlapped_cycles(cycles) * factor, serial_cycles(cycles) * factor
     return estimate_of(cycles, 1.0, 0.0, moved, overlapped, serial, card)
 

@@ -13,10 +13,13 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_INT = 2**63 - 1
 
 
-def check_heads(q, k, v, k_name, v_name):
-    """Raise ValueError unless q (B, Hq, T, D) and k, v (B, Hkv, S, D) belong together."""
+def check_heads(q, k, v, k_name, v_name, codes=False):
+    """Raise ValueError unless q (B, Hq, T, D) and k, v (B, Hkv, S, D) belong together.
+
+    codes: k and v are int8, in place of q's dtype.
+    """
     for name, x in (("q", q), (k_name, k), (v_name, v)):
-        check_tensor(name, x, q)
+        check_tensor(name, x, q, codes=codes and x is not q)
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise ValueError(f"{name} has last stride {x.stride(-1)}, expected 1: call .contiguous() on it")
     (batch, heads, _, head_dim), k_shape, v_shape = q.shape, k.shape, v.shape
@@ -34,10 +37,10 @@ def check_heads(q, k, v, k_name, v_name):
         )
 
 
-def check_tensor(name, x, q, q_name="q"):
+def check_tensor(name, x, q, q_name="q", codes=False):
     """Raise ValueError unless x is a tensor (B, H, T, D >= 1) of a floating dtype, on the device and of the dtype of q.
 
-    q is one, or the argument itself.
+    q is one, or the argument itself. codes: the dtype is int8 instead.
     """
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} is {kind_of(x)}, expected a tensor (batch, heads, length, head size)")
@@ -47,14 +50,37 @@ def check_tensor(name, x, q, q_name="q"):
     if shape[3] == 0:
         raise ValueError(f"{name} has head size 0, expected at least 1")
     dtype = x.dtype
-    if dtype not in FLOATS:
+    if codes:
+        if dtype != torch.int8:
+            raise ValueError(f"{name} has dtype {dtype}, expected torch.int8 beside scales")
+    elif dtype not in FLOATS:
         raise ValueError(f"{name} has dtype {dtype}, expected a floating one: float16, bfloat16, float32 or float64")
     if x is q:
         return
-    if dtype != q.dtype:
+    if not codes and dtype != q.dtype:
         raise ValueError(f"{name} has dtype {dtype}, expected {q_name}'s {q.dtype}")
     if x.device != q.device:
         raise ValueError(f"{name} is on {x.device}, {q_name} is on {q.device}: move it with .to({q_name}.device)")
+
+
+def check_scales(k_scales, v_scales, k_cache, v_cache):
+    """Whether the caches are int8. Raises ValueError unless scales come with int8 caches alone, and fit these."""
+    if k_scales is None and v_scales is None:
+        for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.int8:
+                raise ValueError(f"{name} has dtype torch.int8, which needs its scales: k_scales=..., v_scales=...")
+        return False
+    expected = tuple(getattr(k_cache, "shape", ()))[:3]
+    for name, x in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} is {kind_of(x)}, expected a tensor torch.float32 {expected}, one for each slot")
+        if x.dtype != torch.float32 or x.shape != expected:
+            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, expected torch.float32 {expected}")
+        if x.device != k_cache.device:
+            raise ValueError(f"{name} is on {x.device}, k_cache is on {k_cache.device}: move it there")
+        if x.stride(2) != 1 and x.shape[2] > 1:
+            raise ValueError(f"{name} has last stride {x.stride(2)}, expected 1: call .contiguous() on it")
+    return True
 
 
 def check_window(window):

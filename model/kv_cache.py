@@ -182,6 +182,6 @@ class KVCache:
         for mine, theirs in zip((*self.k, *self.v), (*other.k, *other.v), strict=True):
             written = min(length, theirs.shape[2])  # slots of a row are written from the first one on
             mine[row, :, :written] = theirs[other_row, :, :written]
-        for values in self.v:  # a step multiplies unwritten slots by 0, which leaves NaN what was NaN
-            values[row, :, length:] = 0
+        for x in (*self.k, *self.v):  # a step multiplies unwritten slots by 0, which leaves NaN what was NaN
+            x[row, :, length:] = 0
         self.lengths[row] = length

@@ -70,7 +70,8 @@ def generate(
                    as a call of several tokens rounds alike. A smaller `GPT` with the same vocabulary, or "ngram": the
                    text goes on as it did the last time that its newest tokens stood in it, which pays for texts that
                    repeat themselves. For one prompt, and rotary positions (model/speculative.py).
-    compile        compile the steps with torch.compile; no effect on CUDA, where they are a CUDA graph.
+    compile        on a CPU: compile the step of one row whose layers all slide, which takes a C++ compiler and a minute
+                   the first time (model/compiled_step.py). No effect on CUDA, where a step is a CUDA graph.
 
     The iterator shares nothing with other iterators or with torch's random state. A model in training mode is
     evaluated, and is in training mode again between any two tokens. Raises ValueError for wrong arguments.

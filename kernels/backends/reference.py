@@ -12,6 +12,7 @@ this file and this file to PyTorch's SDPA; nothing here is meant to be fast, and
 import torch
 
 from ..band import visible_mask
+from ..int8 import dequantized, quantized
 
 READS_LENGTHS = True
 BACKWARD_READS_LSE = False
@@ -177,8 +178,8 @@ def attend_backward(
     return *(torch.empty_like(x).copy_(grad) for x, grad in ((q, dq), (k, dk), (v, dv))), dsinks
 
 
-def append(k, v, k_cache, v_cache, lengths, *, rope=None):
-    """`append_to_cache`, one row and one token at a time."""
+def append(k, v, k_cache, v_cache, lengths, *, rope=None, scales=None):
+    """`append_to_cache`, one row and one token at a time. scales: (k_scales, v_scales) of int8 rings."""
     T, C = k.shape[2], k_cache.shape[2]
     for b, length in enumerate(lengths.tolist()):
         for i in range(T):
@@ -187,13 +188,16 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
                 token = k[b, :, i]
                 if rope is not None:
                     token = rotated(token, rope[0][pos], rope[1][pos])
-                k_cache[b, :, pos % C] = token
-                v_cache[b, :, pos % C] = v[b, :, i]
+                for x, cache, of in ((token, k_cache, 0), (v[b, :, i], v_cache, 1)):
+                    if scales is not None:
+                        x, scales[of][b, :, pos % C] = quantized(x)
+                    cache[b, :, pos % C] = x
 
 
 def attend_to_cache(
-    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, num_splits=None, lse=None
-):
+    q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None, scales=None,
+    num_splits=None, lse=None,
+):  # fmt: skip
     """`sliding_gqa_decode`, one row and one query at a time, reading exactly the slots that the query sees.
 
     lse (B, Hq, T) is written to. num_splits is not read: no keys are cut, and no row depends on another.
@@ -203,6 +207,8 @@ def attend_to_cache(
     T, C = q.shape[2], k_cache.shape[2]
     group = q.shape[1] // k_cache.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
+    if scales is not None:
+        k_cache, v_cache = (dequantized(*pair, wide) for pair in zip((k_cache, v_cache), scales, strict=True))
     out = torch.zeros_like(q)
     for b, length in enumerate(lengths.tolist()):
         for i in range(T):

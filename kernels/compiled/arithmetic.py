@@ -270,7 +270,8 @@ def _table():
     for a in integers:
         for b in integers:
             add(f"cvt.{a}.{b}", lambda x, t=NUMPY[a]: x.astype(t), b, a)
-        add(f"cvt.rn.f32.{a}", lambda x: x.astype(np.float32), a, "f32")
+        for b in ("f16", "f32"):
+            add(f"cvt.rn.{b}.{a}", lambda x, t=NUMPY[b]: x.astype(t), a, b)
         for rounding, function in (("rzi", np.trunc), ("rni", np.rint), ("rmi", np.floor), ("rpi", np.ceil)):
             add(f"cvt.{rounding}.{a}.f32", lambda x, f=function, t=NUMPY[a]: _saturated(f(x), t), "f32", a)
     add("cvt.f32.bf16", bf16_to_f32, "bf16", "f32")

@@ -136,13 +136,13 @@ def card_of(target):
 
 def launches(
     target, *, head_dim, dtype, rope=False, half_rope=False, sinks=False, softcap=None, grad_lse=False, starts=False,
-    right=0, norm=False, group=4, new_tokens=1, configs=None,
+    right=0, norm=False, int8=False, group=4, new_tokens=1, configs=None,
 ):  # fmt: skip
     """The launches of every pass on `target`, once each: a list of `Launch`.
 
     rope: whether q and k are rotated, with half_rope only half of each head. grad_lse: whether lse has a gradient.
     starts: whether attention has documents, right: how many later keys it sees; decoding has neither.
-    norm: also the rotation with a norm of q and k, forward and backward.
+    norm: also the rotation with a norm of q and k, forward and backward. int8: of the rings, beside their scales.
     configs {pass: tile}: in place of the table's. The other arguments are those of `sliding_gqa_attention`.
     """
     configs = configs or {}
@@ -175,10 +175,12 @@ def launches(
             weights = meta(head_dim), meta(head_dim), 1e-6
             norm_rotate(q, k, weights, *tables)
             norm_rotate_backward(q, k, q, k, weights, *tables)
-        cache, lengths = meta(batch, heads, length, head_dim), meta(batch, dtype=torch.int32)
-        append(projected(new_tokens, heads), projected(new_tokens, heads), cache, cache, lengths, rope=extras["rope"])
+        cache = meta(batch, heads, length, head_dim, dtype=torch.int8 if int8 else dtype)
+        scales = (meta(batch, heads, length, dtype=torch.float32),) * 2 if int8 else None
+        lengths, ring = meta(batch, dtype=torch.int32), {"rope": extras["rope"], "scales": scales}
+        append(projected(new_tokens, heads), projected(new_tokens, heads), cache, cache, lengths, **ring)
         attend_to_cache(projected(new_tokens, heads * group), cache, cache, lengths, window, num_splits=splits,
-                        config=configs.get("decode"), **extras)  # fmt: skip
+                        config=configs.get("decode"), **extras, scales=scales)  # fmt: skip
     return list({launch.name: launch for launch in found}.values())
 
 

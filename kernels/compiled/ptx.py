@@ -91,8 +91,8 @@ def parse(text):
         elif value.startswith(".reg"):
             _, type_, names = value.split(None, 2)
             for register in names.split(","):
-                register = register.strip()
-                registers[register.split("<")[0] if "<" in register else scoped(register)] = WIDTHS[type_[1:]]
+                for one in _numbered(register) if blocks else [register.strip().split("<")[0]]:
+                    registers[scoped(one)] = WIDTHS[type_[1:]]
         elif not value.startswith("."):
             instructions.append(_instruction(value, source, scoped))
     return Program(name, parameters, registers, tuple(instructions), labels, threads)
@@ -150,8 +150,14 @@ def _declared(statements, position):
         if depth == 1 and kind == "label":
             names.add(value)
         if depth == 1 and kind == "statement" and value.startswith(".reg"):
-            names.update(name.strip() for name in value.split(None, 2)[2].split(","))
+            names.update(one for name in value.split(None, 2)[2].split(",") for one in _numbered(name))
     raise ValueError("a block { of the PTX has no end")
+
+
+def _numbered(name):
+    """The registers of one declaration: s<3> declares s0, s1, s2."""
+    name, _, count = name.strip().partition("<")
+    return [f"{name}{i}" for i in range(int(count.rstrip(">")))] if count else [name]
 
 
 def _instruction(text, source, scoped):

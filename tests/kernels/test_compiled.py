@@ -21,6 +21,7 @@ from kernels.compiled.machine_code import Branch, innermost_loops
 
 ROOT = Path(__file__).parents[2]
 MATRIX = {"sm_80": ["HMMA"], "sm_90": ["HGMMA"]}
+OF_KEYS = {"v_scale", "scores"}  # `scores *= load of the keys' scales`
 WITH_PRODUCTS = {"attention_forward", "attention_dq", "attention_dkdv", "decode"}
 COMPILE = """
 import json, torch
@@ -55,6 +56,11 @@ for D, dtype in ((128, torch.bfloat16), (72, torch.float16)):
         for launch in compiled.launches(target, head_dim=D, dtype=dtype, norm=True):
             if launch.name.startswith("norm_rope"):
                 report(launch, target, D, "norm")
+for target in ("sm_80", "sm_90"):
+    for D, variant in ((128, "all"), (64, "plain")):
+        for launch in compiled.launches(target, head_dim=D, dtype=torch.bfloat16, int8=True, **variants[variant]):
+            if launch.name in ("append", "decode"):
+                report(launch, target, D, variant + ", int8")
 variants |= {name + ", documents": dict(starts=True, **variants[name]) for name in variants}
 attention = ("attention_forward", "attention_dq", "attention_dkdv")
 for target in ("sm_80", "sm_90"):
@@ -171,8 +177,10 @@ def test_products_run_on_the_matrix_unit(shipped):
 
 
 def test_tiles_are_loaded_16_bytes_a_thread(shipped):
-    """But for the weights of a norm, which lie in another tile's layout."""
-    assert not [(named(made), made["narrow"]) for made in shipped if made["narrow"] and made["variant"] != "norm"]
+    """But for the weights of a norm, which lie in another tile's layout, and the scales of int8, one number a key."""
+    for made in shipped:
+        narrow = {what for what, *_ in made["narrow"]}
+        assert narrow <= OF_KEYS if "int8" in made["variant"] else not narrow or made["variant"] == "norm", named(made)
     for made in shipped:  # and their names are known, so that none slips through
         assert all(what for what, kind, *_ in made["accesses"]), named(made)
 
@@ -184,6 +192,14 @@ def test_there_is_one_masked_loop_and_one_without_a_mask(shipped):
             compares = sum(n for name, n in made["loops"][1]["opcodes"].items() if name.startswith("ISETP"))
             # of the loop's own counter and its copies, and of the ring's end
             assert compares <= (12 if made["kernel"] == "decode" else 4), named(made)
+
+
+def test_rings_of_int8_are_read_and_written_as_int8(shipped):
+    """16 bytes a thread, which are 16 elements: as many copies as in bf16 for twice the elements."""
+    for made in (made for made in shipped if made["variant"].endswith(", int8")):
+        own = [access for access in made["accesses"] if access[0] in ("k", "v")]
+        if made["kernel"] == "decode":
+            assert {access[0] for access in own} == {"k", "v"} and all(access[2] == 16 for access in own), named(made)
 
 
 def test_documents_cost_the_interior_nothing(shipped):

@@ -13,7 +13,7 @@ MUTATIONS = {
     "slot off by one": ("tiles.py", "slot = oldest_slot + key", "slot = oldest_slot + key + 1"),
     "end of the ring off by one": ("tiles.py", "tl.where(slot < num_slots", "tl.where(slot <= num_slots"),
     "written beside its slot": ("decode.py", "position % num_slots", "(position + 1) % num_slots"),
-    "padding is written": ("decode.py", "(in_rows & (position >= 0))", "in_rows"),
+    "padding is written": ("decode.py", "row_ok = in_rows & (position >= 0)", "row_ok = in_rows"),
     "wrong group map": ("decode.py", "kv_head * GROUP + row % GROUP", "kv_head + row % GROUP"),
     "tokens and heads of a tile swapped": ("decode.py", "token = row // GROUP", "token = row % num_new"),
     "oldest key of the newest token": (

@@ -20,6 +20,7 @@ from budget import excess, run
 from packed import starts_of
 
 from kernels import append_to_cache, apply_rope, flash_attn, rope_tables, sliding_gqa_attention, sliding_gqa_decode
+from kernels.int8 import dequantized, quantized
 
 ROOT = Path(__file__).parents[2]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -43,6 +44,10 @@ DECODING = {  # dtype, Hq, Hkv, D, slots, window, new tokens, lengths, rotated e
     "bf16, rope, sinks, cap, three tokens": (BF16, 6, 2, 64, 90, 70, 3, (130, 2), 64, ALL),
     "fp16, heads of 64": (FP16, 8, 2, 64, 150, 100, 1, (149, 150), 0, {}),
     "fp32, rope, no window": (FP32, 4, 2, 32, 70, None, 2, (66, 0), 32, {}),
+    "bf16, int8, heads of 128, split keys": (BF16, 4, 1, 128, 300, 290, 1, (450, 31), 0, {"int8": True}),
+    "bf16, int8, rope, sinks, cap, three tokens": (BF16, 6, 2, 64, 90, 70, 3, (130, 2), 64, {**ALL, "int8": True}),
+    "fp16, int8, heads of 72": (FP16, 4, 2, 72, 70, 60, 1, (69, 70), 0, {"int8": True}),
+    "fp32, int8, rope": (FP32, 4, 2, 32, 70, 40, 2, (66, 0), 32, {"int8": True}),
 }
 ROTATION = {  # dtype, D, rotated elements, interleaved
     "bf16": (BF16, 64, 64, False),
@@ -104,21 +109,27 @@ def attention(emulator, dtype, T, S, Hq, Hkv, D, window, rotated, options):
 def decoding(emulator, dtype, Hq, Hkv, D, slots, window, new, lengths, rotated, options):
     batch = len(lengths)
     q, k, v = (projected(new, heads, D, dtype, batch) for heads in (Hq, Hkv, Hkv))
-    caches = torch.randn(2, batch, Hkv, slots, D).to(dtype)
+    caches, scales = torch.randn(2, batch, Hkv, slots, D).to(dtype), None
+    if options.get("int8"):
+        caches, scales = quantized(caches)
     for row, length in enumerate(lengths):
-        caches[:, row, :, length:] = float("nan")  # what was never written must never be read
+        (caches if scales is None else scales)[:, row, :, length:] = float("nan")  # never written, so never read
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    sinks = torch.randn(Hq).to(dtype) if options else None
+    sinks = torch.randn(Hq).to(dtype) if options.get("sinks") else None
 
     def results(backend, dtype):
         rope = tables(int(lengths.max()), rotated, dtype) if rotated else None
-        k_cache, v_cache = caches.to(dtype, copy=True)
-        append_to_cache(k.to(dtype), v.to(dtype), k_cache, v_cache, lengths, rope=rope, backend=backend)
+        rings, ring = caches.to(dtype, copy=True), {"rope": rope, "backend": backend}
+        if scales is not None:
+            rings, of_rings = caches.clone(), scales.clone()
+            ring |= {"k_scales": of_rings[0], "v_scales": of_rings[1]}
+        append_to_cache(k.to(dtype), v.to(dtype), *rings, lengths, **ring)
         out = sliding_gqa_decode(
-            q.to(dtype), k_cache, v_cache, lengths, window, sinks=None if sinks is None else sinks.to(dtype), scale=0.5,
-            softcap=options.get("softcap"), rope=rope, backend=backend,
+            q.to(dtype), *rings, lengths, window, sinks=None if sinks is None else sinks.to(dtype), scale=0.5,
+            softcap=options.get("softcap"), **ring,
         )  # fmt: skip
-        return [out, k_cache.nan_to_num(7.0), v_cache.nan_to_num(7.0)]
+        stored = rings if scales is None else dequantized(rings, of_rings, dtype)
+        return [out, *stored.nan_to_num(7.0)]
 
     with emulator:
         ours = results("triton", dtype)
@@ -330,7 +341,7 @@ def test_every_pass_as_compiled_is_within_its_budget(target):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) >= 24
+    assert len(cases) >= 28
     for case in cases:
         assert case["error"] is None, case
         assert case["ratios"] and all(ratio <= 1 for ratio in case["ratios"].values()), case

@@ -206,6 +206,16 @@ def test_narrow_integers_are_the_lower_bits_of_a_register_and_keep_their_sign():
     assert (run(body) == 0xFFFF - 1).all()  # 511 is -1 in 8 bits; (-1 * 16384) >> 16 is -1
 
 
+def test_numbered_registers_of_a_block_are_its_own():
+    """As Triton converts four bytes of int8: 0x01FE0380 is -128, 3, -2, 1."""
+    body = """mov.b32 %r5, 0x01FE0380; { .reg .s8 s<4>; .reg .f32 f<4>; mov.b32 {s0, s1, s2, s3}, %r5;
+        cvt.rn.f32.s8 f0, s0; cvt.rn.f32.s8 f2, s2; add.f32 f3, f0, f2; mov.b32 %r6, f3;
+        cvt.rn.f16.s8 %rs1, s1; mov.b32 %r7, {%rs1, %rs1}; }
+        st.global.b32 [%rd2], %r6; ret; }"""
+    assert (run(body).numpy().view(np.float32) == -130).all()
+    assert (run(body.replace("%r6; ret", "%r7; ret")).numpy().view(np.float16) == 3).all()
+
+
 def test_halves_are_added_and_multiplied_in_fp32():
     """Mixed precision of sm_100: 1.5 * 1.5 + 3 in one rounding, plus 1.5."""
     body = f"""mov.b16 %rs1, {0x3FC0}; mov.b32 %r5, {float_bits(3)}; fma.rn.f32.bf16 %r6, %rs1, %rs1, %r5;

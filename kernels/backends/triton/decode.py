@@ -37,6 +37,7 @@ from .rope import rotary_tables
 from .tiles import (
     LN_2,
     LOG2_E,
+    VALUE_UNIT,
     attend_tiles,
     blocks_of,
     head_block,
@@ -55,17 +56,35 @@ COMBINE_SPLITS = 16  # of a tile: 8 elements a thread at 128 elements a head
 # What `split_count` weighs, in the time of one tile of keys where memory is the limit. Estimates: not measured yet.
 START = 1  # until a program's first tile is there: lengths, q and the tile are three reads, one after the other
 COMBINE = 2  # the launch of the second kernel, and its reads
+LARGEST_CODE: tl.constexpr = tl.constexpr(127)
+SMALLEST: tl.constexpr = tl.constexpr(127 * 2.0**-126)  # below it, 127 / x is infinite: kernels/int8.py
+ROUNDING: tl.constexpr = tl.constexpr(1.5 * 2**23)  # a sum with it has no bits behind the point
 RESIDENT = 2  # programs that a multiprocessor runs at a time: the tiles of more would not fit its shared memory
+
+
+@triton.jit
+def quantized(x):
+    """(codes, scales) of the rows of a tile: kernels/int8.py."""
+    x = x.to(tl.float32)
+    # as an integer NaN is larger than any number, so that it is not lost
+    largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    inverse = tl.where(largest > SMALLEST, LARGEST_CODE / tl.maximum(largest, SMALLEST), 0.0)
+    rounded = x * inverse[:, None] + ROUNDING
+    # the lowest byte of such a float is the integer
+    return rounded.to(tl.int32, bitcast=True).to(tl.int8), largest / LARGEST_CODE
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_new", "num_heads", "num_slots", "num_positions"])
 def append_kernel(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, cos_ptr, sin_ptr,
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, cos_ptr, sin_ptr, k_scales_ptr, v_scales_ptr,
     strides,  # of k, v and the caches: of batch, head, position or slot, in units of UNIT elements; the last is 1
+    scale_strides,  # of both scales: of batch, head and slot; None where rings are not int8
     num_rows, num_new, num_heads, num_slots, num_positions,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Rotate k, then write k and v into the slots of their positions. A row is one head of one token.
+
+    Into rings of int8, both are quantised in registers, and the scales are written beside them.
 
     num_positions: rows of the tables. The key of a position past them is NaN.
     """
@@ -78,22 +97,31 @@ def append_kernel(
     slot = position % num_slots
     element, in_head = head_columns(HEAD_DIM)
     # positions below 0 are padding
-    ok = (in_rows & (position >= 0))[:, None] & in_head[None, :]
+    row_ok = in_rows & (position >= 0)
+    ok = row_ok[:, None] & in_head[None, :]
     k_row = row_offset(batch, head, token, in_elements(strides[0], UNIT))[:, None]
     v_rows = v_ptr + row_offset(batch, head, token, in_elements(strides[1], UNIT))[:, None]
     k_slots = k_cache_ptr + row_offset(batch, head, slot, in_elements(strides[2], UNIT))[:, None]
     v_slots = v_cache_ptr + row_offset(batch, head, slot, in_elements(strides[3], UNIT))[:, None]
     k = load_rotated(k_ptr, k_row, element[None, :], ok, position[:, None], cos_ptr, sin_ptr, ROTARY_DIM, num_positions)
+    v = tl.load(v_rows + element[None, :], mask=ok, other=0.0)
+    if k_scales_ptr is not None:
+        k, k_scale = quantized(k)
+        v, v_scale = quantized(v)
+        tl.store(k_scales_ptr + row_offset(batch, head, slot, scale_strides[0]), k_scale, mask=row_ok)
+        tl.store(v_scales_ptr + row_offset(batch, head, slot, scale_strides[1]), v_scale, mask=row_ok)
     tl.store(k_slots + element[None, :], k, mask=ok)
-    tl.store(v_slots + element[None, :], tl.load(v_rows + element[None, :], mask=ok, other=0.0), mask=ok)
+    tl.store(v_slots + element[None, :], v, mask=ok)
 
 
 @triton.jit(
     do_not_specialize=["num_new", "num_kv_heads", "num_slots", "window", "max_length", "num_positions", "num_splits"]
 )
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr, acc_ptr, max_ptr, sum_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, sinks_ptr, cos_ptr, sin_ptr, k_scales_ptr, v_scales_ptr,
+    out_ptr, lse_ptr, acc_ptr, max_ptr, sum_ptr,
     strides,  # of q, k, v, out: of batch, head, position or slot, in units of UNIT elements; the last stride is 1
+    scale_strides,  # of the scales of k and v: of batch, head and slot; None where k and v are not int8
     num_new, num_kv_heads, num_slots, window, max_length, num_positions, num_splits, scale_log2, cap_scale,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -158,15 +186,24 @@ def decode_kernel(
     state = (acc, row_sum, row_max)
     k_ptr += batch.to(tl.int64) * k_strides[0] + kv_head.to(tl.int64) * k_strides[1]
     v_ptr += batch.to(tl.int64) * v_strides[0] + kv_head.to(tl.int64) * v_strides[1]
+    scales = None
+    if k_scales_ptr is not None:
+        of_pair = batch.to(tl.int64), kv_head.to(tl.int64)
+        scales = (
+            k_scales_ptr + of_pair[0] * scale_strides[0][0] + of_pair[1] * scale_strides[0][1],
+            v_scales_ptr + of_pair[0] * scale_strides[1][0] + of_pair[1] * scale_strides[1][1],
+        )
     state = attend_tiles(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], edges, num_keys, oldest % num_slots,
-        num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
+        num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, True, scales,
     )  # fmt: skip
     state = attend_tiles(
         state, q, q_pos - oldest, k_ptr, v_ptr, k_strides[2], v_strides[2], interior, num_keys, oldest % num_slots,
-        num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
+        num_slots, window, None, scale_log2, cap_scale, HEAD_DIM, BLOCK_N, PRECISION, False, scales,
     )  # fmt: skip
     acc, row_sum, row_max = state
+    if scales is not None:
+        acc = acc / VALUE_UNIT
     row_sum = tl.sum(row_sum, 1)
 
     out_row = (batch.to(tl.int64) * num_kv_heads * GROUP + head) * num_new + token
@@ -222,8 +259,8 @@ def combine_kernel(
         tl.store(lse_ptr + row + tl.arange(0, 1), lse_log2 * LN_2)
 
 
-def append(k, v, k_cache, v_cache, lengths, *, rope=None):
-    """`append_to_cache`: one launch."""
+def append(k, v, k_cache, v_cache, lengths, *, rope=None, scales=None):
+    """`append_to_cache`: one launch. scales: (k_scales, v_scales) of rings of int8."""
     B, H, T, D = k.shape
     rows = B * H * T
     if rows * D == 0:
@@ -234,15 +271,15 @@ def append(k, v, k_cache, v_cache, lengths, *, rope=None):
     unit, strides = strides_of(k, v, k_cache, v_cache)
     with torch.cuda.device_of(k):
         append_kernel[(blocks_of(rows, APPEND_ROWS),)](
-            k, v, k_cache, v_cache, lengths.contiguous(), cos, sin,
-            strides, rows, T, H, k_cache.shape[2], num_positions,
+            k, v, k_cache, v_cache, lengths.contiguous(), cos, sin, *(scales or (None, None)),
+            strides, _strides_of_scales(scales), rows, T, H, k_cache.shape[2], num_positions,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, UNIT=unit, BLOCK_M=APPEND_ROWS, num_warps=1,
         )  # fmt: skip
 
 
 def attend_to_cache(
     q, k_cache, v_cache, lengths, window=None, *, scale, softcap=None, sinks=None, rope=None,
-    config=None, num_splits=None, lse=None,
+    scales=None, config=None, num_splits=None, lse=None,
 ):  # fmt: skip
     """`sliding_gqa_decode`: one launch, or two if the keys are split.
 
@@ -273,8 +310,9 @@ def attend_to_cache(
     unit, strides = strides_of(q, k_cache, v_cache, out)
     with torch.cuda.device_of(q):
         decode_kernel[(programs * num_splits,)](
-            q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, out, lse, acc, maxima, sums,
-            strides,
+            q, k_cache, v_cache, lengths.contiguous(), sinks, cos, sin, *(scales or (None, None)),
+            out, lse, acc, maxima, sums,
+            strides, _strides_of_scales(scales),
             T, Hkv, C, C if window is None else window, C if window is None else 2**31 - 1, num_positions, num_splits,
             scale_log2, cap_scale,
             HEAD_DIM=D, ROTARY_DIM=rotary_dim, GROUP=group, UNIT=unit, BLOCK_M=block_m, BLOCK_N=config.BLOCK_N,
@@ -287,6 +325,10 @@ def attend_to_cache(
                 num_warps=8, num_stages=1,
             )  # fmt: skip
     return out
+
+
+def _strides_of_scales(scales):
+    return None if scales is None else tuple([x.stride() for x in scales])
 
 
 @functools.lru_cache(maxsize=1024)  # batches that grow and shrink ask for many, the layers of a step for the same

@@ -23,6 +23,9 @@ import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # log2(e)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Weights of int8 values are so many times too large until their walk is over: in fp16, a weight times a scale would be
+# below the numbers that have all their bits. 128 could overflow: a scale is up to 65504 / 127.
+VALUE_UNIT: tl.constexpr = tl.constexpr(64.0)
 
 
 @triton.constexpr_function
@@ -348,9 +351,10 @@ def tanh(x, ACCURATE: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: tl.constexpr, v_scale=None):
     """Fold one tile of scores and its values into state = (acc, row_sum, row_max) of the online softmax.
 
+    v_scale (keys,): what the values are to be multiplied by, times VALUE_UNIT; the weights are instead.
     row_sum (rows, n) is the sums over every n-th column, see `tile_configs.partial_sums`.
     Weights are 2^(scale_log2 * (score - row_max)): the scale costs nothing, since it rides on the subtraction's FMA.
     """
@@ -367,6 +371,8 @@ def softmax_step(state, scores, v, scale_log2, PRECISION: tl.constexpr, MASKED: 
     SUMS: tl.constexpr = row_sum.shape[1]
     partial = tl.reshape(p, (p.shape[0], p.shape[1] // SUMS, SUMS))
     row_sum = row_sum * rescale[:, None] + tl.sum(partial, 1)
+    if v_scale is not None:
+        p = p * v_scale[None, :]
     acc = dot(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
     return acc, row_sum, new_max
 
@@ -382,11 +388,12 @@ def ring_slot(oldest_slot, key, num_slots):
 def attend_tiles(
     state, q, q_pos, k_ptr, v_ptr, k_stride, v_stride, span, num_keys, oldest_slot, num_slots, window, limits,
     scale_log2, cap_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, scales=None,
 ):  # fmt: skip
     """The walk of one row block over the key tiles of `span`; q_pos is the position of each row's query among the keys.
 
     num_slots: keys lie in a ring, from oldest_slot on; None where they lie in order.
+    scales: of a ring of int8, pointers to those of the keys and of the values. They multiply scores and weights.
     """
     PADDED: tl.constexpr = head_block(HEAD_DIM) != HEAD_DIM
     element, in_head = head_columns(HEAD_DIM)
@@ -404,13 +411,24 @@ def attend_tiles(
             k_ptrs = k_ptr + element[:, None] + slot[None, :] * k_stride
             v_ptrs = v_ptr + element[None, :] + slot[:, None] * v_stride
         k = load_tile(k_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)
+        v_scale = None
+        if scales is not None:
+            k = k.to(q.dtype)
+            v_scale = load_tile(scales[1] + slot, in_keys, None, MASKED, False) * VALUE_UNIT
         scores = dot(q, k, None, PRECISION)
+        if scales is not None:
+            scores *= load_tile(scales[0] + slot, in_keys, None, MASKED, False)[None, :]
         if cap_scale is not None:
             scores = tanh(scores * cap_scale, q.dtype.primitive_bitwidth > 16)
         if MASKED:
             scores = tl.where(visible(q_pos[:, None], k_pos[None, :], window, limits), scores, float("-inf"))
-        v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
-        state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED)
+        if scales is None:
+            v = load_tile(v_ptrs, in_keys[:, None], in_head[None, :], MASKED, PADDED)
+        else:
+            # as the transpose of a tile like k's: otherwise bytes of a row-major operand are copied 8 at a time, not 16
+            v_ptrs = v_ptr + element[:, None] + slot[None, :] * v_stride
+            v = tl.trans(load_tile(v_ptrs, in_keys[None, :], in_head[:, None], MASKED, PADDED)).to(q.dtype)
+        state = softmax_step(state, scores, v, scale_log2, PRECISION, MASKED, v_scale)
         step = walk_step(start, span, BLOCK_N, MASKED)
         start += step
         if num_slots is None:
