@@ -207,17 +207,6 @@ class GPTConfig:
         return "modern" if modern and len(parts) == 3 else "-".join(parts)
 
     @property
-    def modern_fields(self) -> str:
-        """The fields in which a block is not GPT-2's, for a message: "norm 'rms', bias False"; "" if there is none."""
-        usual = {"head_dim": self.d_model // self.n_head, "qkv_bias": self.bias}
-        names = (
-            "head_dim mlp norm norm_position qk_norm bias qkv_bias embedding_scale attention_scale attention_softcap "
-            "logit_softcap local_rope_theta"
-        )
-        usual |= {field.name: field.default for field in fields(self) if field.name in names.split()} | usual
-        return ", ".join(f"{name} {getattr(self, name)!r}" for name in usual if getattr(self, name) != usual[name])
-
-    @property
     def rotated(self) -> int:
         """Rotated elements of a head."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim

@@ -5,11 +5,11 @@
     python benchmarks/architecture_study --retime           # measure only the times again, on a quiet machine
     python benchmarks/architecture_study --only-tables --docs docs      # from compare.json: tables, csv and plots
 
-Trains the original GPT-2, every step towards the modified one and multi-query attention, on the same characters in the
-same order with the same optimizer, each with its own best learning rate, at equal width and at equal parameter count,
-for two lengths of run, with several seeds. Then measures the times of training steps and sampled tokens. Writes
-architecture-study.md into --docs, and architecture-study/ beside it: compare.csv, compare.json and the plots. On a page
-that exists, only the tables between comments are replaced.
+Trains the original GPT-2, every step towards the modified one, `modern` and multi-query attention, on the same
+characters in the same order with the same optimizer, each with its own best learning rate, at equal width and at equal
+parameter count, for two lengths of run, with several seeds. Then measures the times of training steps and sampled
+tokens. Writes architecture-study.md into --docs, and architecture-study/ beside it: compare.csv, compare.json and the
+plots. On a page that exists, only the tables between comments are replaced.
 """
 
 import csv

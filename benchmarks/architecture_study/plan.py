@@ -22,7 +22,7 @@ from model import ARCHITECTURES, GPT, GPTConfig
 from model.command import resolve_device
 from train.config import option
 
-NAMES = (*ARCHITECTURES[:4], "multi-query")
+NAMES = (*ARCHITECTURES, "multi-query")
 ORIGINAL, MODIFIED = "original", "rope-window-gqa"
 SIZES = EQUAL_WIDTH, EQUAL_PARAMETERS = "equal width", "equal parameters"
 WINDOW_FRACTIONS = (0.1, 0.2, 0.4, 1.0)

@@ -7,7 +7,7 @@ from .plan import MODIFIED, NAMES, ORIGINAL
 from .results import estimate
 from .tables import find, seconds_at
 
-COLORS = dict(zip(NAMES, ("black", "tab:blue", "tab:orange", "tab:red", "tab:purple"), strict=True))
+COLORS = dict(zip(NAMES, ("black", "tab:blue", "tab:orange", "tab:red", "tab:green", "tab:purple"), strict=True))
 LOSS = "held-out loss (nats per character)"
 
 

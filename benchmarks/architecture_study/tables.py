@@ -16,7 +16,8 @@ CHANGES = (  # what is compared with the model before the change
     ("rotary positions", "rope", ORIGINAL),
     ("+ window", "rope-window", "rope"),
     ("+ grouped KV heads", MODIFIED, "rope-window"),
-    ("one KV head instead of grouped", "multi-query", MODIFIED),
+    ("modern instead", "modern", MODIFIED),
+    ("one KV head instead", "multi-query", MODIFIED),
 )
 PART = re.compile(r"(<!-- (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
