@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .decoding import ONE_THREAD_TOKEN, Decoder, evaluating, few_threads, make_step
 from .kv_cache import KVCache
 from .prompts import check_prompt, encode_prompts, row_seeds, seen_tokens
-from .sampling_params import RowGenerators, SamplingParams
+from .sampling_params import BLOCK, RowGenerators, SamplingParams
 from .stop_strings import StopStrings, checked_strings
 
 
@@ -71,6 +71,7 @@ def generate_batch(
         model, prompts, max_new_tokens, batch=batch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, greedy=greedy, seed=seed, stop_tokens=stop_tokens,
         stop_strings=stop_strings, tokenizer=tokenizer, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant,
+        log_probabilities=log_probabilities,
     )  # fmt: skip
     return (new[:3] if log_probabilities else new[:2] for new in written if new.token is not None)
 
@@ -80,13 +81,13 @@ class NewToken(NamedTuple):
 
     prompt: int
     token: int | None
-    log_probability: float
+    log_probability: float | None
     last: bool
 
 
 def write_batch(
     model, prompts, max_new_tokens, *, batch=8, seed=None, stop_tokens=(), stop_strings=(), tokenizer=None,
-    prefill_chunk=128, batch_invariant=False, **settings,
+    prefill_chunk=128, batch_invariant=False, log_probabilities=False, **settings,
 ):  # fmt: skip
     """`generate_batch` as an iterator of `NewToken`s. settings: fields of `SamplingParams`, or lists of them."""
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
@@ -97,6 +98,8 @@ def write_batch(
     count = len(prompts)
     settings = {name: _for_each(name, value, count) for name, value in settings.items()}
     params = [SamplingParams(**{name: values[i] for name, values in settings.items()}) for i in range(count)]
+    same = {}
+    params = [same.setdefault(one, one) for one in params]  # rows of equal settings share an object
     most = _for_each("max_new_tokens", max_new_tokens, count)
     if negative := [value for value in most if value < 0]:
         raise ValueError(f"max_new_tokens={negative[0]} is negative")
@@ -106,7 +109,7 @@ def write_batch(
         raise ValueError(f"stop_strings={stop_strings!r} need the tokenizer of the text: tokenizer=...")
     stops = [frozenset(given) for given in _for_each("stop_tokens", stop_tokens, count, (list, tuple, set, frozenset))]
     rows = map(_Row, range(count), prompts, params, most, row_seeds(seed, count), stops, strings)
-    return _Batch(model, rows, batch, prefill_chunk, tokenizer, batch_invariant).run()
+    return _Batch(model, rows, batch, prefill_chunk, tokenizer, batch_invariant, log_probabilities).run()
 
 
 def _for_each(name, value, count, kinds=None):
@@ -133,10 +136,11 @@ def _checked(prompt, number, model):
 class _Row:
     """One prompt and what is needed to write its text. `begin` makes what takes memory."""
 
-    def __init__(self, number, prompt, params, max_new_tokens, seed, stop_tokens, stop_strings):
-        self.number, self.prompt, self.params, self.left, self.seed = number, prompt, params, max_new_tokens, seed
+    def __init__(self, index, prompt, params, max_new_tokens, seed, stop_tokens, stop_strings):
+        self.index, self.prompt, self.params, self.left, self.seed = index, prompt, params, max_new_tokens, seed
         self.stop_tokens, self.stop_strings = stop_tokens, stop_strings
         self.new, self.last = [], False  # the tokens that were made; whether the last one ended the text
+        self.numbers = []  # random ones that come next, the last one first
 
     @property
     def length(self):
@@ -159,6 +163,13 @@ class _Row:
     def _decoder(self, model, tokens, prefill_chunk):
         return Decoder(model, tokens, tokens.new_zeros(1, dtype=torch.int32), self.left, prefill_chunk)
 
+    def number(self):
+        """The next random number. They come to the host many at a time, which is faster than one tensor for each."""
+        if not self.numbers:
+            self.numbers = self.generators.ahead(BLOCK)[0].tolist()[::-1]
+            self.generators.skip(BLOCK)
+        return self.numbers.pop()
+
     def logits(self):
         """The logits (1, V) of the next token, by the row's own decoder."""
         if self.decoder.is_reading:
@@ -173,15 +184,15 @@ class _Row:
             self.seen[:, token] = True
         stopped = bool(self.stop_strings) and self.stop_strings.update([token])[0]
         self.last = stopped or token in self.stop_tokens or self.left == 0
-        return NewToken(self.number, token, log_probability, self.last)
+        return NewToken(self.index, token, log_probability, self.last)
 
 
 class _Batch:
     """The scheduler: `waiting` rows, the one that is `reading`, those in `slots`, and those computed `alone`."""
 
-    def __init__(self, model, rows, batch, prefill_chunk, tokenizer, batch_invariant):
+    def __init__(self, model, rows, batch, prefill_chunk, tokenizer, batch_invariant, log_probabilities):
         self.model, self.batch, self.prefill_chunk, self.tokenizer = model, batch, prefill_chunk, tokenizer
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.log_probabilities = batch_invariant, log_probabilities
         self.decodable = None if tokenizer is None else tokenizer.vocab_size
         self.context_length = model.config.context_length if model.config.positions == "learned" else None
         self.waiting, self.reading, self.slots, self.alone = deque(rows), None, _Slots(model, batch), []
@@ -217,7 +228,7 @@ class _Batch:
             row = self.reading
             if not row.left:
                 self.reading = None
-                yield NewToken(row.number, None, 0.0, True)
+                yield NewToken(row.index, None, None, True)
                 continue
             read += min(self.prefill_chunk, row.prompt.shape[1])
             with row.decoder.threads():
@@ -244,18 +255,21 @@ class _Batch:
         """Choose the next token of each row, logits (len(rows), V); rows of the same settings together."""
         groups = {}
         for i, row in enumerate(rows):
-            groups.setdefault(row.params, []).append(i)
+            groups.setdefault(id(row.params), []).append(i)
         made = [None] * len(rows)
-        for params, members in groups.items():
+        for members in groups.values():
             chosen = [rows[i] for i in members]
+            params = chosen[0].params
             own = logits if len(groups) == 1 else logits[members]
             seen = None if params.repetition_penalty == 1 else torch.cat([row.seen for row in chosen])
             generators = _Generators(chosen) if params.is_random else None
             tokens = params.choose(
                 own[:, : self.decodable], generators, seen if seen is None else seen[:, : self.decodable]
             )
-            found = F.log_softmax(own.float(), dim=-1).gather(1, tokens[:, None]).squeeze(1)
-            for i, row, token, log_probability in zip(members, chosen, tokens.tolist(), found.tolist(), strict=True):
+            found = [None] * len(members)
+            if self.log_probabilities:
+                found = F.log_softmax(own.float(), dim=-1).gather(1, tokens[:, None]).squeeze(1).tolist()
+            for i, row, token, log_probability in zip(members, chosen, tokens.tolist(), found, strict=True):
                 made[i] = row.add(token, log_probability)
         return made
 
@@ -267,7 +281,7 @@ class _Generators:
         self.rows = rows
 
     def uniform(self):
-        return torch.cat([row.generators.uniform() for row in self.rows])
+        return torch.tensor([[row.number()] for row in self.rows], device=self.rows[0].prompt.device)
 
 
 class _Slots:

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -95,6 +96,11 @@ def command_output(program: str, ends: bool = False):
         sys.exit(130)
     finally:
         sys.stdin, sys.stdout, sys.stderr = before
+
+
+def cache_directory() -> Path:
+    """$XDG_CACHE_HOME/sliding-gqa, or ~/.cache/sliding-gqa."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sliding-gqa"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ STANDARD_MODULES |= {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Modul
 # Multiply-adds up to which one thread takes a token, and a prompt. Several threads wait for each other in each of some
 # hundred short calls; beside a busy process they wait up to a hundred times as long. docs/sampling.md has the figures.
 ONE_THREAD_TOKEN, ONE_THREAD_PROMPT = 2**23, 2**27
-MANY_ROWS = 32  # of a product in fp32 on a CPU: from there on oneDNN is faster than MKL, where it is exact
+MANY_ROWS = 16  # of a product in fp32 on a CPU: from there on oneDNN is faster than MKL, where it is exact
 one_call_gelu = partial(F.gelu, approximate="tanh")
 WARM_UPS = 3  # forwards before a capture: Triton compiles its kernels, cuBLAS allocates its workspace
 
@@ -88,6 +88,8 @@ class Decoder:
             dtype=dtype,
             padding=(self.padding - dropped).clamp(min=0),
         )
+        by_step = self.rows == 1 and why_not_cpu_step(self.model, self.cache) is None
+        self.step = CPUStep(self.model, self.cache) if by_step else None
         *chunks, last = self.tokens.split(self.prefill_chunk, dim=1)
         for chunk in chunks:
             self._read(chunk)
@@ -101,6 +103,8 @@ class Decoder:
 
     def _read(self, chunk):
         """The logits after a chunk of the prompt, which goes into the cache."""
+        if self.step is not None:
+            return self.step(chunk[0], last=True)
 
         def read():
             return self._last_logits(chunk, self.cache)
@@ -163,7 +167,9 @@ def make_step(model, cache, compile=False):
     if why_not_cuda_graph(model, cache) is None:
         return CUDAGraphStep(model, cache)
     if why_not_cpu_step(model, cache) is None:
-        return CPUStep(model, cache, compile)
+        from .compiled_step import compiled_step  # here, because it imports this module
+
+        return compiled_step(model, cache) if compile else CPUStep(model, cache)
     model = torch.compile(model) if compile else model
 
     @torch.no_grad()
@@ -257,22 +263,19 @@ class CPUStep:
 
     A token of a small model is a fraction of a millisecond of arithmetic; modules and operators cost several times
     that. The step uses the weights that the model has now and sees changes in place, such as an optimizer's.
-
-    compile: compile the arithmetic with torch.compile, which takes a minute at the first tokens.
     """
 
-    def __init__(self, model, cache, compile=False):
+    def __init__(self, model, cache):
         self.model, self.config, self.cache = model, model.config, cache
         self.kernels = _backend(model).token_step
         self.one_row, self.masks = cache.max_new_tokens_per_call > 1, {}
-        self.forward = torch.compile(self._forward) if compile else self._forward
         ropes = [block.attn.rope for block in model.blocks]
         self.angles = {rope: rope and partial(rope.at, device=cache.lengths.device) for rope in ropes}
         self.embedding = model.wte.weight.detach()
         self.positions = model.wpe.weight.detach() if self.config.positions == "learned" else None
         self.head = self.embedding.t() if self.config.tie_weights else model.lm_head.weight.detach().t()
         self.norm = _norm(model.ln_f)
-        self.addmm_many = torch.addmm if compile else through_onednn(torch.addmm)  # a graph cannot switch libraries
+        self.forward_many = through_onednn(self._forward)
         self.layers = [
             (
                 *(block.attn.rope, _norm(block.ln_1), _linear(block.attn.qkv), self._attention(k, v, block.attn)),
@@ -284,18 +287,20 @@ class CPUStep:
         ]
 
     @torch.inference_mode()
-    def __call__(self, tokens):
+    def __call__(self, tokens, last=False):
         """The logits (B, V) after one more token of each row: model(tokens[:, None], cache=cache)[0][:, -1].
 
-        With a cache for several tokens a call, tokens (T,) are of one row, and logits (T, V).
+        With a cache for several tokens a call, tokens (T,) are of one row, and logits (T, V); last: (1, V).
         """
         self.cache.advance(len(tokens) if self.one_row else 1, self.model.config)
         lengths, D, distance = self.cache.lengths, self.config.head_dim, self.config.prefix_distance
+        forward = self.forward_many if len(tokens) >= MANY_ROWS else self._forward
         if self.one_row and len(tokens) > 1:
             kind = partial(self.kernels.RowPositions, lengths, len(tokens), D, masks=self.masks)
         else:
             kind = partial(self.kernels.StepPositions, lengths, D, distance=distance, masks=self.masks)
-        return self.forward(tokens, {rope: kind(angles=angles) for rope, angles in self.angles.items()})
+        positions = {rope: kind(angles=angles) for rope, angles in self.angles.items()}
+        return forward(tokens, positions, last)
 
     def _attention(self, k, v, attn):
         kind = self.kernels.RowAttention if self.one_row else self.kernels.CachedAttention
@@ -304,9 +309,9 @@ class CPUStep:
         lengths = self.cache.lengths
         return kind(k, v, attn.n_head, rotated, lengths, attn.window, attn.prefix, norms=norms, **attn.scores)
 
-    def _forward(self, tokens, positions):
-        addmm = self.addmm_many if len(tokens) >= MANY_ROWS else torch.addmm
-        x, config = F.embedding(tokens, self.embedding), self.config  # (B, C)
+    def _forward(self, tokens, positions, last):
+        addmm, config = torch.addmm, self.config
+        x = F.embedding(tokens, self.embedding)  # (B, C)
         if config.embedding_scale != 1:
             x = x * config.embedding_scale
         if self.positions is not None:
@@ -315,7 +320,7 @@ class CPUStep:
             heads = attend(addmm(qkv[0], norm_1(x), qkv[1]), positions[rope])
             x = x + post_1(addmm(proj[0], heads, proj[1]))
             x = x + post_2(addmm(out[0], act(addmm(fc[0], norm_2(x), fc[1])), out[1]))
-        logits, cap = torch.mm(self.norm(x), self.head), config.logit_softcap
+        logits, cap = torch.mm(self.norm(x[-1:] if last else x), self.head), config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

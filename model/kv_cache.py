@@ -201,6 +201,5 @@ class KVCache:
             for mine, theirs in zip(rings, of_other, strict=True):
                 written = min(length, theirs.shape[2])  # slots of a row are written from the first one on
                 mine[row, :, :written] = theirs[other_row, :, :written]
-        for values in self.v:  # a step multiplies unwritten slots by 0, which leaves NaN what was NaN
-            values[row, :, length:] = 0
+                mine[row, :, length:] = 0  # a step multiplies unwritten slots by 0, which leaves NaN what was NaN
         self.lengths[row] = length

@@ -73,7 +73,8 @@ def generate(
                    repeat themselves. For one prompt, and rotary positions (model/speculative.py).
     cache_dtype    torch.int8 keeps the keys and values as int8 with a scale for each token and head, in about half the
                    memory of 16 bits; None keeps them as they are. Not with a draft.
-    compile        compile the steps with torch.compile; no effect on CUDA, where they are a CUDA graph.
+    compile        on a CPU: compile the step of one row whose layers all slide, which takes a C++ compiler and a minute
+                   the first time (model/compiled_step.py). No effect on CUDA, where a step is a CUDA graph.
 
     The iterator shares nothing with other iterators or with torch's random state. A model in training mode is
     evaluated, and is in training mode again between any two tokens. Raises ValueError for wrong arguments.

@@ -10,7 +10,7 @@ import torch
 
 from .decoding import Decoder
 
-MOST_GUESSES = 31  # with the token before them 32 rows, from which on oneDNN multiplies
+MOST_GUESSES = 31
 LONGEST_PAUSE = 64  # tokens without a guess, after guesses that were all wrong
 ORDERS = {16: MOST_GUESSES, 8: 7, 4: 3}  # so many tokens that stood in the text before: so many guesses at most
 

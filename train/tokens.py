@@ -5,7 +5,7 @@
 
 Text and tokens are processed in pieces, so memory does not grow with them. The name of a token file is a hash of the
 text, the part of it and the vocabulary: later runs find the same tokens, and a changed text or vocabulary gets another
-file. The files lie in `default_cache()` and may be removed at any time.
+file. The files lie in `cache_directory()` and may be removed at any time.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from model.checkpoint import replacing
+from model.command import cache_directory
 from model.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer
 
 from .corpus import DOCUMENT_END, Corpus, code_points
@@ -48,16 +49,11 @@ class Encoded:
     in_documents: bool = False
 
 
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/sliding-gqa, or ~/.cache/sliding-gqa."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sliding-gqa"
-
-
 def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None, *, cache=None) -> Encoded:
     """The tokens of the characters start .. stop - 1, with the separator between documents.
 
     Where the documents are kept apart, it follows the last one too. cache: the directory of token files (None:
-    `default_cache()`). Raises ValueError if the tokenizer cannot encode the text or the end of a document, the text
+    `cache_directory()`). Raises ValueError if the tokenizer cannot encode the text or the end of a document, the text
     changes during the call, or prompts are read as one stream; OSError if the token file cannot be written.
     """
     stop = corpus.scan.characters if stop is None else stop
@@ -70,7 +66,7 @@ def tokenize(corpus: Corpus, tokenizer, start: int = 0, stop: int | None = None,
         raise ValueError(f"data {corpus.name} has prompts, which are not trained on: leave out --no-documents")
     if corpus.scan.bytes <= IN_MEMORY[tokenizer.kind]:
         return _in_memory(corpus, tokenizer, start, stop)
-    directory = default_cache() if cache is None else Path(cache)
+    directory = cache_directory() if cache is None else Path(cache)
     made_from = [VERSION, corpus.scan.sha256, start, stop, fingerprint(tokenizer.to_json())]
     made_from += ["documents"] if corpus.in_documents else []
     path = directory / f"{fingerprint(json.dumps(made_from))[:32]}.tokens"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mutants import copy_of_kernels
 from torch import library
 
 from kernels import append_to_cache, rope_tables, sliding_gqa_decode
@@ -198,12 +199,54 @@ def test_one_graph_serves_every_step(backend, prefix, device):
     torch._dynamo.reset()
 
 
-def test_a_key_past_the_tables_is_seen_by_nobody_without_notice():
-    """On a CPU it is refused; where nothing reads lengths it is NaN, and so is its scale."""
-    rings, scales = empty_rings(1, 8, "cpu")
-    k = torch.randn(1, Hkv, 3, D)
-    with pytest.raises(ValueError, match="rope tables hold 5 positions, but position 5 was asked for"):
-        append_to_cache(k, k, *rings, torch.tensor([6]), rope=rope_tables(5, 8), **scales)
+def test_a_key_past_the_tables_is_seen_by_nobody_without_notice(device):
+    """On a CPU it is refused; where nothing reads lengths, its scale is NaN, and no other is."""
+    rings, scales = empty_rings(1, 8, device)
+    k = torch.randn(1, Hkv, 3, D, device=device)
+    lengths, rope = torch.tensor([6], dtype=torch.int32, device=device), rope_tables(5, 8, device=device)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="rope tables hold 5 positions, but position 5 was asked for"):
+            append_to_cache(k, k, *rings, lengths, rope=rope, **scales)
+    triton.append(k, k, *rings, lengths, rope=rope, scales=tuple(scales.values()))
+    assert scales["k_scales"][..., 5].isnan().all() and not scales["k_scales"][..., 3:5].isnan().any()
+    assert not scales["v_scales"][..., 3:6].isnan().any()
+
+
+MUTATIONS = {  # {fault: (file, text, replacement)}
+    "a score without its scale": ("tiles.py", "scores *= load_tile(scales[0]", "scores += 0 * load_tile(scales[0]"),
+    "a value with the scale of its key": ("tiles.py", "load_tile(scales[1] + slot", "load_tile(scales[0] + slot"),
+    "scales of the first slots": ("tiles.py", "scales[1] + slot, in_keys", "scales[1] + k_pos, in_keys"),
+    "values stay too large": ("decode.py", "acc = acc / VALUE_UNIT", "acc = acc * 1.0"),
+    "the scales of v by k's strides": ("decode.py", "[1] * scale_strides[1][1]", "[1] * scale_strides[0][1]"),
+    "rounded down": ("decode.py", "inverse[:, None] + ROUNDING", "inverse[:, None] - 0.5 + ROUNDING"),
+    "the scale of v beside its slot": ("decode.py", "slot, scale_strides[1])", "slot ^ 1, scale_strides[1])"),
+}  # fmt: skip
+
+
+def error_of(module, device):
+    """The largest difference from the specification of what a module's `append` and `attend_to_cache` make."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 2, D, device=device) for heads in (Hq, Hkv, Hkv))
+    lengths = torch.tensor([70, 30], dtype=torch.int32, device=device)
+    codes = torch.randint(-127, 128, (2, 2, Hkv, 33, D), dtype=torch.int8, device=device)
+    of_keys, of_values = torch.rand(2, Hkv, 33, device=device), torch.rand(2, Hkv, 40, device=device)[..., 3:36]
+    found = []
+    for one in (module, reference):
+        rings, scales = codes.clone(), (of_keys.clone(), of_values.clone().repeat(1, 1, 2)[..., :33])
+        one.append(k, v, *rings, lengths, scales=scales)
+        options = {"num_splits": 2, "config": DecodeTile(16, 16, 4, 1)} if one is module else {}
+        out = one.attend_to_cache(q, *rings, lengths, 32, scale=0.01, scales=scales, **options)
+        found.append(torch.cat([x.flatten() for x in (out, *scales, rings / 127)]))
+    return (found[0] - found[1]).abs().max().item()
+
+
+def test_the_check_passes_on_an_unchanged_copy(tmp_path, device):
+    assert error_of(*copy_of_kernels(tmp_path, ["decode"]), device) < 1e-3
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_every_mutation_is_caught(mutation, tmp_path, device):
+    assert error_of(*copy_of_kernels(tmp_path, ["decode"], MUTATIONS[mutation]), device) > 0.005
 
 
 def call(function, **changed):

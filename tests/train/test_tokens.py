@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from model import ByteTokenizer, CharTokenizer
+from model.command import cache_directory
 from train import tokens as tokens_module
 from train.corpus import DOCUMENT_END, Corpus, make_tokenizer, train_bpe
 from train.data import TokenDataset, load_data
-from train.tokens import TokenFile, default_cache, encode_stream, encoder, tokenize
+from train.tokens import TokenFile, encode_stream, encoder, tokenize
 
 ROOT = Path(__file__).parents[2]
 VERSE = (
@@ -162,9 +163,9 @@ def test_one_of_several_that_need_the_same_tokens_makes_them(corpus, in_files, m
 
 def test_the_cache_is_where_the_system_keeps_such_things(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "sliding-gqa"
+    assert cache_directory() == tmp_path / "sliding-gqa"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == Path.home() / ".cache" / "sliding-gqa"
+    assert cache_directory() == Path.home() / ".cache" / "sliding-gqa"
 
 
 MEASURE = """

@@ -8,6 +8,8 @@ together:
                                    \\___ rotated ___/  \\_____ into their slot; then all slots are read that are written
 """
 
+import sys
+
 import torch
 from torch.nn.functional import pad
 
@@ -28,13 +30,13 @@ class StepPositions:
              `rope_tables`. None: nothing is rotated.
     distance the largest position that a query shows to the keys of a prefix (`prefix_distance`); None: its own.
              far is (cos, sin) of that, or None where all rows are nearer.
-    masks    a dict that keeps what `bias` makes for later steps.
+    masks    a dict that keeps what `bias` needs for later steps.
     """
 
     tokens = 1
 
     def __init__(self, lengths, head_dim, angles=None, distance=None, masks=None):
-        self.masks = {} if masks is None else masks
+        self.masks, self.biases = {} if masks is None else masks, {}
         rows = lengths.tolist()
         self.lengths, self.shortest, self.longest = lengths, min(rows), max(rows)
         self.even = self.shortest == self.longest  # then a slot is a number and the angles are of one position
@@ -54,25 +56,51 @@ class StepPositions:
         """(B, slots) bool: the slots that a row has not reached yet."""
         return torch.arange(slots) >= self.lengths[:, None]
 
-    def bias(self, slots, window, group, dtype):
-        """(1, group * tokens, written slots): 0, and -inf where a token does not look in a ring of `slots`.
+    def bias(self, slots, window, kv_heads, group, dtype):
+        """What is added to the scores of a ring of `slots`: 0, and -inf where a token does not look.
 
-        Of rows of one length. None where a token looks at every slot.
+        (1, group * tokens, written slots); for rows of different lengths, one token each, (B * Hkv, 1, written slots).
+        None where every token looks at every slot. All layers with the same ring share it.
         """
-        if self.tokens == 1 and window in (None, slots):
+        if self.tokens == 1 and (self.shortest >= slots or self.even) and window in (None, slots):
             return None
-        key = self.tokens, slots, window
-        if key not in self.masks:
+        key = slots, window
+        if key not in self.biases:
+            unseen = self._unseen(slots, window) if self.even else self.unwritten(min(self.longest, slots))
+            bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
+            self.biases[key] = (
+                bias.repeat(group, 1)[None] if self.even else bias.repeat_interleave(kv_heads, dim=0)[:, None]
+            )
+        return self.biases[key]
+
+    def _unseen(self, slots, window):
+        """(tokens, written slots) bool: where the newest tokens of a row do not look."""
+        if window is None:  # a position is its slot
+            return torch.ones(self.tokens, self.longest, dtype=torch.bool).triu_(1 + self.longest - self.tokens)
+        unseen = self.masks.get((slots, window))
+        if unseen is None or len(unseen) < self.tokens:
             # column j is the slot of age (slots - 1 - j) % slots, 0 for the newest: any ring is a part of two turns
             age = torch.arange(slots - 1, -1, -1).repeat(2)
             own = torch.arange(self.tokens - 1, -1, -1)[:, None]
-            unseen = age < own
-            if window is not None:
-                unseen |= age >= own + window
-            bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
-            self.masks[key] = bias.repeat(group, 1)[None]
+            unseen = self.masks[slots, window] = (age < own) | (age >= own + window)
         first = -self.longest % slots
-        return self.masks[key][..., first : first + min(self.longest, slots)]
+        return unseen[-self.tokens :, first : first + min(self.longest, slots)]
+
+
+class TracedPositions(StepPositions):
+    """The position of one new token of one row as a tensor (1,), for a compiler; each ring is as long as its window."""
+
+    def __init__(self, position, head_dim, angles=None):
+        self.position, self.even, self.far = position, False, None
+        self.shortest = self.longest = sys.maxsize  # so that all slots are read
+        self.cos = self.sin = None
+        if angles is not None:
+            self.cos, self.sin = self._multipliers(*angles(position), head_dim)
+
+    def bias(self, slots, window, kv_heads, group, dtype):
+        """(slots,): -inf for a slot that has not been written."""
+        unwritten = torch.arange(slots) > self.position
+        return torch.zeros(slots, dtype=dtype).masked_fill(unwritten, float("-inf"))
 
 
 class CachedAttention:
@@ -99,9 +127,11 @@ class CachedAttention:
         self.scale, self.softcap = D**-0.5 if scale is None else scale, softcap
         self.norms = norms
         self.partner, self.nothing = _partner(rotary_dim, D), k_cache.new_zeros(1)
-        if lengths.amin() < self.slots:
+        if B > 1 and lengths.amin() < self.slots:
             # rows of different lengths: an unwritten slot may hold NaN, which no weight of 0 removes
-            v_cache.masked_fill_(StepPositions(lengths, D).unwritten(self.slots)[:, None, :, None], 0)
+            unwritten = StepPositions(lengths, D).unwritten(self.slots)[:, None, :, None]
+            k_cache.masked_fill_(unwritten, 0)
+            v_cache.masked_fill_(unwritten, 0)
 
     def __call__(self, qkv, positions):
         """Write the new keys and values and attend to the ring: (B, Hq * D) of qkv (B, (Hq + 2 Hkv) * D)."""
@@ -123,12 +153,12 @@ class CachedAttention:
         keys, values = self.keys, self.values
         if positions.longest < self.slots:
             keys, values = keys[:, : positions.longest], values[:, : positions.longest]
-        rows, unwritten = rotated[:, :Hq].reshape(self.grouped), None
-        if not positions.even and positions.shortest < self.slots:
-            unwritten = positions.unwritten(keys.shape[1])[:, None]
-        if unwritten is None and first is None:
+        rows = rotated[:, :Hq].reshape(self.grouped)
+        if first is None:
             out = self._attend(rows, keys, values, positions)
         else:
+            written = positions.even or positions.shortest >= self.slots
+            unwritten = None if written else positions.unwritten(keys.shape[1])[:, None]
             options = {"softcap": self.softcap, "first": first}
             out = attend_rows(rows, keys, values, self.queries, self.scale, unwritten, **options)
         return out.view(self.batch, Hq * D)
@@ -143,7 +173,8 @@ class CachedAttention:
         return rotated, heads[:, self.rotated :]
 
     def rotate(self, x, cos, sin):
-        return torch.addcmul(x * cos, x[..., self.partner], sin)
+        partner = x.roll(x.shape[-1] // 2, -1) if self.partner is None else x[..., self.partner]
+        return torch.addcmul(x * cos, partner, sin)
 
     def slot_of(self, position, even):
         """The slot of a position: its own number until all are written, then the next one of the ring."""
@@ -153,18 +184,19 @@ class CachedAttention:
         return torch.where(position < self.slots, position, ring) if self.prefix else ring
 
     def _attend(self, rows, keys, values, positions):
-        """(B * Hkv, G * T, D): rows of this shape attend to keys and values (B * Hkv, N, D), rows of one length."""
-        bias = None
-        if not self.prefix:
-            bias = positions.bias(self.slots, self.window, self.grouped[1], rows.dtype)
+        """(B * Hkv, G * T, D): rows of this shape attend to keys and values (B * Hkv, N, D)."""
+        window = self.slots if self.prefix else self.window  # beside a prefix, a token sees every slot that is written
+        bias = positions.bias(self.slots, window, self.grouped[0] // self.batch, self.grouped[1], rows.dtype)
         if self.softcap is not None:
             scores = torch.baddbmm(self.nothing, rows, keys.mT, beta=0, alpha=self.scale / self.softcap)
             scores = scores.tanh_().mul_(self.softcap)
             scores = scores if bias is None else scores.add_(bias)
         elif bias is None:
             scores = torch.baddbmm(self.nothing, rows, keys.mT, beta=0, alpha=self.scale)
-        else:
+        elif positions.even:
             scores = torch.baddbmm(bias, rows, keys.mT, alpha=self.scale)
+        else:  # many small products: `baddbmm` is slower
+            scores = torch.add(bias, torch.bmm(rows, keys.mT), alpha=self.scale)
         return torch.bmm(torch.softmax(scores, dim=-1), values)
 
 
@@ -172,9 +204,10 @@ class RowPositions(StepPositions):
     """The positions of the `tokens` newest tokens, at least two, of a single row."""
 
     def __init__(self, lengths, tokens, head_dim, angles, masks):
-        self.longest, self.tokens, self.masks = int(lengths), tokens, masks
-        self.cos = self.sin = None
+        self.shortest = self.longest = int(lengths)
+        self.tokens, self.even, self.masks, self.biases = tokens, True, masks, {}
         self.position = torch.arange(self.longest - tokens, self.longest)
+        self.cos = self.sin = None
         if angles is not None:
             self.cos, self.sin = _of_whole_heads(*angles(self.position), head_dim)  # (T, D)
 
@@ -204,7 +237,9 @@ class RowAttention(CachedAttention):
 
 
 def _partner(rotary_dim, head_dim):
-    """For each element of a head the index of the other one in its pair."""
+    """For each element of a head the index of the other one in its pair; None where all are half a head apart."""
+    if rotary_dim == head_dim:
+        return None
     half, partner = rotary_dim // 2, torch.arange(head_dim)
     partner[: 2 * half] = partner[: 2 * half].roll(half)
     return partner
