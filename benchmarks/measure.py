@@ -90,13 +90,16 @@ def spread(seconds):
     return Spread(float(median), float(p20), float(p80), len(seconds))
 
 
-def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, timer=None, turn_seconds=TURN_SECONDS):
+def alternate(
+    calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, timer=None, turn_seconds=TURN_SECONDS, deadline=None
+):
     """Time the values of `calls` {name: function} in turns; {name: Spread}.
 
     In a round each has one turn: one call, or as many as fit into turn_seconds. Every round draws a new order, so that
     nobody always runs after the same contestant. There are at least `least` and at most `most` rounds, in between as
-    many as fit into `seconds`. timer(function) calls it and returns seconds. There is no warm-up here: the caller has
-    called each function before.
+    many as fit into `seconds`. timer(function) calls it and returns seconds. No turn begins after `deadline` seconds:
+    a name that had none is missing from the result. There is no warm-up here: the caller has called each function
+    before.
     """
     count_faults = timer is None and torch.device(device).type == "cpu" and getrusage is not None
     timer = timer or (GpuTimer(device) if torch.device(device).type == "cuda" else _seconds_of)
@@ -109,6 +112,8 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
         for turn in range(most if names else 0):
             generator.shuffle(names)
             for name in names:
+                if deadline is not None and perf_counter() - started > deadline:
+                    break
                 faults_before = _faults() if count_faults else 0
                 for _ in range(MOST_CALLS_A_TURN):
                     times[name].append(timer(calls[name]))
@@ -116,14 +121,15 @@ def alternate(calls, device, seconds, least=LEAST_ROUNDS, most=MOST_ROUNDS, time
                         break
                 faults[name] += _faults() - faults_before if count_faults else 0
             used = perf_counter() - started
-            if turn + 1 >= least and used + used / (turn + 1) > seconds:
+            late = deadline is not None and used > deadline
+            if late or (turn + 1 >= least and used + used / (turn + 1) > seconds):
                 break
     finally:
         if collecting:
             gc.enable()
-    spreads = {name: spread(seconds) for name, seconds in times.items()}
+    spreads = {name: spread(seconds) for name, seconds in times.items() if seconds}
     if isinstance(timer, GpuTimer):
-        hosts = {name: timer.host[call] for name, call in calls.items()}
+        hosts = {name: timer.host[calls[name]] for name in spreads}
         return {
             name: each._replace(host=hosts[name].median, behind=hosts[name].behind) for name, each in spreads.items()
         }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 # Each step adds one change to the one before it; "original" is GPT-2, "rope-window-gqa" the modified architecture.
 ARCHITECTURES = ("original", "rope", "rope-window", "rope-window-gqa", "modern")
-MODERN = {"qk_norm": True, "tie_weights": False}  # what learned best of many: docs/training-defaults.md
+MODERN = {"qk_norm": True, "tie_weights": False, "embedding_scale": 10.0}  # by experiment: docs/training-defaults.md
 # minGPT's and nanoGPT's words -> the field
 OTHER_WORDS = {
     "vocab": "vocab_size",

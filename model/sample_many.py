@@ -19,7 +19,7 @@ from .batching import write_batch
 from .jsonl import parse_object, read_lines, text_of
 from .stop_strings import TextUntil
 
-DEFAULT_BATCH = 32
+DEFAULT_BATCH = 64
 WANTED = '{"prompt": ...}'
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "greedy")
 

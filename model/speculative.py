@@ -9,6 +9,7 @@ distribution only; here a random draft uses the random number that the model wil
 import torch
 
 from .decoding import Decoder
+from .gpt import GPT
 
 MOST_GUESSES = 31
 LONGEST_PAUSE = 64  # tokens without a guess, after guesses that were all wrong
@@ -110,8 +111,9 @@ class Numbers:
 
 def check_draft(draft, model, rows, other):
     """Raise ValueError, in one line, for a draft that cannot guess for this model; other: other ways of writing."""
-    if draft != "ngram" and not hasattr(draft, "config"):
-        raise ValueError(f"draft={draft!r} is neither 'ngram' nor a model")
+    if draft != "ngram" and not isinstance(draft, GPT):
+        name = repr(draft) if isinstance(draft, str) else f"a {type(draft).__name__}"
+        raise ValueError(f"draft is {name}, expected 'ngram' or a GPT")
     if rows != 1:
         raise ValueError(f"draft guesses for one prompt, got {rows}")
     if other:
@@ -119,8 +121,9 @@ def check_draft(draft, model, rows, other):
     models = [model] if draft == "ngram" else [model, draft]
     if any(one.config.positions == "learned" for one in models):
         raise ValueError("draft needs rotary positions: past the end of learned ones every token reads a whole context")
-    if any(one.config.prefix for one in models):
-        raise ValueError("draft with a prefix: several tokens beside a prefix have no fast step, leave one out")
+    if len({one.wte.weight.device for one in models}) > 1:
+        devices = draft.wte.weight.device, model.wte.weight.device
+        raise ValueError("draft is on {}, the model on {}: move one of them".format(*devices))
     if len({one.config.vocab_size for one in models}) > 1:
         sizes = draft.config.vocab_size, model.config.vocab_size
         raise ValueError("draft has another vocabulary: {} tokens, the model {}".format(*sizes))

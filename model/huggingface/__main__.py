@@ -1,6 +1,6 @@
 """Convert models between transformers and this package, without transformers.
 
-python -m model.huggingface import DOWNLOADED OURS     # then: model.sample, train.evaluate, train --init-from
+python -m model.huggingface import DOWNLOADED OURS     # model.sample, train.evaluate and train --init-from read both
 python -m model.huggingface export runs/mine THEIRS    # AutoModelForCausalLM and AutoTokenizer load it
 """
 
@@ -10,7 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from ..checkpoint import from_pretrained, resolve_checkpoint, save_pretrained
+from ..checkpoint import CONFIG, from_pretrained, read_json, resolve_checkpoint, save_pretrained
 from ..command import Parser, command_output
 from ..tokenizer import FILE as TOKENIZER
 from . import export_pretrained, import_pretrained
@@ -53,7 +53,10 @@ def _convert(direction, source, destination, pad_token):
         path = shlex.quote(str(destination))
         uses = [f"python -m model.sample --checkpoint {path}", f"python -m train --fused-kernels --init-from {path}"]
     else:
-        model, tokenizer = from_pretrained(resolve_checkpoint(source))
+        source = resolve_checkpoint(source)
+        if "model_type" in read_json(source / CONFIG):
+            raise ValueError(f"{source} is a directory of transformers already")
+        model, tokenizer = from_pretrained(source)
         _write(destination, export_pretrained, model, destination, tokenizer, pad_token)
         uses = [f"AutoModelForCausalLM.from_pretrained({str(destination)!r})"]
         uses += [] if tokenizer is None else [f"AutoTokenizer.from_pretrained({str(destination)!r})"]

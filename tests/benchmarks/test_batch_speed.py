@@ -1,6 +1,7 @@
 """The ways to write many prompts must agree before they are timed."""
 
 import contextlib
+import json
 
 import batch_speed
 import pytest
@@ -17,7 +18,7 @@ def test_every_way_writes_the_same_texts(name):
         pytest.importorskip("transformers", minversion="5.4")
     with contextlib.ExitStack() as stack:
         write, reason = batch_speed.checked(
-            name, batch_speed.CONTESTANTS[name][0], GPT(CONFIG, seed=0).eval(), WORK, 1e-4, stack
+            name, batch_speed.CONTESTANTS[name], GPT(CONFIG, seed=0).eval(), WORK, 1e-4, stack
         )
     assert reason is None and write is not None
 
@@ -44,3 +45,18 @@ def test_lengths_are_mixed_and_the_same_every_time():
     assert work == batch_speed.make_work(CONFIG, 256)
     for lengths in (sorted(map(len, work.prompts)), sorted(work.counts)):
         assert lengths[0] < 20 < 30 < lengths[128] < 80 < 250 < lengths[-1] <= batch_speed.LONGEST
+
+
+def test_after_the_deadline_nothing_begins_and_what_is_missing_is_named(capsys, tmp_path):
+    file = tmp_path / "document.json"
+    flags = ["--prompts", "3", "--batch-sizes", "2", "--n-layer", "1", "--d-model", "32", "--device", "cpu"]
+    flags += ["--only", "one by one", "ours", "--plot", "none", "--json", str(file)]
+    assert batch_speed.main([*flags, "--deadline", "1e-9"]) == 0
+    document = json.loads(file.read_text())
+    assert document["rows"] == [] and document["left_out"] == [
+        "one by one, all (no time was left)",
+        "ours, batch 2 (no time was left)",
+    ]
+    assert batch_speed.main([*flags, "--deadline", "60", "--seconds", "0.1"]) == 0
+    document = json.loads(file.read_text())
+    assert document["left_out"] == [] and all(row["x_one_by_one"] > 0 for row in document["rows"])

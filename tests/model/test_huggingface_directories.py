@@ -346,7 +346,7 @@ def test_missing_and_wrong_directories_are_refused(starcoder2, tmp_path, capsys)
     save_pretrained(GPT(MIXES["rope"]), tmp_path / "saved")
     refused(capsys, "saved is a model directory of this package already", tmp_path / "saved", tmp_path)
     status, _, err = command(capsys, "export", starcoder2, tmp_path / "back")
-    assert status == 2 and "python -m model.huggingface import makes a directory" in err
+    assert status == 2 and "theirs is a directory of transformers already" in err
     status, _, err = command(capsys, "impart", starcoder2, tmp_path / "back")
     assert status == 2 and err.count("\n") == 1 and "invalid choice: 'impart'" in err
 

@@ -1,5 +1,7 @@
 """Guessing ahead writes the text of plain writing, whatever is guessed; what was taken back leaves no trace."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import softmax
@@ -10,6 +12,7 @@ from model.speculative import LONGEST_PAUSE, MOST_GUESSES, Ngram, Pace
 
 SIZES = dict(vocab_size=11, context_length=64, n_layer=2, n_head=4, n_kv_head=2, d_model=32)
 WINDOWS = {"sliding": dict(window=9), "mixed": dict(window=9, window_pattern="SL"), "all": {}}
+PREFIXES = {"prefix": dict(window=9, prefix=4), "far prefix": dict(window=9, prefix=12, context_length=40)}
 SETTINGS = {
     "greedy": dict(greedy=True),
     "drawn": dict(seed=3),
@@ -52,6 +55,21 @@ def test_log_probabilities_and_stops_are_those_of_plain_writing():
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("windows", PREFIXES.values(), ids=PREFIXES)
+def test_beside_a_prefix_the_text_is_that_of_plain_writing(windows):
+    """From a prompt shorter than the prefix: wrong guesses stand in its slots, too."""
+    model, small = model_of(**windows), model_of(seed=1, window=4, prefix=1, n_layer=1, d_model=16)
+    settings = dict(seed=3, temperature=0.7)
+    expected = list(generate(model, [[1, 2]], 60, **settings))
+    for draft in ("ngram", small):
+        assert list(generate(model, [[1, 2]], 60, draft=draft, **settings)) == expected
+
+
+def test_a_draft_of_another_dtype_guesses_too():
+    model, draft = model_of(window=9), model_of(seed=1, window=4, n_layer=1, d_model=16).bfloat16()
+    assert written(model, seed=3, draft=draft) == written(model, seed=3)
+
+
 def test_a_module_that_is_not_the_models_own_writes_the_same():
     """With a hook, several tokens go through the model's own forward, not through the step of a CPU."""
     model = model_of(window=9)
@@ -77,8 +95,10 @@ def test_drawn_tokens_have_the_models_distribution():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("by_step", [False, True])
+@pytest.mark.parametrize(
+    ("windows", "by_step"),
+    [*itertools.product(WINDOWS.values(), (False, True)), *((windows, False) for windows in PREFIXES.values())],
+)
 def test_what_is_taken_back_leaves_no_trace(windows, by_step):
     model = model_of(**windows)
     tokens = torch.randint(11, (1, 70))
@@ -139,10 +159,11 @@ def test_what_cannot_be_taken_back_is_refused_and_nothing_changes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"draft": "trigram"}, "draft='trigram' is neither 'ngram' nor a model"),
+        ({"draft": "trigram"}, "draft is 'trigram', expected 'ngram' or a GPT"),
+        ({"draft": torch.nn.Linear(1, 1)}, "draft is a Linear, expected 'ngram' or a GPT"),
+        ({"draft": model_of().to("meta")}, "draft is on meta, the model on cpu: move one of them"),
         ({"draft": model_of(vocab_size=12)}, "draft has another vocabulary: 12 tokens, the model 11"),
         ({"draft": model_of(positions="learned")}, "draft needs rotary positions"),
-        ({"draft": model_of(window=9, prefix=2)}, "draft with a prefix"),
         ({"draft": "ngram", "compile": True}, "draft with batch_invariant or compile"),
         ({"draft": "ngram", "tokens": [[1], [2]]}, "draft guesses for one prompt, got 2"),
     ],

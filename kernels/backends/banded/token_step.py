@@ -59,32 +59,40 @@ class StepPositions:
     def bias(self, slots, window, kv_heads, group, dtype):
         """What is added to the scores of a ring of `slots`: 0, and -inf where a token does not look.
 
-        (1, group * tokens, written slots); for rows of different lengths, one token each, (B * Hkv, 1, written slots).
+        (1, group * tokens, written slots), or 1 in place of group * 1; for rows of different lengths, one token each,
+        (B * Hkv, 1, written slots).
         None where every token looks at every slot. All layers with the same ring share it.
         """
         if self.tokens == 1 and (self.shortest >= slots or self.even) and window in (None, slots):
             return None
         key = slots, window
         if key not in self.biases:
-            unseen = self._unseen(slots, window) if self.even else self.unwritten(min(self.longest, slots))
-            bias = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
-            self.biases[key] = (
-                bias.repeat(group, 1)[None] if self.even else bias.repeat_interleave(kv_heads, dim=0)[:, None]
-            )
+            if self.even:
+                bias = self._row_bias(slots, window, dtype)
+                self.biases[key] = (bias if self.tokens == 1 else bias.repeat(group, 1))[None]
+            else:
+                bias = _minus_infinity(self.unwritten(min(self.longest, slots)), dtype)
+                self.biases[key] = bias.repeat_interleave(kv_heads, dim=0)[:, None]
         return self.biases[key]
 
-    def _unseen(self, slots, window):
-        """(tokens, written slots) bool: where the newest tokens of a row do not look."""
+    def _row_bias(self, slots, window, dtype):
+        """(tokens, written slots): the bias of the newest tokens of a row."""
         if window is None:  # a position is its slot
-            return torch.ones(self.tokens, self.longest, dtype=torch.bool).triu_(1 + self.longest - self.tokens)
-        unseen = self.masks.get((slots, window))
-        if unseen is None or len(unseen) < self.tokens:
+            bias = torch.full((self.tokens, self.longest), float("-inf"), dtype=dtype)
+            return bias.triu_(1 + self.longest - self.tokens)
+        bias = self.masks.get((slots, window))
+        if bias is None or len(bias) < self.tokens:
             # column j is the slot of age (slots - 1 - j) % slots, 0 for the newest: any ring is a part of two turns
             age = torch.arange(slots - 1, -1, -1).repeat(2)
             own = torch.arange(self.tokens - 1, -1, -1)[:, None]
-            unseen = self.masks[slots, window] = (age < own) | (age >= own + window)
+            bias = self.masks[slots, window] = _minus_infinity((age < own) | (age >= own + window), dtype)
         first = -self.longest % slots
-        return unseen[-self.tokens :, first : first + min(self.longest, slots)]
+        return bias[-self.tokens :, first : first + min(self.longest, slots)]
+
+
+def _minus_infinity(where, dtype):
+    """-inf there, 0 elsewhere."""
+    return torch.zeros(where.shape, dtype=dtype).masked_fill_(where, float("-inf"))
 
 
 class TracedPositions(StepPositions):
