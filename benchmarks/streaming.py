@@ -12,7 +12,8 @@ in what a query sees. All but the first see `--keys` keys, the prefix's included
     window             the newest keys
     prefix + window    the first tokens too; rotation shows no distance to them beyond that of training
                        (`prefix_distance` of the kernels)
-    true distances     the same, rotated by the distance that they have
+    window, int8       the window through a cache of int8
+    true distances     the same as prefix + window, rotated by the distance that they have
     read again         no cache: the newest keys are read anew for every token, whose work is `keys` times as much. Only
                        the last token of each position's range is measured
 
@@ -57,10 +58,11 @@ def reader(model, window, prefix, bounded, length):
 
 
 @torch.no_grad()
-def stream_losses(model, tokens):
+def stream_losses(model, tokens, dtype=torch.float32):
     """The loss (length,) at each position, the mean over rows of tokens (B, length + 1), read through a cache."""
     x, y = tokens[:, :-1], tokens[:, 1:]
-    cache = KVCache(model.config, len(x), max_new_tokens_per_call=CHUNK, max_length=x.shape[1], device=x.device)
+    options = {"max_new_tokens_per_call": CHUNK, "max_length": x.shape[1], "device": x.device, "dtype": dtype}
+    cache = KVCache(model.config, len(x), **options)
     losses = []
     for part, targets in zip(x.split(CHUNK, dim=1), y.split(CHUNK, dim=1), strict=True):
         logits, _ = model(part, cache=cache)
@@ -122,10 +124,13 @@ def prepare(options, device):
     ends = [2**power for power in range(5, 40) if 2**power < length] + [length]
 
     def measure():
-        found = {}
-        for name, settings in contestants(options.keys, options.prefix).items():
+        found, settings_of = {}, contestants(options.keys, options.prefix)
+        readers = {name: (settings, torch.float32) for name, settings in settings_of.items()}
+        window = f"window {options.keys}"
+        readers[f"{window}, int8"] = settings_of[window], torch.int8
+        for name, (settings, dtype) in readers.items():
             harness.progress(name)
-            losses = stream_losses(reader(model, *settings, length), tokens)
+            losses = stream_losses(reader(model, *settings, length), tokens, dtype)
             edges = zip([0, *ends], ends, strict=False)
             found[name] = {end: losses[start:end].mean().item() for start, end in edges}
         harness.progress("read again")

@@ -35,14 +35,17 @@ class Decoder:
     prefill_chunk   prompt columns that one forward reads.
     compile         compile the step with torch.compile, unless it is a CUDA graph.
     guesses         how many guessed tokens `decode_guessed` takes at most.
+    cache_dtype     None for that of the keys, or torch.int8: see `KVCache`.
 
     Past the end of learned positions a new token shifts all others, so that a cache is useless: the last
     context_length tokens are then read again for every token, without a cache.
     """
 
-    def __init__(self, model, tokens, padding, max_new_tokens, prefill_chunk, compile=False, guesses=0):
+    def __init__(
+        self, model, tokens, padding, max_new_tokens, prefill_chunk, compile=False, guesses=0, cache_dtype=None
+    ):
         self.model, self.padding, self.prefill_chunk, self.compile = model, padding, prefill_chunk, compile
-        self.guesses = guesses
+        self.guesses, self.cache_dtype = guesses, cache_dtype
         self.rows, self.columns = tokens.shape
         self.cache = self.step = None
         self.is_reading = True  # until the prompt has been read
@@ -73,14 +76,16 @@ class Decoder:
             yield logits
             return
         device = self.tokens.device
-        autocast = torch.is_autocast_enabled(device.type)
+        dtype = self.cache_dtype or self.model.wte.weight.dtype
+        if self.cache_dtype is None and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         self.cache = KVCache(
             self.model.config,
             self.rows,
             max_new_tokens_per_call=min(self.tokens.shape[1], self.prefill_chunk),
             max_length=self.context_length or min(self.max_columns, self.columns + 64),  # grows with the text
             device=device,
-            dtype=torch.get_autocast_dtype(device.type) if autocast else self.model.wte.weight.dtype,
+            dtype=dtype,
             padding=(self.padding - dropped).clamp(min=0),
         )
         by_step = self.rows == 1 and why_not_cpu_step(self.model, self.cache) is None
@@ -224,6 +229,8 @@ def why_not_cpu_step(model, cache):
         return "in 16 bits it would round differently"
     if reason := why_not_standard(model):
         return reason
+    if cache.k_scales:
+        return "the cache is of int8"
     if cache.max_new_tokens_per_call > 1 and (len(cache.lengths) > 1 or model.config.prefix):
         return "the cache takes several tokens a call, of several rows or beside a prefix"
     if cache.lengths.numel() == 0 or cache.lengths.amin() < 0:

@@ -24,12 +24,16 @@ class KVCache:
     max_new_tokens_per_call   the most tokens of one forward. Rings have window + this - 1 slots, because the first new
                               query still needs its whole window after the last new key has been written.
     max_length                slots of layers that see all earlier keys, so the most tokens. Default: context_length.
+    dtype                     that of the model's keys and values; torch.int8 quantises them, with a scale in fp32 for
+                              each token and head: 2 (D + 4) bytes a token and KV head in place of 4 D of 16 bits.
     padding                   (B,) padding columns at the start of each row, for prompts of different lengths. Positions
                               count from -padding, so that the first token of the prompt has position 0.
 
     lengths    (B,) int32 on the device: tokens of each row so far, without its padding
     columns    tokens so far on the host, padding included: an upper bound that needs no wait for the device
     k, v       a tensor (B, Hkv, slots, D) for each layer
+    k_scales, v_scales
+               of int8, a tensor (B, Hkv, slots) for each layer; else empty
     bounded    whether the sequence ends at max_length: with learned positions, or a layer without a window
     """
 
@@ -55,12 +59,15 @@ class KVCache:
                 "learned (context_length)"
             )
         self.bounded = config.positions == "learned" or None in map(config.layer_window, range(config.n_layer))
-        self.k, self.v = [], []
+        self.k, self.v, self.k_scales, self.v_scales = [], [], [], []
         for layer in range(config.n_layer):
             shape = (batch_size, config.n_kv_head, self._slots(layer), config.head_dim)
             # never read before it is written, so it need not be cleared
             self.k.append(torch.empty(shape, device=device, dtype=dtype))
             self.v.append(torch.empty(shape, device=device, dtype=dtype))
+            if dtype == torch.int8:
+                self.k_scales.append(torch.empty(shape[:3], device=device))
+                self.v_scales.append(torch.empty(shape[:3], device=device))
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int32)
         self.columns = 0
         self._taken_back = 0  # tokens from the newest back to the longest that the rows have been
@@ -76,7 +83,15 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of keys and values of all layers."""
-        return sum(x.nbytes for x in (*self.k, *self.v))
+        return sum(x.nbytes for rings in self._rings() for x in rings)
+
+    def _rings(self):
+        """The lists that hold a tensor for each layer, (B, Hkv, slots) or with more dimensions."""
+        return [self.k, self.v] + ([self.k_scales, self.v_scales] if self.k_scales else [])
+
+    def scales(self, layer):
+        """The scales of a layer, as the kernels' arguments: none but of int8."""
+        return {"k_scales": self.k_scales[layer], "v_scales": self.v_scales[layer]} if self.k_scales else {}
 
     def advance(self, new_tokens, config):
         """Count `new_tokens` more columns. The model calls it before its layers write them.
@@ -110,7 +125,8 @@ class KVCache:
         for layer in range(self.config.n_layer):
             more = max_length - self.max_length
             if self.config.layer_window(layer) is None:  # a position is its slot, so new slots go to the end
-                self.k[layer], self.v[layer] = (F.pad(x[layer], (0, 0, 0, more)) for x in (self.k, self.v))
+                for rings in self._rings():
+                    rings[layer] = F.pad(rings[layer], (*(0, 0) * (rings[layer].dim() - 3), 0, more))
         self.max_length = max_length
 
     def positions(self, new_tokens):
@@ -134,7 +150,8 @@ class KVCache:
                     kept = torch.arange(prefix, device=newest.device, dtype=slot.dtype)
                     slot = torch.cat([kept.expand(len(slot), -1), slot], dim=1)
                 slot = slot.long()[:, None, :, None].expand(-1, self.config.n_kv_head, -1, self.config.head_dim)
-                self.k[layer], self.v[layer] = self.k[layer].gather(2, slot), self.v[layer].gather(2, slot)
+                for rings in self._rings():
+                    rings[layer] = rings[layer].gather(2, slot if rings[layer].dim() == 4 else slot[..., 0])
         # a longer ring does not bring back what the shorter one has overwritten
         self._taken_back = max(0, self._taken_back + new_tokens - self.max_new_tokens_per_call)
         self.max_new_tokens_per_call = new_tokens
@@ -170,7 +187,8 @@ class KVCache:
     def first_rows(self, count):
         """The cache of the first `count` rows: it shares memory and lengths with this one, and has its own columns."""
         rows = copy.copy(self)
-        rows.k, rows.v = [x[:count] for x in self.k], [x[:count] for x in self.v]
+        for name in ("k", "v", "k_scales", "v_scales"):
+            setattr(rows, name, [x[:count] for x in getattr(self, name)])
         rows.lengths = self.lengths[:count]
         return rows
 
@@ -179,9 +197,9 @@ class KVCache:
 
         Both must be for single tokens. What the row held before is gone.
         """
-        for mine, theirs in zip((*self.k, *self.v), (*other.k, *other.v), strict=True):
-            written = min(length, theirs.shape[2])  # slots of a row are written from the first one on
-            mine[row, :, :written] = theirs[other_row, :, :written]
-        for x in (*self.k, *self.v):  # a step multiplies unwritten slots by 0, which leaves NaN what was NaN
-            x[row, :, length:] = 0
+        for rings, of_other in zip(self._rings(), other._rings(), strict=True):
+            for mine, theirs in zip(rings, of_other, strict=True):
+                written = min(length, theirs.shape[2])  # slots of a row are written from the first one on
+                mine[row, :, :written] = theirs[other_row, :, :written]
+                mine[row, :, length:] = 0  # a step multiplies unwritten slots by 0, which leaves NaN what was NaN
         self.lengths[row] = length

@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from .checkpoint import from_pretrained, resolve_checkpoint
 from .command import Parser, command_output, resolve_device
 from .gpt import attention_backend
@@ -109,6 +111,7 @@ def make_parser():
         metavar="DIR|ngram",
         help="guess ahead, by a smaller model or what followed the same tokens before: faster, the text stays the same",
     )
+    add("--cache-dtype", choices=["int8"], help="keep keys and values as int8: about half the memory of 16 bits")
     add(
         "--compile",
         action="store_true",
@@ -224,6 +227,7 @@ class Writer:
         seed = None if options.seed is None else options.seed + number
         same = {name: getattr(options, name) for name in SAME_ARGUMENTS}
         same |= {"seed": seed, "stop_strings": self.stop_strings, "draft": self.draft}
+        same |= {"cache_dtype": options.cache_dtype and torch.int8}
         stream = generate(self.model, [prompt], **same)
         stream = self._counted(stream)
         if options.log_probabilities:

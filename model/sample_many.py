@@ -45,7 +45,10 @@ def check_flags(options):
     if options.prompts is None:
         others, reason = ("out", "resume", "batch", "batch_invariant"), "needs --prompts FILE"
     else:
-        others, reason = ("log_probabilities", "compile", "draft"), "does nothing with --prompts: leave it out"
+        others, reason = (
+            ("log_probabilities", "compile", "draft", "cache_dtype"),
+            "does nothing with --prompts: leave it out",
+        )
         if options.num_samples != 1:
             raise ValueError(f"--num-samples {reason}")
         if options.out is None:

@@ -41,6 +41,7 @@ def generate(
     prefill_chunk=128,
     batch_invariant=False,
     draft=None,
+    cache_dtype=None,
     compile=False,
 ):
     """An iterator over the next tokens of each row: at most max_new_tokens tensors (B,) on the model's device.
@@ -70,6 +71,8 @@ def generate(
                    as a call of several tokens rounds alike. A smaller `GPT` with the same vocabulary, or "ngram": the
                    text goes on as it did the last time that its newest tokens stood in it, which pays for texts that
                    repeat themselves. For one prompt, and rotary positions (model/speculative.py).
+    cache_dtype    torch.int8 keeps the keys and values as int8 with a scale for each token and head, in about half the
+                   memory of 16 bits; None keeps them as they are. Not with a draft.
     compile        on a CPU: compile the step of one row whose layers all slide, which takes a C++ compiler and a minute
                    the first time (model/compiled_step.py). No effect on CUDA, where a step is a CUDA graph.
 
@@ -94,7 +97,11 @@ def generate(
         raise ValueError(f"prefill_chunk={prefill_chunk} is below 1")
     if batch_invariant and compile:
         raise ValueError("batch_invariant=True with compile=True would compile a step for every row: leave one out")
+    if cache_dtype not in (None, torch.int8):
+        raise ValueError(f"cache_dtype is {cache_dtype}, expected None or torch.int8")
     if draft is not None:
+        if cache_dtype is not None:
+            raise ValueError("cache_dtype with draft: a cache of int8 takes no guesses, leave one out")
         check_draft(draft, model, len(tokens), batch_invariant or compile)
     decodable = None if tokenizer is None else tokenizer.vocab_size
 
@@ -107,7 +114,8 @@ def generate(
                 model, draft, tokens, params, generators, seen, decodable, max_new_tokens, prefill_chunk
             )
             return _one_by_one(made, finished, log_probabilities)
-        decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, compile)
+        options = {"compile": compile, "cache_dtype": cache_dtype}
+        decoder = Decoder(model, tokens, padding, max_new_tokens, prefill_chunk, **options)
         return _stream(decoder, params, generators, seen, finished, decodable, max_new_tokens, log_probabilities)
 
     seeds = row_seeds(seed, len(tokens))

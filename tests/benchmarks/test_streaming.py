@@ -48,7 +48,9 @@ def test_the_command_writes_its_document(checkpoint, capsys):
     assert streaming.main([*arguments, "--plot", "none", "--json", str(file), "--device", "cpu"]) == 0
     document = json.loads(file.read_text())
     assert {row["position"] for row in document["rows"]} == {32, 64, 128, 150}
-    assert len({row["contestant"] for row in document["rows"]}) == 5
+    assert len({row["contestant"] for row in document["rows"]}) == 6
+    losses = {row["contestant"]: row["loss"] for row in document["rows"] if row["position"] == 150}
+    assert 0 < abs(losses["window 16, int8"] / losses["window 16"] - 1) < 0.005
     assert "ours: prefix 4 + window 12" in capsys.readouterr().out
 
 
