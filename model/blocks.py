@@ -83,7 +83,7 @@ class Attention(nn.Module):
         """Write the new keys and values into this layer's ring, then attend to it: (B, Hq, T, D)."""
         k_cache, v_cache = cache.k[self.layer], cache.v[self.layer]
         backend = self.backend if self.fused_kernels else PLAIN_PYTORCH
-        options = {"prefix": self.prefix, "rope": rope, "backend": backend}
+        options = {"prefix": self.prefix, "rope": rope, "backend": backend, **cache.scales(self.layer)}
         append_to_cache(k, v, k_cache, v_cache, cache.lengths, **options)
         options |= {"prefix_distance": self.prefix_distance, **self.scores}
         return sliding_gqa_decode(q, k_cache, v_cache, cache.lengths, self.window, **options)
