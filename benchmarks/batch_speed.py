@@ -40,7 +40,7 @@ MODEL = {
     "cpu": dict(n_layer=6, d_model=256, n_head=8, n_kv_head=2, vocab_size=65, window=128, context_length=256),
     "cuda": dict(n_layer=12, d_model=768, n_head=12, n_kv_head=4, vocab_size=50304, window=1024, context_length=1024),
 }
-PROMPTS, SECONDS, LEAST_ROUNDS = {"quick": 48, "default": 256}, {"quick": 60.0, "default": 240.0}, 2
+PROMPTS, SECONDS, LEAST_ROUNDS = {"quick": 48, "default": 256}, {"quick": 60.0, "default": 240.0}, 3
 BATCH_SIZES = {"quick": {"padded": [32], "ours": [32]}, "default": {"padded": [32], "ours": [32, 64]}}
 SLOW, SLOW_PROMPTS = "transformers", 64  # on a CPU
 MEDIAN_PROMPT, MEDIAN_TEXT, SPREAD, SHORTEST, LONGEST = 48, 64, 0.8, 4, 400  # tokens; spread: of the logarithm

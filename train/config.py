@@ -362,8 +362,9 @@ def random_config(run: RunConfig, seed: int, stated: set[str] = frozenset()) -> 
 
 def random_config_flags(run: RunConfig) -> str:
     """The flags that make the drawn model again, without those that its architecture ignores."""
-    unused = set() if "window" in run.architecture else {"window", "window_pattern"}
-    unused |= set() if "gqa" in run.architecture else {"n_kv_head"}
+    has = "rope-window-gqa" if run.architecture == "modern" else run.architecture
+    unused = set() if "window" in has else {"window", "window_pattern"}
+    unused |= set() if "gqa" in has else {"n_kv_head"}
     values = {name: getattr(run, name) for name in DRAWN_FIELDS if name not in unused}
     flags = ((f"--{name.replace('_', '-')}", "none" if v is None else str(v)) for name, v in values.items())
     return shlex.join(word for flag in flags for word in flag)

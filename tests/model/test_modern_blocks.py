@@ -284,7 +284,7 @@ def test_several_tokens_of_a_row_are_one_cpu_step(fields):
 
 
 def test_no_class_of_hugging_face_is_named_for_what_it_cannot_be():
-    with pytest.raises(ValueError, match="neither GPT-2 nor StarCoder2 has norm 'rms'"):
+    with pytest.raises(ValueError, match="Starcoder2ForCausalLM is the nearest, and cannot have norm 'rms'"):
         to_huggingface(make({"norm": "rms"}))
 
 
