@@ -88,6 +88,7 @@ CONTESTANTS = {  # architecture, whether it runs the fused kernels, optimizer
     "ours, AdamW": ("rope-window-gqa", True, ADAMW),
     "ours, our Muon": ("rope-window-gqa", True, MUON),
     "ours, torch's Muon": ("rope-window-gqa", True, torchs_muon),
+    "modern, our Muon": ("modern", True, MUON),
 }
 
 
