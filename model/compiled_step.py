@@ -110,7 +110,8 @@ def _compile(model, arguments, path):
     for rope in {block.attn.rope for block in model.blocks}:
         rope.at(0, arguments[1].device)  # it keeps its frequencies, which must not be made while tracing
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as directory:
+    with torch.no_grad(), warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        warnings.simplefilter("ignore")  # what PyTorch says about its own parts
         exported = torch.export.export(_Traced(model), arguments)
         made = torch._inductor.aoti_compile_and_package(exported, package_path=f"{directory}/step.pt2")
         os.replace(made, path)
