@@ -64,7 +64,7 @@ def config_to_theirs(config) -> dict:
 
 def family_from_theirs(values) -> Family:
     """The family of a parsed config.json. Raises ValueError for another."""
-    if values.get("model_type") not in FAMILIES:
+    if values.get("model_type") not in list(FAMILIES):  # by ==: a damaged file may have a list there
         *others, last = FAMILIES
         raise ValueError(
             f"model_type is {values.get('model_type')!r}, and only {', '.join(others)} and {last} can be converted "

@@ -1,6 +1,6 @@
 """The model of a kernel's speed: its formulas against counting, hand calculation and published rooflines."""
 
-import kernel_report
+import published
 import pytest
 import speed_of_light as model
 import torch
@@ -137,8 +137,8 @@ def test_every_pipe_has_a_remedy():
 
 def test_deviation_from_published_figures_is_that_of_the_same_flops():
     made = Made("attention_forward", {**FORWARD_TILE, "PACK": 1}, {"FMNMX": 1})
-    estimate = model.attention_estimate(made, kernel_report.PUBLISHED_SHAPE, 2, rope=False)
-    rows = kernel_report.compare_published({("sm_90", "attention_forward"): estimate})
+    estimate = model.attention_estimate(made, published.PUBLISHED_SHAPE, 2, rope=False)
+    rows = published.compare_published({("sm_90", "attention_forward"): estimate})
     assert {row["pass"] for row in rows} == {"forward"} and len(rows) == 4
     for row in rows:
         assert row["overlapped_off"] == pytest.approx(row["overlapped_tflops"] / row["published_tflops"] - 1)

@@ -12,7 +12,7 @@ from budget import excess
 
 from kernels import rope_tables, sliding_gqa_attention
 from kernels.backends import reference
-from kernels.backends.triton import attention_backward, attention_forward, tile_configs, tiles
+from kernels.backends.triton import attention_backward, attention_forward, launch, tile_configs, tiles
 from kernels.backends.triton import rope as rope_kernel
 from kernels.backends.triton.attention_backward import attend_backward, head_parts
 from kernels.backends.triton.attention_forward import attend
@@ -305,12 +305,12 @@ def test_row_addresses_are_64_bit(device):
 
 def test_strides_come_in_units_of_eight_where_that_says_more():
     def strides(*shape):
-        return tiles.strides_of(torch.empty(shape))
+        return launch.strides_of(torch.empty(shape))
 
     assert strides(2, 4, 8, 64) == (1, ((2048, 512, 64),))  # all multiples of 16, which Triton sees
     assert strides(2, 4, 8, 72) == (8, ((288, 72, 9),))
     assert strides(2, 4, 8, 60) == (1, ((1920, 480, 60),))
-    mixed = tiles.strides_of(torch.empty(2, 4, 8, 72), torch.empty(2, 4, 8, 64))
+    mixed = launch.strides_of(torch.empty(2, 4, 8, 72), torch.empty(2, 4, 8, 64))
     assert mixed == (8, ((288, 72, 9), (256, 64, 8)))
 
 

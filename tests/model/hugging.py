@@ -121,3 +121,9 @@ class LargestTensor(TorchDispatchMode):
         tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
         self.elements = max([self.elements, *(x.numel() for x in tensors)])
         return result
+
+
+def same_weights(first, second):
+    """Whether two modules have the same weights, bit for bit."""
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

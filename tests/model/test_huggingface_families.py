@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hugging import CHARACTERS, TEXT
+from hugging import CHARACTERS, TEXT, same_weights
 from mixes import FIELDS, both_paths, lively
 
 from model import GPT, GPTConfig, from_pretrained, generate, save_pretrained
@@ -69,11 +69,6 @@ def theirs(name, **changes):
     model_class = getattr(transformers, FAMILIES[kind].model_class)
     options = {**SIZES, **options, **changes}
     return lively(model_class(model_class.config_class(**options, attn_implementation="eager")), scale=0.15).eval()
-
-
-def same_weights(first, second):
-    first, second = first.state_dict(), second.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @every_variant

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hugging import same_weights
 from mixes import FIELDS, MIXES, both_paths, lively
 
 from model import GPT, GPTConfig, generate
@@ -48,11 +49,6 @@ def theirs(name, dtype=torch.float32, **changes):
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     config = model_class.config_class(**{**SIZES[kind], **tokens, **options, **changes}, attn_implementation="eager")
     return lively(model_class(config), scale=0.1).to(dtype).eval()
-
-
-def same_weights(first, second):
-    first, second = first.state_dict(), second.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @every_variant

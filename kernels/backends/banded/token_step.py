@@ -107,8 +107,7 @@ class TracedPositions(StepPositions):
 
     def bias(self, slots, window, kv_heads, group, dtype):
         """(slots,): -inf for a slot that has not been written."""
-        unwritten = torch.arange(slots) > self.position
-        return torch.zeros(slots, dtype=dtype).masked_fill(unwritten, float("-inf"))
+        return _minus_infinity(torch.arange(slots) > self.position, dtype)
 
 
 class CachedAttention:

@@ -20,10 +20,10 @@ import triton.language as tl
 
 from . import tile_configs
 from .attention_forward import document_ends, first_key, sides, starts_from
+from .launch import blocks_of, packed_heads, softmax_scales, strides_of
 from .rope import rotary_tables, rotate
 from .tiles import (
     LOG2_E,
-    blocks_of,
     dot,
     head_block,
     head_columns,
@@ -33,15 +33,12 @@ from .tiles import (
     load_rotated,
     load_tile,
     of_row,
-    packed_heads,
     packed_rows,
     query_spans,
     recomputed,
     rotate_back,
     row_offset,
     row_program,
-    softmax_scales,
-    strides_of,
     tanh,
     visible,
     walk_start,

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
+from .launch import blocks_of, packed_heads, softmax_scales, strides_of
 from .rope import rotary_tables, rotate
 from .tiles import (
     LN_2,
     LOG2_E,
     attend_tiles,
-    blocks_of,
     head_block,
     head_columns,
     in_elements,
@@ -26,12 +26,9 @@ from .tiles import (
     limits_of,
     load_rotated,
     of_row,
-    packed_heads,
     packed_rows,
     row_offset,
     row_program,
-    softmax_scales,
-    strides_of,
     wide_dtype,
 )
 

@@ -33,21 +33,19 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
+from .launch import blocks_of, softmax_scales, strides_of
 from .rope import rotary_tables
 from .tiles import (
     LN_2,
     LOG2_E,
     VALUE_UNIT,
     attend_tiles,
-    blocks_of,
     head_block,
     head_columns,
     in_elements,
     key_spans,
     load_rotated,
     row_offset,
-    softmax_scales,
-    strides_of,
     wide_dtype,
 )
 

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
+from .launch import strides_of
 from .rope import angles_of, as_given, heads_of_program, positions_of, rows
-from .tiles import in_elements, strides_of, wide_dtype
+from .tiles import in_elements, wide_dtype
 
 
 @triton.jit

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
-from .tiles import blocks_of, in_elements, strides_of, wide_dtype
+from .launch import blocks_of, strides_of
+from .tiles import in_elements, wide_dtype
 
 
 @triton.jit
