@@ -129,7 +129,8 @@ def main(arguments=None):
 
 def prepare(options, device):
     speed = "quick" if options.quick else "default"
-    count, batch_sizes = options.prompts or PROMPTS[speed], BATCH_SIZES[speed]
+    count = PROMPTS[speed] if options.prompts is None else options.prompts
+    batch_sizes = BATCH_SIZES[speed]
     if options.batch_sizes:
         batch_sizes = dict.fromkeys(batch_sizes, options.batch_sizes)
     if min(count, *map(min, batch_sizes.values())) < 1:

@@ -60,3 +60,10 @@ def test_after_the_deadline_nothing_begins_and_what_is_missing_is_named(capsys, 
     assert batch_speed.main([*flags, "--deadline", "60", "--seconds", "0.1"]) == 0
     document = json.loads(file.read_text())
     assert document["left_out"] == [] and all(row["x_one_by_one"] > 0 for row in document["rows"])
+
+
+@pytest.mark.parametrize("flags", [["--prompts", "0"], ["--batch-sizes", "0"]])
+def test_a_number_below_one_is_refused(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        batch_speed.main([*flags, "--device", "cpu"])
+    assert "--prompts and --batch-sizes must be at least 1" in capsys.readouterr().err
